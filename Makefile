@@ -1,0 +1,63 @@
+# `make demo` runs the main job and `make test` all tests; both first set up .venv, if that has not been done yet.
+#
+#   make demo ARGS=--fresh           other options of recipes/quickstart.py
+#   make test ARGS="-k kernels -x"   other options of pytest
+#   make demo PROCESSES=1            as many processes, with or without GPUs
+#   make PYTHON=python3.12 ...       which Python .venv is made of (3.11 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+PROCESSES ?= 2
+THREADS ?= 1
+# --multi_gpu is what makes Accelerate start several processes, also where there is no GPU
+LAUNCH = $(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu --main_process_port 0) \
+	--num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
+
+# Many tiny tensors: more threads only get into each other's way
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-small test test-fast quality style clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dsco_hf needs Python 3.11 or newer, got `$(PYTHON) -V`: pass another one, make PYTHON=..." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip hatchling editables
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## create .venv with the pinned versions
+
+demo: $(STAMP)  ## the main job: concentrate the digits, train evaluators, write outputs/quickstart
+	$(LAUNCH) recipes/quickstart.py $(ARGS)
+
+demo-small: $(STAMP)  ## the same at a small setting, under 2 minutes
+	$(LAUNCH) recipes/quickstart.py --small $(ARGS)
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+quality: $(STAMP)  ## what must pass before a commit: lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(STAMP)  ## repairs what can be repaired automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## removes caches and builds; .venv and outputs/ stay
+	rm -rf build dist
+	find . -path './$(VENV)' -prune -o -type d \( -name __pycache__ -o -name .mypy_cache -o -name .pytest_cache \
+		-o -name .ruff_cache \) -prune -exec rm -rf {} +

@@ -1,0 +1,447 @@
+"""The card (README.md) of a published dataset: generated from what was recorded, never typed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import PIL.Image
+from datasets import ClassLabel, Dataset, Features, Image
+from datasets.info import DatasetInfo, DatasetInfosDict
+from datasets.splits import SplitDict, SplitInfo
+from datasets.utils.metadata import MetadataConfigs
+
+from .markdown import (
+    BEGIN_MARK,
+    END_MARK,
+    Trusted,
+    escape_id,
+    escape_markdown,
+    format_number,
+    join_card,
+    last_part,
+    parameter_rows,
+    render,
+)
+
+
+TAGS = ("dataset-concentration", "dataset-distillation", "synthetic", "dsco_hf")
+# What their model cards on the Hub say; others are asked for, or warned about.
+KNOWN_GENERATOR_LICENSES = {"facebook/DiT-XL-2-256": "cc-by-nc-4.0", "facebook/DiT-XL-2-512": "cc-by-nc-4.0"}
+METHODS = {
+    "random": "random real",
+    "herding": "herded real",
+    "plain": "plain generator",
+    "nopt": "DsCo",
+    "nopt-data-free": "DsCo, data-free",
+    "nopt-classifier-only": "DsCo, classifier only",
+    "nopt-quantile": "released objective",
+    "nopt+doping": "DsCo + doping",
+}
+COLUMNS = {
+    "image": "the image",
+    "label": "the class, with the source dataset's names and order",
+    "source": "`synthetic` (drawn by the generator) or `real` (an unaltered image of the source dataset)",
+    "seed": "seed of the image's noise: with the class and the block it fixes the image",
+    "block": "block of images optimised jointly: the first k blocks are themselves a smaller set",
+    "real_index": "row of the image in the source dataset; -1 for a synthetic image",
+    "soft_label": "class probabilities of the teacher",
+}
+CAPTIONS = {
+    "samples": "Samples, one row per class",
+    "accuracy": "Test accuracy against images per class",
+    "features": "Features of the whole class and of the concentrated images",
+    "cost": "Synthesis cost against images per class",
+}
+
+
+@dataclass
+class DatasetCardFields:
+    """What a person can say about a published dataset; all else on its card is filled in from the records.
+
+    Args:
+        pretty_name: Title of the card. Made from the source dataset's name if `None`.
+        repo_id: `"user/name"`, for the loading examples. A placeholder for a local folder if `None`.
+        license: Licence identifier of the result (`"cc-by-4.0"`, ...). Derived from the two below if `None`.
+        source_license: Licence identifier of the source data.
+        generator_license: Licence identifier of the generator's weights.
+        description: A paragraph in your own words, printed as plain text.
+        language: Language codes of the class names, such as `["en"]`.
+        tags: Tags beside our own.
+    """
+
+    pretty_name: str | None = None
+    repo_id: str | None = None
+    license: str | None = None
+    source_license: str | None = None
+    generator_license: str | None = None
+    description: str | None = None
+    language: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+
+
+def _finite(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Makes the rows of the accuracy table from a `results.json` dictionary.
+
+    Args:
+        results: `{"full": {...}, "rows": [{"method", "images_per_class", "images", "accuracy_mean", "accuracy_std",
+            "synthesis_seeds", "training_seeds", "discrepancy", "seconds", ...}]}`; accuracies are fractions in [0, 1].
+
+    Raises:
+        ValueError: If an accuracy is not a fraction.
+    """
+    if not results:
+        return []
+    full = results.get("full") or {}
+    order = list(METHODS)
+    rows = sorted(
+        results.get("rows") or [],
+        key=lambda row: (
+            row.get("images_per_class") or 0,
+            row.get("images") or 0,
+            order.index(row.get("method")) if row.get("method") in order else len(order),
+            str(row.get("method")),
+        ),
+    )
+    if full:
+        rows = [*rows, {"method": "all real data", "training_seeds": full.get("seeds"), **full}]
+    table = []
+    for row in rows:
+        mean, reference = _finite(row.get("accuracy_mean")), _finite(full.get("accuracy_mean"))
+        if mean is not None and not 0 <= mean <= 1:
+            raise ValueError(
+                f"accuracy_mean of method {row.get('method')!r} is {mean}, but accuracies in results are fractions "
+                "in [0, 1]. Divide percentages by 100."
+            )
+        runs = (row.get("synthesis_seeds") or 1) * (row.get("training_seeds") or 0)
+        table.append(
+            {
+                "method": METHODS.get(row.get("method"), row.get("method")),
+                "images_per_class": format_number(row.get("images_per_class")),
+                "images": format_number(row.get("images")),
+                "accuracy": f"{format_number(mean, scale=100)} ± {format_number(row.get('accuracy_std'), scale=100)}",
+                "retention": format_number(
+                    mean / reference if mean is not None and reference else None, digits=1, scale=100
+                ),
+                "discrepancy": format_number(row.get("discrepancy"), digits=4),
+                "seconds": format_number(row.get("seconds"), digits=1),
+                "runs": format_number(runs) if runs else "–",
+            }
+        )
+    return table
+
+
+def _seeds_sentence(results: Mapping[str, Any] | None) -> str:
+    counts = {(row.get("synthesis_seeds"), row.get("training_seeds")) for row in (results or {}).get("rows") or []}
+    if len(counts) != 1 or None in (pair := counts.pop()):
+        return ""
+    return f" ({pair[0]} synthesis × {pair[1]} training seeds)"
+
+
+def is_non_commercial(license: str | None) -> bool:
+    """Whether a licence identifier forbids commercial use, as far as its name tells."""
+    parts = re.split(r"[-_ ]", (license or "").lower())
+    return "nc" in parts or "noncommercial" in parts or "non" in parts or "research" in parts
+
+
+def combined_license(source: str | None, generator: str | None) -> dict[str, str]:
+    """Derives the licence metadata of a result from those of its data and its generator."""
+    known = {license for license in (source, generator) if license}
+    if not source or not generator or "unknown" in known:
+        return {"license": "unknown"}
+    if len(known) == 1:
+        return {"license": source}
+    return {"license": "other", "license_name": f"{source}-and-{generator}"}
+
+
+def _licenses(
+    concentration: Mapping[str, Any], fields: DatasetCardFields
+) -> tuple[str | None, str | None, dict[str, str]]:
+    generator = concentration.get("generator") or {}
+    source_license = fields.source_license or (concentration.get("source") or {}).get("license")
+    generator_license = (
+        fields.generator_license or generator.get("license") or KNOWN_GENERATOR_LICENSES.get(str(generator.get("id")))
+    )
+    result = {"license": fields.license} if fields.license else combined_license(source_license, generator_license)
+    return source_license, generator_license, result
+
+
+def _license_warnings(source_license: str | None, generator_license: str | None) -> list[Trusted]:
+    warnings = []
+    for what, license in (("generator's weights", generator_license), ("source data", source_license)):
+        if not license or license in ("unknown", "other"):
+            warnings.append(
+                f"**Licence of the {what} not known.** Find it out before you use this dataset or pass it on."
+            )
+        elif is_non_commercial(license):
+            warnings.append(
+                f"**Not for commercial use.** The licence of the {what} ({escape_markdown(license)}) does not allow "
+                f"it, and "
+                "what is made from them is bound by it."
+            )
+    return [Trusted(warning) for warning in warnings]
+
+
+def size_category(rows: int) -> str:
+    """Returns the Hub's `size_categories` value for a number of rows."""
+    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
+        if rows < limit:
+            return name
+    return "1M<n<10M"
+
+
+def dataset_metadata(
+    concentration: Mapping[str, Any], *, fields: DatasetCardFields | None = None, default_config: str | None = None
+) -> dict[str, Any]:
+    """Makes the YAML metadata of a dataset card: configs, features and sizes for `datasets`, tags and licence.
+
+    Args:
+        concentration: Content of `concentration.json`, with `configs` filled in (see `dsco_hf.folder`).
+        fields: What a person says about it.
+        default_config: Name of the config that `load_dataset(repo)` loads; the recorded one if `None`.
+    """
+    fields = fields or DatasetCardFields()
+    default_config = default_config or concentration.get("default_config")
+    infos: dict[str, DatasetInfo] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    total = 0
+    for name, entry in sorted(concentration["configs"].items()):
+        splits = entry["splits"]
+        total += sum(split["rows"] for split in splits.values())
+        infos[name] = DatasetInfo(
+            features=Features.from_dict(entry["features"]),
+            splits=SplitDict(
+                {s: SplitInfo(name=s, num_bytes=v["bytes"], num_examples=v["rows"]) for s, v in splits.items()}
+            ),
+            download_size=sum(file["size"] for split in splits.values() for file in split["files"]),
+            dataset_size=sum(split["bytes"] for split in splits.values()),
+        )
+        configs[name] = {"data_files": [{"split": split, "path": f"data/{name}/{split}-*"} for split in splits]}
+        if name == default_config:
+            configs[name]["default"] = True
+    source = (concentration.get("source") or {}).get("dataset")
+    license = _licenses(concentration, fields)[2]
+    data = huggingface_hub.DatasetCardData(
+        license=license["license"],
+        license_name=license.get("license_name"),
+        language=fields.language or None,
+        pretty_name=" ".join((fields.pretty_name or _pretty_name(concentration)).split())[:120],
+        task_categories=["image-classification"],
+        size_categories=[size_category(total)],
+        tags=sorted({*TAGS, *fields.tags}),
+        source_datasets=[source] if source and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) else None,
+    )
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    MetadataConfigs(configs).to_dataset_card_data(data)
+    return {key: value for key, value in data.to_dict().items() if value is not None}
+
+
+def _pretty_name(concentration: Mapping[str, Any]) -> str:
+    source = str((concentration.get("source") or {}).get("dataset") or "An image dataset")
+    return f"{last_part(source)}, concentrated"
+
+
+def _column_rows(features: Features) -> list[tuple[Trusted, Trusted]]:
+    rows = []
+    for name, feature in features.items():
+        kind = {Image: "image", ClassLabel: "class"}.get(type(feature)) or getattr(
+            feature, "dtype", type(feature).__name__
+        )
+        meaning = COLUMNS.get(name, "")
+        rows.append(
+            (Trusted(escape_markdown(name)), Trusted(f"{escape_markdown(kind)}{': ' if meaning else ''}{meaning}"))
+        )
+    return rows
+
+
+def _soft_label_help(features: Features) -> Trusted | None:
+    if "soft_label" not in features:
+        return None
+    if isinstance(features["soft_label"], dict):
+        return Trusted(
+            "`soft_label` holds the teacher's most probable classes only, as `indices` and half-precision "
+            "`probabilities`. "
+            "The missing mass belongs to the other classes:\n\n```python\nimport numpy as np\n\n"
+            f"def dense(soft_label, num_classes={len(features['label'].names)}):\n"
+            '    rest = max(0.0, 1.0 - float(np.sum(soft_label["probabilities"], dtype="float64")))\n'
+            '    dense = np.full(num_classes, rest / max(1, num_classes - len(soft_label["indices"])))\n'
+            '    dense[soft_label["indices"]] = soft_label["probabilities"]\n    return dense\n```'
+        )
+    return Trusted(
+        "`soft_label` holds one probability per class, stored in half precision (relative error below 0.05 %): "
+        "convert to "
+        "float32 and divide by the sum before use."
+    )
+
+
+def _template_values(
+    concentration: Mapping[str, Any],
+    fields: DatasetCardFields,
+    results: Mapping[str, Any] | None,
+    figures: Sequence[str],
+) -> dict[str, Any]:
+    configs = concentration["configs"]
+    default = concentration.get("default_config") or next(iter(configs))
+    source, generator = concentration.get("source") or {}, concentration.get("generator") or {}
+    source_license, generator_license, license = _licenses(concentration, fields)
+    features = Features.from_dict(configs[default]["features"])
+    names = features["label"].names
+    shown = ", ".join(escape_markdown(name, max_length=60) for name in names[:100])
+    config_rows = []
+    for name, entry in configs.items():
+        for split, info in entry["splits"].items():
+            counts = info["rows_per_class"]
+            config_rows.append(
+                {
+                    "config": Trusted(name),
+                    "method": METHODS.get(method, method) if (method := _method(concentration, entry)) else "–",
+                    "split": Trusted(split),
+                    "default": name == default,
+                    "rows": info["rows"],
+                    "synthetic": info["sources"].get("synthetic", 0) if info["sources"] else "–",
+                    "real": info["sources"].get("real", 0) if info["sources"] else "–",
+                    "per_class": min(counts) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}",
+                }
+            )
+    source_name = escape_id(source.get("dataset") or "not recorded")
+    rows = f"the {format_number(source['rows'])} images of " if isinstance(source.get("rows"), int) else ""
+    return {
+        "pretty_name": fields.pretty_name or _pretty_name(concentration),
+        "description": fields.description,
+        "summary": Trusted(_summary(configs, default, len(names))),
+        "source_sentence": Trusted(f"{rows}{source_name}" if source.get("dataset") else "its much larger source"),
+        "warnings": _license_warnings(source_license, generator_license),
+        "load_path": Trusted(fields.repo_id or "path/to/this/folder"),
+        "default_split": Trusted(next(iter(configs[default]["splits"]))),
+        "other_configs": [(Trusted(n), Trusted(next(iter(e["splits"])))) for n, e in configs.items() if n != default],
+        "config_rows": config_rows,
+        "columns": _column_rows(features),
+        "classes": names,
+        "class_list": Trusted(shown + (f", … ({len(names) - 100} more)" if len(names) > 100 else "")),
+        "soft_label_help": _soft_label_help(features),
+        "figures": [(Trusted(path), _caption(path)) for path in figures],
+        "accuracy_rows": accuracy_table(results),
+        "seeds_sentence": Trusted(_seeds_sentence(results)),
+        "protocol": parameter_rows((results or {}).get("config")),
+        "provenance": _provenance(concentration),
+        "parameters": parameter_rows(_recorded(concentration, "parameters")),
+        "cost": _cost(_recorded(concentration, "cost")),
+        "has_real": any(
+            (info["sources"] or {}).get("real") for e in configs.values() for info in e["splits"].values()
+        ),
+        "source_name": Trusted(source_name),
+        "generator_name": Trusted(escape_id(generator.get("id") or "not recorded")),
+        "source_license": source_license or "not known",
+        "generator_license": generator_license or "not known",
+        "license": license.get("license_name") or license["license"],
+    }
+
+
+def _summary(configs: Mapping[str, Any], default: str, num_classes: int) -> str:
+    rows = next(iter(configs[default]["splits"].values()))["rows"]
+    others = f"; {len(configs)} sizes to choose from" if len(configs) > 1 else ""
+    return f"{format_number(rows)} images of {num_classes} classes{others}"
+
+
+def _method(concentration: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    return str(entry.get("method") or concentration.get("method") or "")
+
+
+def _caption(path: str) -> str:
+    stem = Path(path).stem
+    return CAPTIONS.get(stem, stem.replace("_", " "))
+
+
+def _provenance(concentration: Mapping[str, Any]) -> list[tuple[str, Trusted]]:
+    rows = [("method", concentration.get("method")), ("seed", concentration.get("seed"))]
+    for key, title in (("source", "source data"), ("generator", "generator"), ("classifier", "classifier")):
+        entry = concentration.get(key)
+        if isinstance(entry, Mapping):
+            rows.append((title, entry.get("dataset") or entry.get("id")))
+            rows += [(f"{title}: {k}", v) for k, v in entry.items() if k not in ("dataset", "id", "license", "names")]
+    versions = concentration.get("versions")
+    if isinstance(versions, Mapping):
+        rows.append(("made with", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return [(Trusted(escape_markdown(k)), Trusted(escape_id(v))) for k, v in rows if v is not None]
+
+
+def _recorded(concentration: Mapping[str, Any], key: str) -> object:
+    """What is recorded for the whole dataset, or by config where configs have records of their own."""
+    configs, common = concentration["configs"], concentration.get(key)
+    own = {name: entry[key] for name, entry in configs.items() if entry.get(key)}
+    if not own:
+        return common
+    return {**({"other configs": common} if common and len(own) < len(configs) else {}), **own}
+
+
+def _cost(cost: object, prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in cost.items() if isinstance(cost, Mapping) else ():
+        if isinstance(value, Mapping):
+            rows += _cost(value, f"{key}: ")
+            continue
+        number = format_number(value, digits=1)
+        if key.endswith("_bytes") and isinstance(value, int):
+            key, number = key.removesuffix("_bytes"), f"{value / 2**20:,.0f} MiB"
+        rows.append((f"{prefix}{key.replace('_', ' ')}", number if number != "–" else str(value)))
+    return rows
+
+
+def render_dataset_card(
+    concentration: Mapping[str, Any],
+    *,
+    fields: DatasetCardFields | None = None,
+    results: Mapping[str, Any] | None = None,
+    figures: Iterable[str] = (),
+) -> str:
+    """Renders the README.md of a concentrated dataset, from its metadata block to the citation.
+
+    Args:
+        concentration: Content of `concentration.json`, with `configs` filled in (see `dsco_hf.folder`).
+        fields: What a person says about it; licences left out here are looked up or warned about.
+        results: Content of `results.json`, the source of the accuracy table.
+        figures: Paths of images inside the repository, in the order shown.
+    """
+    fields = fields or DatasetCardFields()
+    metadata = dataset_metadata(concentration, fields=fields)
+    body = render("dataset_card.md.jinja", **_template_values(concentration, fields, results, list(figures)))
+    return join_card(metadata, f"{BEGIN_MARK}\n\n{body}\n{END_MARK}\n")
+
+
+def draw_samples(
+    dataset: Dataset, *, max_classes: int = 10, per_class: int = 10, max_side: int = 96
+) -> PIL.Image.Image:
+    """Draws the first images of the first classes, one row per class.
+
+    Args:
+        dataset: Dataset with `image` and `label`.
+        max_classes: Rows at most.
+        per_class: Images in a row at most.
+        max_side: Side of a tile in pixels; smaller images are enlarged by whole factors, without smoothing.
+    """
+    labels = list(dataset["label"])
+    chosen: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        if len(members := chosen.setdefault(label, [])) < per_class:
+            members.append(index)
+    rows = [chosen[label] for label in sorted(chosen)[:max_classes]]
+    tiles = [[dataset[i]["image"].convert("RGB") for i in row] for row in rows]
+    side = max(max(tile.size) for row in tiles for tile in row)
+    side = side * max(1, 48 // side) if side < max_side else max_side
+    grid = PIL.Image.new("RGB", ((side + 2) * max(map(len, tiles)) - 2, (side + 2) * len(tiles) - 2), "white")
+    for y, row in enumerate(tiles):
+        for x, tile in enumerate(row):
+            resample = PIL.Image.Resampling.NEAREST if side >= max(tile.size) else PIL.Image.Resampling.LANCZOS
+            scale = side / max(tile.size)
+            size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
+            grid.paste(tile.resize(size, resample), ((side + 2) * x, (side + 2) * y))
+    return grid

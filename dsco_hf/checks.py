@@ -1,0 +1,128 @@
+"""What a pipeline call can work with. Errors say what came, what is allowed, and the likely fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from .objectives import OBJECTIVES
+from .quantile import QuantileTargets
+from .schema import nearest
+from .targets import MatchingTargets
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LOOKAHEADS = ("conditional", "guided", "none")
+
+
+def check_call(
+    pipe: DiffusionPipeline,
+    *,
+    ids: Sequence[int],
+    plan: Any,
+    num_inference_steps: int,
+    guidance_scale: float,
+    eta: float,
+    optimize_from: float,
+    optimize_until: float,
+    batch_size: int | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    output_type: str,
+    tensor_inputs: Sequence[str] | None,
+) -> None:
+    """Raises ValueError for arguments of [`DsCoPipeline.__call__`] that cannot work."""
+    if not ids:
+        raise ValueError("`class_labels` is empty: pass one class per image, for example `[0, 0, 1, 1]`.")
+    check_choice("objective", plan.objective, OBJECTIVES)
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    check_choice("lookahead", plan.lookahead, LOOKAHEADS)
+    check_whole("num_inference_steps", num_inference_steps, 1)
+    check_whole("optimization_steps", plan.optimization_steps, 0)
+    if optimize_from > optimize_until:
+        raise ValueError(f"`optimize_from={optimize_from}` must not exceed `optimize_until={optimize_until}`.")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
+    for name, value, low, high in (
+        ("eta", eta, 0, 1),
+        ("optimize_from", optimize_from, 0, 1),
+        ("optimize_until", optimize_until, 0, 1),
+        ("guidance_scale", guidance_scale, 0, math.inf),
+        ("step_size", plan.step_size, 0, math.inf),
+    ):
+        if not low <= value <= high or not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a number from {low} to {high}, got {value!r}.")
+    if isinstance(generator, list | tuple) and len(generator) != len(ids):
+        raise ValueError(
+            f"Got {len(generator)} generators for {len(ids)} images: pass one per image, or a single one."
+        )
+    for name in tensor_inputs or []:
+        check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
+    if latents is not None:
+        config = pipe.transformer.config
+        shape = (len(ids), config.in_channels, config.sample_size, config.sample_size)
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"`latents` must have shape {shape} (images, channels, height, width), got {tuple(latents.shape)}."
+            )
+    check_components(pipe, uses_classifier=plan.active and plan.objective != "quantile")
+    if plan.active:
+        check_targets(pipe, plan)
+
+
+def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
+    """Raises ValueError for components that cannot work, or would give other images each time."""
+    if not isinstance(pipe.scheduler, DDIMScheduler):
+        raise ValueError(
+            f"The scheduler is a {type(pipe.scheduler).__name__}; noise from outside needs a DDIMScheduler: set "
+            "`pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
+        )
+    names = ["transformer", "vae", "preview_vae"] + ["classifier"] * uses_classifier
+    for name in names:
+        component = getattr(pipe, name)
+        if component is not None and component.training:
+            raise ValueError(
+                f"`{name}` is in train mode, where dropout and batch statistics change its output: call "
+                f"`pipe.{name}.eval()` first."
+            )
+    if pipe.vae is not None and pipe.vae.config.latent_channels != pipe.transformer.config.in_channels:
+        raise ValueError(
+            f"The VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes "
+            f"{pipe.transformer.config.in_channels}: load the VAE that the transformer was trained with."
+        )
+
+
+def check_targets(pipe: DiffusionPipeline, plan: Any) -> None:
+    """Raises ValueError if the objective, the targets and the classifier do not fit together."""
+    wanted = {"rkhs": MatchingTargets, "quantile": QuantileTargets}.get(plan.objective)
+    if wanted is None:
+        if plan.targets is not None:
+            raise ValueError(
+                "The 'classifier' objective uses no targets: leave `targets` out, or choose objective='rkhs'."
+            )
+        if pipe.classifier is None:
+            raise ValueError("The 'classifier' objective needs a classifier: load the pipeline with `classifier=...`.")
+        return
+    if not isinstance(plan.targets, wanted):
+        raise ValueError(
+            f"objective={plan.objective!r} takes {wanted.__name__}, got {type(plan.targets).__name__}: make them with "
+            f"`{wanted.__name__}.from_dataset(dataset, pipe)`."
+        )
+    if isinstance(plan.targets, MatchingTargets):
+        plan.targets.check_classifier(pipe.classifier)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`; the nearest is suggested."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(str(value), allowed)}")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

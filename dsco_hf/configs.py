@@ -1,0 +1,134 @@
+"""What every recipe starts with: a config from a YAML file and the command line, and an accelerator."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+from .schema import nearest
+
+
+T = TypeVar("T")
+
+
+def parse_config(
+    config_class: type[T], arguments: Sequence[str] | None = None, *, description: str | None = None
+) -> T:
+    """Builds a config: defaults of the dataclass, then the file given by `--config`, then the other options.
+
+    Args:
+        config_class (`type`): a dataclass; every field is an option of the same name.
+        arguments (sequence of `str`, *optional*): the command line; `sys.argv[1:]` if None.
+        description (`str`, *optional*): shown by `--help`.
+
+    Raises:
+        ValueError: for an unknown field (with the nearest names), or a value of the wrong type, in the file or on the
+            command line.
+        FileNotFoundError: if the file is not there.
+    """
+    parser = _RaisingParser(config_class, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the options below")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    path = _config_path(arguments)
+    if path is not None:
+        values = _read_yaml(path, config_class)
+        parser.set_defaults(**values)
+        for action in parser._actions:  # given by the file: no longer required on the command line
+            action.required = action.required and action.dest not in values
+    known, unknown = parser.parse_known_args(arguments)
+    names = list(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
+    if unknown:
+        option = unknown[0].split("=")[0]
+        hint = nearest(option.lstrip("-"), names)
+        raise ValueError(f"Unknown option {option!r}.{hint} `--help` lists all {len(names)}.")
+    return config_class(**{name: getattr(known, name) for name in names})
+
+
+class _RaisingParser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"Bad command line: {message}. `--help` lists all options.")
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise ValueError("`--config` needs a file: `--config FILE`.")
+            return Path(arguments[i + 1])
+    return None
+
+
+def _read_yaml(path: Path, config_class: type) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"There is no config file {path}.{nearest(path.name, siblings)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}.")
+    kinds = get_type_hints(config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{path} has an unknown field {name!r}.{nearest(str(name), names)}")
+        values[name] = _checked_value(path, name, kinds[name], value)
+    return values
+
+
+def _checked_value(path: Path, name: str, kind: Any, value: Any) -> Any:
+    """A YAML value as the field's type; "1e-3" is a string in YAML 1.1 and a number to everybody else."""
+    allowed = [get_origin(choice) or choice for choice in (get_args(kind) if _is_union(kind) else (kind,))]
+    if type(value) in allowed:  # not isinstance: True is not an int here
+        return value
+    if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    wanted = " or ".join("nothing" if choice is type(None) else choice.__name__ for choice in allowed)
+    raise ValueError(f"{path}: `{name}` must be {wanted}, got {value!r} ({type(value).__name__}).")
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerator:
+    """An `Accelerator` that also works with several processes on a machine without a GPU.
+
+    There, `accelerate launch --multi_gpu --num_processes 2` starts two processes, but a plain `Accelerator()` does not
+    connect them.
+
+    Args:
+        mixed_precision (`str`, *optional*): "no", "fp16" or "bf16"; what `accelerate launch` was told if None.
+        options: anything else that `Accelerator` takes.
+
+    Raises:
+        ValueError: for an unknown precision.
+        RuntimeError: if processes were started that cannot reach each other.
+    """
+    choices = ("no", "fp16", "bf16", "fp8")
+    if mixed_precision is not None and mixed_precision not in choices:
+        raise ValueError(f"`mixed_precision` must be one of {list(choices)}, got {mixed_precision!r}.")
+    options.setdefault("cpu", not torch.accelerator.is_available())
+    accelerator = Accelerator(mixed_precision=mixed_precision, **options)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise RuntimeError(
+            f"{started} processes were started, but this one sees {accelerator.num_processes}: each would do all of "
+            "the work and write the same files. Start them with `accelerate launch --multi_gpu --num_processes N`."
+        )
+    return accelerator

@@ -1,0 +1,49 @@
+"""Evaluators: networks, protocols and the training loop that tell how good a small dataset is."""
+
+from .augmentation import Augmented, augment
+from .checks import check_same_classes
+from .evaluation import ImageSet, herd_per_class, load_image_set, run_job, run_jobs, summarise, train_job
+from .models import (
+    ARCHITECTURES,
+    ConvNetConfig,
+    ConvNetForImageClassification,
+    ConvNetModel,
+    EvaluatorResNetConfig,
+    EvaluatorResNetForImageClassification,
+    EvaluatorResNetModel,
+    build_evaluator,
+)
+from .protocols import PROTOCOLS, Protocol, get_protocol, protocol_from_dict, protocol_to_dict
+from .training import TrainingDivergedError, TrainingResult, accuracy, predict_logits, train_evaluator
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "PROTOCOLS",
+    "Augmented",
+    "ConvNetConfig",
+    "ConvNetForImageClassification",
+    "ConvNetModel",
+    "EvaluatorResNetConfig",
+    "EvaluatorResNetForImageClassification",
+    "EvaluatorResNetModel",
+    "ImageSet",
+    "Protocol",
+    "TrainingDivergedError",
+    "TrainingResult",
+    "accuracy",
+    "augment",
+    "build_evaluator",
+    "check_same_classes",
+    "get_protocol",
+    "herd_per_class",
+    "load_image_set",
+    "predict_logits",
+    "protocol_from_dict",
+    "protocol_to_dict",
+    "run_job",
+    "run_jobs",
+    "summarise",
+    "train_evaluator",
+    "train_job",
+]

@@ -1,0 +1,367 @@
+"""From a dataset to a row of a table: images at the size a protocol asks for, trainings spread over processes.
+
+Every training is a job with a file of its own. A killed evaluation that is run again reads the finished jobs, takes up
+those that had begun at their last checkpoint, and ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels
+from ..features import features_and_logits
+from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
+from .models import build_evaluator, is_own_architecture
+from .protocols import Protocol
+from .training import content_hash, train_evaluator
+
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A dataset in memory.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): images.
+        labels (`torch.Tensor` of shape `(N,)`): class indices.
+        names (`tuple[str, ...]`): of the classes.
+        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): probabilities.
+        fingerprint (`str`): of the dataset it came from.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    names: tuple[str, ...]
+    soft_labels: torch.Tensor | None = None
+    fingerprint: str = ""
+
+    def select(self, rows: torch.Tensor) -> ImageSet:
+        """The images at `rows`, of shape `(n,)`."""
+        soft = None if self.soft_labels is None else self.soft_labels[rows]
+        return ImageSet(self.pixels[rows], self.labels[rows], self.names, soft, self.fingerprint)
+
+    @property
+    def images_per_class(self) -> float:
+        """Mean number of images of the classes that have any."""
+        return len(self.labels) / len(self.labels.unique())
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the content."""
+        return content_hash(self.names, self.pixels, self.labels, self.soft_labels)
+
+
+def load_image_set(
+    dataset: AnyDataset,
+    *,
+    protocol: Protocol,
+    test_for: ImageSet | None = None,
+    num_channels: int = 3,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    soft_label_column: str = "soft_label",
+    on_error: str = "raise",
+    progress: bool = False,
+) -> ImageSet:
+    """Reads a dataset at the size that a protocol trains or tests on.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): one split.
+        protocol (`Protocol`): its sizes are read; soft labels are read where it uses stored ones.
+        test_for (`ImageSet`, *optional*): the training set that this is the test set of.
+        num_channels (`int`): 1 or 3.
+        image_column (`str`, *optional*): see `data.find_columns`.
+        label_column (`str`, *optional*): likewise.
+        soft_label_column (`str`): probabilities per class, or their most probable classes as `indices` and
+            `probabilities`.
+        on_error (`str`): `"raise"` or `"skip"` images that cannot be decoded.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        `ImageSet`: on the CPU.
+
+    Raises:
+        ValueError: where images have different sizes and the protocol names none, or soft labels are missing.
+    """
+    if test_for is None:
+        size = protocol.load_size or protocol.input_size
+    else:
+        size = protocol.test_size or protocol.input_size or test_for.pixels.shape[-1]
+    pixels, labels, rows = load_pixels(
+        dataset,
+        image_size=size,
+        num_channels=num_channels,
+        image_column=image_column,
+        label_column=label_column,
+        on_error=on_error,
+        progress=progress,
+    )
+    if test_for is not None and protocol.test_size and protocol.input_size:
+        margin = (protocol.test_size - protocol.input_size) // 2
+        end = margin + protocol.input_size
+        pixels = pixels[:, :, margin:end, margin:end].contiguous()
+    names = tuple(class_names(dataset, label_column=label_column))
+    soft = None
+    if test_for is None and protocol.label_type == "stored":
+        soft = read_soft_labels(dataset, soft_label_column, num_classes=len(names))[rows]
+    return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset))
+
+
+def read_soft_labels(dataset: AnyDataset, column: str, *, num_classes: int) -> torch.Tensor:
+    """A column of soft labels as a matrix.
+
+    Args:
+        dataset (`Dataset`): one split.
+        column (`str`): a list of probabilities in each row, or `{"indices", "probabilities"}` of the most probable
+            classes; what is missing to 1 is then spread evenly over the others.
+        num_classes (`int`): K.
+
+    Returns:
+        `torch.Tensor` of shape `(N, K)`: float32, checked by `check_soft_labels` before training.
+
+    Raises:
+        ValueError: where the column is missing or has another number of classes.
+    """
+    columns = list(dataset.features or {})
+    if column not in columns:
+        raise ValueError(f"The dataset has no soft labels in a column {column!r}; its columns are {columns}.")
+    values = dataset.select_columns([column])[:][column]
+    if values and isinstance(values[0], Mapping):
+        soft = np.zeros((len(values), num_classes), dtype=np.float32)
+        for row, entry in zip(soft, values, strict=True):
+            indices, probabilities = np.asarray(entry["indices"]), np.asarray(entry["probabilities"], dtype=np.float32)
+            if indices.max() >= num_classes:
+                raise ValueError(f"Soft labels name class {indices.max()}, but there are {num_classes} classes.")
+            if num_classes > len(indices):
+                row[:] = max(0.0, 1 - probabilities.sum()) / (num_classes - len(indices))
+            row[indices] = probabilities
+        return torch.from_numpy(soft)
+    lengths = {len(row) for row in values}
+    if lengths != {num_classes}:
+        raise ValueError(f"Soft labels have {sorted(lengths)} entries, but the dataset has {num_classes} classes.")
+    return torch.tensor(np.asarray(values, dtype=np.float32))
+
+
+def evaluator_builder(
+    architecture: str, train: ImageSet, protocol: Protocol, **overrides: Any
+) -> Callable[[], PreTrainedModel]:
+    """A function that builds an untrained network as a protocol wants it for a training set.
+
+    Args:
+        architecture (`str`): see `build_evaluator`.
+        train (`ImageSet`): gives classes, channels and, unless the protocol does, the size.
+        protocol (`Protocol`): gives input size, normalisation and, for our own networks, the norm.
+        **overrides: values of the network's configuration.
+
+    Returns:
+        `Callable`: for `train_evaluator`.
+    """
+    channels = train.pixels.shape[1]
+    statistics = {
+        name: list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+        for name, values in (("image_mean", protocol.image_mean), ("image_std", protocol.image_std))
+    }
+    norm = {"norm": protocol.norm} if is_own_architecture(architecture) else {}
+    size = protocol.input_size or train.pixels.shape[-1]
+    values = {"image_size": size, **statistics, **norm, **overrides}
+
+    def build() -> PreTrainedModel:
+        return build_evaluator(architecture, class_names=train.names, num_channels=channels, **values)
+
+    return build
+
+
+def train_job(
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    architecture: str,
+    seed: int,
+    protocol: Protocol,
+    teacher: PreTrainedModel | None = None,
+    accelerator: Accelerator,
+    compiled: bool = False,
+    checkpoint: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    track_best: bool = False,
+    save_to: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Trains and tests one network; arguments as for `train_evaluator`.
+
+    Returns:
+        `dict`: what `summarise` collects: accuracy (of the last epoch), accuracy_best, loss, seconds and speed.
+    """
+    result = train_evaluator(
+        evaluator_builder(architecture, train, protocol, **(overrides or {})),
+        train.pixels,
+        train.labels,
+        protocol=protocol,
+        seed=seed,
+        test_pixels=test.pixels,
+        test_labels=test.labels,
+        teacher=teacher,
+        soft_labels=train.soft_labels if protocol.label_type == "stored" else None,
+        accelerator=accelerator,
+        compiled=compiled,
+        checkpoint=checkpoint,
+        track_best=track_best,
+        on_epoch=on_epoch,
+        progress=progress,
+    )
+    if save_to is not None:
+        result.model.save_pretrained(save_to)
+    return {
+        "architecture": architecture,
+        "seed": seed,
+        "accuracy": result.accuracy,
+        "accuracy_best": result.accuracy_best,
+        "loss": result.loss,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 3),
+        "images_per_second": round(result.images_per_second, 1),
+    }
+
+
+def run_jobs(
+    keys: Sequence[str],
+    run: Callable[[str, Path], dict[str, Any]],
+    *,
+    fingerprint: Callable[[str], str],
+    accelerator: Accelerator,
+    folder: str | Path,
+) -> dict[str, dict[str, Any]]:
+    """Spreads jobs over the processes; each is done once, also over restarts.
+
+    Args:
+        keys (`Sequence[str]`): names of the jobs, fit for file names.
+        run (`Callable`): does the job of that name, with a path for its checkpoint.
+        fingerprint (`Callable`): a hash of all that decides the job's result.
+        accelerator (`Accelerator`): of the launch.
+        folder (`str` or `Path`): shared by the processes; `<key>.json` are the results.
+
+    Returns:
+        `dict`: result by key, on every process.
+
+    Raises:
+        ValueError: where a stored result belongs to other settings or data.
+    """
+    with accelerator.split_between_processes(list(keys)) as mine:
+        for key in mine:
+            run_job(key, run, fingerprint=fingerprint, folder=folder)
+    accelerator.wait_for_everyone()
+    return {key: json.loads((Path(folder) / f"{key}.json").read_text(encoding="utf-8")) for key in keys}
+
+
+def run_job(
+    key: str, run: Callable[[str, Path], dict[str, Any]], *, fingerprint: Callable[[str], str], folder: str | Path
+) -> None:
+    """Does one job unless its result is there; arguments as for [`run_jobs`]. Other processes may be at other jobs."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, checkpoint, identity = folder / f"{key}.json", folder / f"{key}.safetensors", fingerprint(key)
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != identity:
+            raise ValueError(
+                f"{path} was made with other settings or data. Remove {folder}, or write to another folder."
+            )
+        return
+    result = {**run(key, checkpoint), "fingerprint": identity}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    partial.replace(path)
+    checkpoint.unlink(missing_ok=True)
+
+
+def summarise(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of one network on one dataset.
+
+    Args:
+        jobs (`Sequence` of results of `train_job`): at least one.
+
+    Returns:
+        `dict`: `accuracy_mean` and `accuracy_std` (of the sample; None for a single seed) of the last epoch, the
+        accuracies by seed, times and speed.
+    """
+    jobs = sorted(jobs, key=lambda job: job["seed"])
+    accuracies = [job["accuracy"] for job in jobs]
+    best = [job["accuracy_best"] for job in jobs]
+    row = {
+        "accuracy_mean": float(np.mean(accuracies)),
+        "accuracy_std": float(np.std(accuracies, ddof=1)) if len(jobs) > 1 else None,
+        "training_seeds": len(jobs),
+        "seeds": [job["seed"] for job in jobs],
+        "accuracies": accuracies,
+        "training_seconds": round(sum(job["seconds"] for job in jobs), 3),
+        "images_per_second": round(float(np.mean([job["images_per_second"] for job in jobs])), 1),
+    }
+    if None not in best:
+        row |= {"accuracy_best_mean": float(np.mean(best)), "accuracies_best": best}
+    return row
+
+
+def herd_per_class(
+    images: ImageSet, images_per_class: int, *, classifier: PreTrainedModel | None = None, seed: int = 0
+) -> torch.Tensor:
+    """The herded-real baseline: per class, the real images whose mean embedding is nearest to the whole class's.
+
+    Args:
+        images (`ImageSet`): real images.
+        images_per_class (`int`): rows to pick from each class, at least 1.
+        classifier (`PreTrainedModel`, *optional*): in eval mode; its pooled features are matched. Otherwise pixels.
+        seed (`int`): of the random Fourier features.
+
+    Returns:
+        `torch.Tensor` of shape `(classes · images_per_class,)`: rows, class by class, best first.
+
+    Raises:
+        ValueError: where a class has fewer images.
+    """
+    if classifier is None:
+        features = images.pixels.flatten(1)
+    else:
+        with torch.no_grad():
+            batches = [features_and_logits(classifier, b.to(classifier.device))[0] for b in images.pixels.split(128)]
+        features = torch.cat(batches).cpu()
+    std = features.std(0, correction=0)
+    features = (features - features.mean(0)) / torch.where(std > 0, std, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    sample = features[torch.randperm(len(features), generator=generator)[:1000]]
+    frequencies = draw_frequencies(features.shape[1], 2048, median_bandwidth(sample), generator=generator)
+    picked = []
+    for label in images.labels.unique():
+        rows = (images.labels == label).nonzero()[:, 0]
+        if len(rows) < images_per_class:
+            raise ValueError(
+                f"Class {images.names[int(label)]!r} has {len(rows)} images, but {images_per_class} per class were "
+                "asked for."
+            )
+        psi = fourier_embedding(features[rows], frequencies)
+        picked.append(rows[herd(psi, psi.mean(0), images_per_class)])
+    return torch.cat(picked)
+
+
+def run_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, device and processes of a run, for its results.json."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+    }

@@ -1,0 +1,462 @@
+"""Evaluation protocols as data: everything that decides an accuracy, stated once, with its source.
+
+Whatever a source does, a result is the accuracy of the last epoch; that of the best epoch on the test set, which most
+of the field prints, is `accuracy_best` beside it. Lengths and batch sizes depend on the images per class: a table
+such as `((10, 400), (None, 1500))` reads "400 up to 10 images per class, 1,500 above".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..schema import nearest
+from .augmentation import (
+    AUGMENTATIONS,
+    CIFAR_MEAN,
+    CIFAR_STD,
+    DSA,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ColorJitter,
+    CutMix,
+    HorizontalFlip,
+    Lighting,
+    RandomResizedCrop,
+    ShufflePatches,
+    Transform,
+)
+
+
+ByBudget = int | tuple[tuple[int | None, int], ...]
+
+LABEL_TYPES = ("hard", "teacher", "stored")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "half-cosine", "multistep")
+
+
+def by_budget(table: ByBudget, images_per_class: float) -> int:
+    """The entry of a budget table.
+
+    Args:
+        table (`int` or rows of `(largest images per class or None, value)`): rows in rising order, the last one None.
+        images_per_class (`float`): mean number of images of a class, above 0.
+
+    Returns:
+        `int`: value of the first row whose limit is not exceeded.
+    """
+    if isinstance(table, int):
+        return table
+    return next(value for limit, value in table if limit is None or images_per_class <= limit)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Fields of a protocol that differ for some datasets or networks.
+
+    Args:
+        changes (`tuple` of `(field, value)`): what is different.
+        classes (`tuple[int, int | None]`): smallest and largest number of classes it is for.
+        model_types (`tuple[str, ...]`): `config.model_type` of the networks it is for; empty for all.
+    """
+
+    changes: tuple[tuple[str, Any], ...]
+    classes: tuple[int, int | None] = (1, None)
+    model_types: tuple[str, ...] = ()
+
+    def applies(self, num_classes: int, model_type: str) -> bool:
+        """Whether it is for this dataset and network."""
+        least, most = self.classes
+        return least <= num_classes <= (most or num_classes) and model_type in (self.model_types or (model_type,))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an evaluator is trained and what is reported.
+
+    Args:
+        name (`str`): what `get_protocol` calls it.
+        source (`str`): where its numbers come from, and what is known to differ from there.
+        epochs (`ByBudget`, *optional*): length in passes over the small set; exactly one of `epochs` and `steps`.
+        steps (`ByBudget`, *optional*): length in optimiser steps.
+        batch_size (`ByBudget`): images per step, over all processes.
+        optimizer (`str`): `"adamw"` or `"sgd"`.
+        learning_rate (`float`): at the start, above 0.
+        weight_decay (`float`): at least 0.
+        decay_vectors (`bool`): whether weight decay acts on biases and norms too.
+        momentum (`float`): of SGD.
+        schedule (`str`): `"constant"`, `"cosine"` to 0, `"half-cosine"` to half of it, or `"multistep"`; stepped once
+            an epoch where the length is stated in epochs, and at every step otherwise.
+        schedule_milestones (`tuple[float, ...]`): for multistep, shares of the length after which the rate falls.
+        schedule_factor (`float`): for multistep, what the rate is multiplied by.
+        augmentation (`tuple[Transform | CutMix, ...]`): applied to each batch in this order.
+        label_type (`str`): `"hard"`, `"teacher"` (its labels on each augmented batch) or `"stored"` (a column).
+        temperature (`float`): of the softmax of student and teacher, for soft labels.
+        input_size (`int`, *optional*): height and width the evaluator sees; None for the images' own.
+        load_size (`int`, *optional*): training images are resized and cropped to it before augmentation; `input_size`
+            by default.
+        test_size (`int`, *optional*): test images are resized to it, then cropped to `input_size`.
+        image_mean (`tuple[float, ...]`): that images are normalised by, on the [0, 1] scale.
+        image_std (`tuple[float, ...]`): likewise.
+        norm (`str`): of our own networks: `"instance"`, `"batch"` or `"none"`.
+        best_from (`float`): share of the length after which the source looks for its best epoch on the test set.
+        best_every (`int` or `float`): epochs between two of those evaluations; below 1, a share of the length.
+        variants (`tuple[Variant, ...]`): what differs by number of classes or network.
+
+    Raises:
+        ValueError: for a value outside of what is listed.
+    """
+
+    name: str
+    source: str
+    epochs: ByBudget | None = None
+    steps: ByBudget | None = None
+    batch_size: ByBudget = 64
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    decay_vectors: bool = True
+    momentum: float = 0.9
+    schedule: str = "cosine"
+    schedule_milestones: tuple[float, ...] = ()
+    schedule_factor: float = 0.1
+    augmentation: tuple[Transform | CutMix, ...] = ()
+    label_type: str = "hard"
+    temperature: float = 1.0
+    input_size: int | None = None
+    load_size: int | None = None
+    test_size: int | None = None
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    norm: str = "instance"
+    best_from: float = 0.0
+    best_every: float = 10
+    variants: tuple[Variant, ...] = ()
+
+    def __post_init__(self) -> None:  # noqa: D105
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"Protocol {self.name!r} needs either epochs or steps, got epochs={self.epochs}, steps={self.steps}."
+            )
+        for field in ("epochs", "steps", "batch_size"):
+            _check_budget(self.name, field, getattr(self, field))
+        for field, allowed in (("label_type", LABEL_TYPES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"Protocol {self.name!r} got {field}={getattr(self, field)!r}; allowed: {', '.join(allowed)}."
+                )
+        for field in ("learning_rate", "temperature"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"Protocol {self.name!r} got {field}={getattr(self, field)}; it must be above 0.")
+        if any(isinstance(transform, CutMix) for transform in self.augmentation[:-1]):
+            raise ValueError(f"Protocol {self.name!r}: CutMix mixes labels and must be the last augmentation.")
+
+    def for_model(self, num_classes: int, model_type: str) -> Protocol:
+        """The protocol for a dataset and network, its variants applied.
+
+        Args:
+            num_classes (`int`): of the dataset.
+            model_type (`str`): `config.model_type` of the network.
+
+        Returns:
+            `Protocol`: without variants.
+        """
+        changes: dict[str, Any] = {"variants": ()}
+        for variant in self.variants:
+            if variant.applies(num_classes, model_type):
+                changes.update(variant.changes)
+        return dataclasses.replace(self, **changes)
+
+
+def learning_rate_factor(protocol: Protocol, done: int, total: int) -> float:
+    """The schedule: what the initial learning rate is multiplied by.
+
+    Args:
+        protocol (`Protocol`): its `schedule` fields are read.
+        done (`int`): epochs (or steps, where the protocol counts those) that are over.
+        total (`int`): of all.
+
+    Returns:
+        `float`: in [0, 1].
+    """
+    if protocol.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done / total))
+    if protocol.schedule == "half-cosine":
+        return 0.5 * (1 + math.cos(math.pi * done / total / 2))
+    if protocol.schedule == "multistep":
+        # Rounded down, as the sources compute their milestones; the tolerance keeps 502/1001 of 1001 at 502.
+        return protocol.schedule_factor ** sum(done >= int(m * total + 1e-6) for m in protocol.schedule_milestones)
+    return 1.0
+
+
+def _check_budget(name: str, field: str, table: ByBudget | None) -> None:
+    if table is None or (isinstance(table, int) and table >= 1):
+        return
+    rows = () if isinstance(table, int) else table
+    limits = [math.inf if limit is None else limit for limit, _ in rows]
+    if not rows or limits != sorted(limits) or limits[-1] != math.inf or min(value for _, value in rows) < 1:
+        raise ValueError(
+            f"Protocol {name!r} got {field}={table!r}; a number of at least 1 is needed, or rows (largest images per "
+            "class, number) in rising order of which the last one has None."
+        )
+
+
+_CLASSES_100 = (100, 100)
+_MINIMAX_AUGMENTATION = (
+    RandomResizedCrop(scale=(0.5, 1.0)),
+    HorizontalFlip(),
+    ColorJitter(0.4, 0.4, 0.4),
+    Lighting(0.1),
+    CutMix(),
+)
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="quick",
+            source="this project: for tests and demos on small images",
+            steps=((10, 400), (None, 1500)),
+            batch_size=64,
+            best_every=0.1,
+        ),
+        Protocol(
+            name="minimax-hard",
+            source="github.com/vimar-gu/MinimaxDiffusion argument.py, train.py, data.py (commit 62fc435)",
+            epochs=((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500), (None, 300)),
+            batch_size=64,
+            optimizer="sgd",
+            learning_rate=0.01,
+            weight_decay=5e-4,
+            schedule="multistep",
+            schedule_milestones=(2 / 3, 5 / 6),
+            schedule_factor=0.2,
+            augmentation=_MINIMAX_AUGMENTATION,
+            input_size=224,
+            image_mean=IMAGENET_MEAN,
+            image_std=IMAGENET_STD,
+            best_every=0.01,
+            variants=(
+                # Two thirds of the epochs, rounded down to hundreds.
+                Variant(
+                    (("epochs", ((1, 2000), (10, 1300), (50, 1000), (200, 600), (500, 300), (None, 200))),),
+                    classes=_CLASSES_100,
+                ),
+                Variant((("learning_rate", 0.1), ("weight_decay", 1e-4), ("batch_size", 128)), classes=(101, None)),
+            ),
+        ),
+        Protocol(
+            name="released-dsco",
+            source=(
+                "github.com/kkkkqq/Dataset-Concentration train.py, utils.py, datasets/imagenet.py (commits aee5052, "
+                "5b0b2bc), hard labels; with --teach --sche cos: label_type='teacher', temperature=20, "
+                "schedule='half-cosine'. Its colour jitter draws once a batch and takes the first three images for "
+                "the colours; here each image is jittered on its own"
+            ),
+            epochs=((1, 3000), (10, 2000), (50, 1500), (200, 1000), (None, 500)),
+            batch_size=64,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            schedule="multistep",
+            schedule_milestones=(2 / 3, 5 / 6),
+            schedule_factor=0.2,
+            augmentation=(RandomResizedCrop(scale=(0.5, 1.0), size=224), *_MINIMAX_AUGMENTATION[1:]),
+            input_size=224,
+            load_size=256,
+            test_size=256,
+            image_mean=IMAGENET_MEAN,
+            image_std=IMAGENET_STD,
+            best_from=2 / 3,
+            best_every=10,
+        ),
+        Protocol(
+            name="rded-soft",
+            source=(
+                "github.com/LINs-lab/RDED argument.py, validation/main.py, validation/utils.py (commit 31f9117), for "
+                "its images of 2 x 2 crops (ImageNet subsets at 224 px; ConvNets at 128). For plain images at 32 and "
+                "64 px use rded-soft-small. It knows 1, 10 and 50 images per class; the rows between are ours. There "
+                "the student also sees each batch once without a gradient, which moves batch norm statistics twice"
+            ),
+            epochs=300,
+            batch_size=((1, 10), (10, 50), (None, 100)),
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            decay_vectors=False,
+            schedule="half-cosine",
+            augmentation=(ShufflePatches(2), RandomResizedCrop(scale=(0.5, 1.0)), HorizontalFlip(), CutMix()),
+            label_type="teacher",
+            temperature=20.0,
+            input_size=224,
+            test_size=256,
+            image_mean=IMAGENET_MEAN,
+            image_std=IMAGENET_STD,
+            norm="batch",
+            best_from=0.8,
+            best_every=10,
+            variants=(
+                Variant((("batch_size", ((1, 20), (10, 100), (None, 200))),), classes=_CLASSES_100),
+                Variant((("batch_size", ((1, 20), (10, 100), (None, 200))),), classes=(1000, 1000)),
+                Variant((("learning_rate", 2e-3),), model_types=("efficientnet",)),
+                Variant((("learning_rate", 2.5e-3),), model_types=("mobilenet_v2",)),
+                Variant((("learning_rate", 1e-4),), model_types=("swin", "swinv2", "vit")),
+            ),
+        ),
+        Protocol(
+            name="cifar-convnet",
+            source=(
+                "github.com/VICO-UoE/DatasetCondensation main_DM.py, utils.py (commits 306245d, 131a5a5): "
+                "evaluate_synset with DSA. It runs one epoch more than it states and starts its momentum anew when "
+                "the rate falls, which is not repeated here"
+            ),
+            epochs=1001,
+            batch_size=256,
+            optimizer="sgd",
+            learning_rate=0.01,
+            weight_decay=5e-4,
+            schedule="multistep",
+            schedule_milestones=(502 / 1001,),
+            schedule_factor=0.1,
+            augmentation=(DSA(CIFAR_MEAN, CIFAR_STD),),
+            input_size=32,
+            image_mean=CIFAR_MEAN,
+            image_std=CIFAR_STD,
+            best_from=1.0,
+        ),
+    )
+}
+# CIFAR (32 px) and Tiny-ImageNet (64 px) in RDED: one image is one crop, so a patch is the whole image.
+PROTOCOLS["rded-soft-small"] = dataclasses.replace(
+    PROTOCOLS["rded-soft"],
+    name="rded-soft-small",
+    augmentation=(HorizontalFlip(), CutMix()),
+    input_size=None,
+    test_size=None,
+    variants=(
+        *PROTOCOLS["rded-soft"].variants,
+        Variant((("batch_size", 100),), classes=(200, 200)),  # Tiny-ImageNet
+    ),
+    source="as rded-soft, with factor 1: no patches, and a random resized crop of scale (1, 1), which is the image",
+)
+
+
+def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
+    """A protocol by name or YAML file, with some of its values changed.
+
+    Args:
+        name (`str` or `Path`): a key of `PROTOCOLS`, or a file that `Protocol` fields are read from, see
+            `protocol_from_dict`.
+        **overrides: fields of `Protocol`. Giving `steps` drops the protocol's `epochs`, and the other way round.
+
+    Returns:
+        `Protocol`: named `"<name>*"` where something was changed, so that no table takes it for the original.
+
+    Raises:
+        ValueError: for an unknown name or field; names the nearest.
+        FileNotFoundError: for a YAML file that does not exist.
+    """
+    if str(name).endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"No protocol file {str(name)!r}; names are {', '.join(PROTOCOLS)}.")
+        protocol = protocol_from_dict(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
+    elif str(name) in PROTOCOLS:
+        protocol = PROTOCOLS[str(name)]
+    else:
+        raise ValueError(
+            f"Unknown protocol {str(name)!r}.{nearest(str(name), PROTOCOLS)} Allowed: {', '.join(PROTOCOLS)}."
+        )
+    if not overrides:
+        return protocol
+    _check_fields(overrides)
+    overrides = {key: _frozen(key, value) for key, value in overrides.items()}
+    if overrides.get("steps") is not None:
+        overrides.setdefault("epochs", None)
+    if overrides.get("epochs") is not None:
+        overrides.setdefault("steps", None)
+    # A variant must not undo what was asked for.
+    variants = tuple(
+        dataclasses.replace(v, changes=tuple(change for change in v.changes if change[0] not in overrides))
+        for v in protocol.variants
+    )
+    overrides = {"variants": variants, **overrides, "name": protocol.name.rstrip("*") + "*"}
+    return dataclasses.replace(protocol, **overrides)
+
+
+def protocol_to_dict(protocol: Protocol) -> dict[str, Any]:
+    """A protocol as plain values for JSON and YAML; `protocol_from_dict` turns it back."""
+    values = dataclasses.asdict(protocol)
+    values["augmentation"] = [
+        {"name": type(transform).__name__, **vars(transform)} for transform in protocol.augmentation
+    ]
+    return _plain(values)
+
+
+def protocol_from_dict(values: Mapping[str, Any]) -> Protocol:
+    """A protocol from plain values.
+
+    Args:
+        values (`Mapping`): fields of `Protocol`; `augmentation` is a list of `{"name": class, field: value}`. With
+            `base`, the name of another protocol, only what differs from that one has to be given.
+
+    Returns:
+        `Protocol`: checked.
+
+    Raises:
+        ValueError: for unknown fields or augmentations; names the nearest.
+    """
+    values = dict(values)
+    base = values.pop("base", None)
+    _check_fields({key: value for key, value in values.items() if key != "name"})
+    fields = {key: _frozen(key, value) for key, value in values.items()}
+    if base is None:
+        return Protocol(**fields)
+    return dataclasses.replace(get_protocol(base, **{k: v for k, v in fields.items() if k != "name"}), **fields)
+
+
+def _check_fields(values: Mapping[str, Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "name"]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"Protocol has no field {key!r}.{nearest(key, fields)} Fields: {', '.join(fields)}.")
+
+
+def _frozen(key: str, value: Any) -> Any:
+    """Lists of YAML as the tuples and classes that a frozen protocol holds."""
+    if key == "augmentation":
+        return tuple(_augmentation(item) if isinstance(item, Mapping) else item for item in value)
+    if key == "variants":
+        return tuple(v if isinstance(v, Variant) else _variant(v) for v in value)
+    return _tuples(value)
+
+
+def _variant(item: Mapping[str, Any]) -> Variant:
+    options = {key: _tuples(value) for key, value in item.items() if key != "changes"}
+    _check_fields(dict(item["changes"]))
+    return Variant(tuple((key, _frozen(key, value)) for key, value in item["changes"]), **options)
+
+
+def _augmentation(item: Mapping[str, Any]) -> Any:
+    options = {key: _tuples(value) for key, value in item.items() if key != "name"}
+    name = item.get("name")
+    if name not in AUGMENTATIONS:
+        raise ValueError(
+            f"Unknown augmentation {name!r}.{nearest(str(name), AUGMENTATIONS)} Allowed: {', '.join(AUGMENTATIONS)}."
+        )
+    return AUGMENTATIONS[name](**options)
+
+
+def _tuples(value: Any) -> Any:
+    return (
+        tuple(_tuples(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,491 @@
+"""The training loop of the package: a classifier from scratch on images that fit in memory.
+
+Evaluators and the generator's feature extractor are trained by the same function. Images are decoded once and stay on
+the device; a step is an index, a batched augmentation, forward, backward and the optimiser, with nothing read back to
+the host. Each epoch draws from generators seeded with `(seed, epoch)` alone: a run that was killed and resumed, or one
+of many that ran side by side, gives the same accuracy to the last digit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..features import preprocess
+from .augmentation import Augmented, augment
+from .checks import check_images, check_label_source
+from .protocols import Protocol, by_budget, learning_rate_factor
+
+
+# What a checkpoint stores of `_Run` beside its tensors.
+PROGRESS = ("steps", "epoch", "images", "seconds", "accuracy_best")
+# The losses are read from the device at least this often, in optimiser steps.
+CHECK_STEPS = 50
+# On a CPU a batch passes through the network in parts of this many pixels (16 images of 32 px), whose activations stay
+# in the cache: 1.8 times as fast as a whole batch of 96 for ConvNet-3.
+CPU_PIXELS = 16 * 32 * 32
+
+
+@dataclass
+class TrainingResult:
+    """What `train_evaluator` returns.
+
+    Attributes:
+        model (`PreTrainedModel`): after the last step, in eval mode.
+        accuracy (`float`, *optional*): of the last epoch on the test images, in [0, 1]; None without test images.
+        accuracy_best (`float`, *optional*): highest of all evaluations, which *chooses the epoch on the test set*:
+            only for comparison with tables that do so. None unless `track_best`.
+        loss (`float`): mean training loss of the last epoch.
+        steps (`int`): optimiser steps taken, those before a resume included.
+        seconds (`float`): time spent training, before a resume included; evaluation and checkpoints are not.
+        images_per_second (`float`): training images by `seconds`.
+    """
+
+    model: PreTrainedModel
+    accuracy: float | None
+    accuracy_best: float | None
+    loss: float
+    steps: int
+    seconds: float
+    images_per_second: float
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the checkpoint that is still good."""
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of images whose largest logit is their label's.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): B at least 1.
+        labels (`torch.Tensor` of shape `(B,)`): class indices.
+
+    Returns:
+        `float`: in [0, 1]; higher is better.
+    """
+    return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
+
+
+@torch.no_grad()
+def predict_logits(model: PreTrainedModel, pixels: torch.Tensor, *, batch_size: int = 128) -> torch.Tensor:
+    """Logits of images, in eval mode whatever mode the model is in.
+
+    Args:
+        model (`PreTrainedModel`): a classifier; its mode is restored.
+        pixels (`torch.Tensor` of shape `(B, C, H, W)`, range [-1, 1]): on any device, of any size.
+        batch_size (`int`): images per forward pass.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`: float32, on the device of the model.
+    """
+    training = model.training
+    model.eval()
+    try:
+        batches = [model(preprocess(b.to(model.device), model)).logits.float() for b in pixels.split(batch_size)]
+    finally:
+        model.train(training)
+    return torch.cat(batches)
+
+
+def hard_label_loss(
+    logits: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, *, weight: float = 1.0
+) -> torch.Tensor:
+    """Cross entropy; where images were mixed, the same mixture of the cross entropies of both labels.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): of the student.
+        labels (`torch.Tensor` of shape `(B,)`): class indices.
+        others (`torch.Tensor` of shape `(B,)`): classes of the images that were mixed in.
+        weight (`float`): share of `labels` in [0, 1]; at 1 the others are not looked at.
+    """
+    loss = F.cross_entropy(logits, labels)
+    return loss if weight == 1.0 else weight * loss + (1 - weight) * F.cross_entropy(logits, others)
+
+
+def soft_label_loss(logits: torch.Tensor, targets: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """KL divergence of the softened student from given probabilities, mean over the batch, without a factor T².
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): of the student.
+        targets (`torch.Tensor` of shape `(B, K)`): probabilities, softened already.
+        temperature (`float`): T of the student's softmax.
+    """
+    return F.kl_div((logits / temperature).log_softmax(1), targets, reduction="batchmean")
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed of its own for each epoch of each run, so that an epoch can be repeated without those before it."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]) >> 1
+
+
+def epoch_batches(
+    images: int, batch_size: int, *, generator: torch.Generator, device: torch.device, smallest: int = 2
+) -> list[torch.Tensor]:
+    """Indices of one pass in random order; a last batch below `smallest` joins the one before it.
+
+    Args:
+        images (`int`): size of the training set.
+        batch_size (`int`): images per batch.
+        generator (`torch.Generator`): on the CPU.
+        device (`torch.device`): where the indices go.
+        smallest (`int`): a batch of one image would break batch norm.
+
+    Returns:
+        `list[torch.Tensor]`: int64 index vectors.
+    """
+    batches = list(torch.randperm(images, generator=generator).to(device).split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) < smallest:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def make_optimizer(model: torch.nn.Module, protocol: Protocol) -> torch.optim.Optimizer:
+    """The protocol's optimiser, fused: the step of a small network is otherwise mostly launches."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not protocol.decay_vectors:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    options: dict[str, Any] = {"lr": protocol.learning_rate, "weight_decay": protocol.weight_decay, "fused": True}
+    if protocol.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=protocol.momentum, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+class _Run:
+    """One training: its data, its networks and where it stands."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        protocol: Protocol,
+        seed: int,
+        teacher: PreTrainedModel | None,
+        soft_labels: torch.Tensor | None,
+        accelerator: Accelerator,
+        distributed: bool,
+        compiled: bool = False,
+    ) -> None:
+        self.accelerator, self.protocol, self.seed = accelerator, protocol, seed
+        self.device = accelerator.device
+        self.world: int = accelerator.num_processes if distributed else 1
+        self.rank: int = accelerator.process_index if distributed else 0
+        self.model = model.to(self.device).train()
+        self.teacher = None if teacher is None else teacher.to(self.device).eval()
+        self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
+        self.log_soft_labels = None if soft_labels is None else soft_labels.to(self.device).float().log()
+        self.optimizer = make_optimizer(self.model, protocol)
+        self.network = accelerator.prepare_model(self.model) if self.world > 1 else self.model
+        if compiled:  # static shapes: which sizes came first must not decide the arithmetic
+            self.network = torch.compile(self.network, dynamic=False)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=accelerator.mixed_precision == "fp16")
+        # Gradients of parts of a batch add up to that of the batch; DDP and batch norm have to see it whole.
+        whole = self.world > 1 or any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        size = model.config.image_size
+        self.part_size = len(pixels) if whole or self.device.type != "cpu" else max(2, CPU_PIXELS // size**2)
+        self.order, self.draws = torch.Generator(), torch.Generator()
+        per_class = len(pixels) / len(labels.unique())
+        self.batch_size = by_budget(protocol.batch_size, per_class)
+        self.batches_per_epoch = len(self.batches())
+        if protocol.steps is None:
+            self.epochs = by_budget(protocol.epochs or 1, per_class)
+            self.total_steps = self.epochs * self.batches_per_epoch
+        else:
+            self.total_steps = by_budget(protocol.steps, per_class)
+            self.epochs = math.ceil(self.total_steps / self.batches_per_epoch)
+        self.losses = torch.zeros(self.total_steps, device=self.device)
+        self.steps, self.epoch, self.images, self.seconds = 0, 0, 0, 0.0
+        self.accuracy_best: float | None = None
+
+    def batches(self) -> list[torch.Tensor]:
+        """The batches of an epoch; every process gets at least two images of each."""
+        smallest = 2 * self.world
+        return epoch_batches(
+            len(self.pixels), self.batch_size, generator=self.order, device=self.device, smallest=smallest
+        )
+
+    def train_epoch(self) -> None:
+        """One pass over the images, or what is left of it until the last step."""
+        start = time.perf_counter()
+        seed = epoch_seed(self.seed, self.epoch + 1)
+        self.order.manual_seed(seed)  # the same on all processes
+        self.draws.manual_seed(seed ^ (self.rank + 1))
+        torch.manual_seed(seed ^ (self.rank + 1))  # dropout; `train_evaluator` restores the caller's state
+        by_epoch = self.protocol.steps is None
+        for indices in self.batches()[: self.total_steps - self.steps]:
+            position = (self.epoch, self.epochs) if by_epoch else (self.steps, self.total_steps)
+            rate = self.protocol.learning_rate * learning_rate_factor(self.protocol, *position)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.step(indices)
+        self.epoch += 1
+        self.seconds += time.perf_counter() - start
+
+    def step(self, indices: torch.Tensor) -> None:
+        """One optimiser step on the images at `indices`; nothing is read back from the device."""
+        self.images += len(indices)
+        share = 1.0
+        if self.world > 1:
+            mine = indices.tensor_split(self.world)[self.rank]
+            share = len(mine) * self.world / len(indices)  # DDP takes the plain mean of unequal slices
+            indices = mine
+        mixed = augment(self.protocol.augmentation, self.pixels[indices], generator=self.draws)
+        labels = self.labels[indices]
+        others = labels if mixed.partner is None else labels[mixed.partner]
+        soft = None if self.protocol.label_type == "hard" else self.soft_targets(indices, mixed)
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(indices), self.part_size):
+            rows = slice(start, start + self.part_size)
+            with self.accelerator.autocast():
+                logits = self.network(preprocess(mixed.pixels[rows], self.model)).logits.float()
+            if soft is None:
+                loss = hard_label_loss(logits, labels[rows], others[rows], weight=mixed.weight)
+            else:
+                loss = soft_label_loss(logits, soft[rows], temperature=self.protocol.temperature)
+            loss = loss * (len(logits) / len(indices))
+            self.scaler.scale(loss * share).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses[self.steps] = total
+        self.steps += 1
+
+    @torch.no_grad()
+    def soft_targets(self, indices: torch.Tensor, mixed: Augmented) -> torch.Tensor:
+        """Softened probabilities of shape `(B, K)` for an augmented batch."""
+        temperature = self.protocol.temperature
+        if self.teacher is not None:
+            return (self.teacher(preprocess(mixed.pixels, self.teacher)).logits.float() / temperature).softmax(1)
+        assert self.log_soft_labels is not None  # checked by check_label_source
+        # Logarithms of probabilities are logits: softening them is softening the teacher's own.
+        stored = (self.log_soft_labels[indices] / temperature).softmax(1)
+        if mixed.partner is None:
+            return stored
+        return mixed.weight * stored + (1 - mixed.weight) * stored[mixed.partner]
+
+    def check_losses(self, since: int, checkpoint: Path | None) -> None:
+        """Stops a training whose loss is no number any more; reads from the device, so it is not for every step."""
+        finite = self.losses[since : self.steps].isfinite()
+        if finite.all():
+            return
+        step = since + int((~finite).int().argmax())
+        kept = f" The checkpoint {checkpoint} is older and kept." if checkpoint and checkpoint.exists() else ""
+        raise TrainingDivergedError(
+            f"The loss became {self.losses[step].item()} at step {step + 1} of {self.total_steps} (seed {self.seed}, "
+            f"protocol {self.protocol.name!r}, learning rate {self.protocol.learning_rate}).{kept} Lower the learning "
+            "rate, or check the images and soft labels for NaN."
+        )
+
+    def evaluate(self, pixels: torch.Tensor, labels: torch.Tensor) -> float:
+        """Accuracy on the test images, shared out over the processes where they train one model together."""
+        part, answers = (t.tensor_split(self.world)[self.rank].to(self.device) for t in (pixels, labels))
+        correct = torch.zeros((), device=self.device)
+        if len(part):
+            with self.accelerator.autocast():
+                correct += (predict_logits(self.model, part).argmax(1) == answers).sum()
+        if self.world > 1:
+            correct = self.accelerator.reduce(correct, reduction="sum")
+        return correct.item() / len(labels)
+
+    def evaluation_due(self) -> bool:
+        """Whether a source that chooses its best epoch looks at the test set after this one."""
+        every = self.protocol.best_every
+        every = max(1, int(every * self.epochs) if every < 1 else int(every))
+        return self.epoch >= self.protocol.best_from * self.epochs and self.epoch % every == 0
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Writes everything a resume needs into one safetensors file, which is whole or absent."""
+        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
+        tensors["losses"] = self.losses[: self.steps]
+        metadata = {
+            "fingerprint": fingerprint,
+            "progress": json.dumps({name: getattr(self, name) for name in PROGRESS}),
+            "scaler": json.dumps(self.scaler.state_dict()),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        # clone: safetensors refuses tensors that share memory, such as tied weights.
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata)
+        partial.replace(path)
+
+    def load(self, path: Path, fingerprint: str) -> None:
+        """Takes up a checkpoint of `save`."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["fingerprint"] != fingerprint:
+                raise ValueError(
+                    f"The checkpoint {path} belongs to another run: its protocol, seed, network or images differ from "
+                    "the ones given. Delete it to start anew, or write to another folder."
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                states.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        if scaler := json.loads(metadata["scaler"]):
+            self.scaler.load_state_dict(scaler)
+        for name, value in json.loads(metadata["progress"]).items():
+            setattr(self, name, value)
+        self.losses[: self.steps] = tensors["losses"].to(self.device)
+
+
+def content_hash(*parts: Any) -> str:
+    """A hash of settings, tensors and models, which count by their weights: what a stored result depends on."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            digest.update(f"{tuple(part.shape)}{part.dtype}".encode())
+            digest.update(part.detach().cpu().contiguous().numpy().data)
+        elif isinstance(part, PreTrainedModel):
+            digest.update(content_hash(*part.state_dict().values()).encode())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def train_evaluator(
+    model: PreTrainedModel | Callable[[], PreTrainedModel],
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    protocol: Protocol,
+    seed: int = 0,
+    test_pixels: torch.Tensor | None = None,
+    test_labels: torch.Tensor | None = None,
+    teacher: PreTrainedModel | None = None,
+    soft_labels: torch.Tensor | None = None,
+    accelerator: Accelerator | None = None,
+    distributed: bool = False,
+    compiled: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    track_best: bool = False,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    progress: bool = False,
+) -> TrainingResult:
+    """Trains a classifier under a protocol and reports the accuracy of the last epoch.
+
+    Args:
+        model (`PreTrainedModel` or a function that builds one): a function is called with PyTorch's generator seeded
+            with `seed`, so that the initial weights follow from it; a model is trained from where it is, in place.
+        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): the whole training set.
+        labels (`torch.Tensor` of shape `(N,)`, int64): class indices, at least two different ones.
+        protocol (`Protocol`): see `get_protocol`.
+        seed (`int`): decides initial weights, order, augmentation and dropout; at least 0.
+        test_pixels (`torch.Tensor`, *optional*): of shape `(M, C, h, w)`.
+        test_labels (`torch.Tensor`, *optional*): of shape `(M,)`.
+        teacher (`PreTrainedModel`, *optional*): for `label_type="teacher"`; with the same class names.
+        soft_labels (`torch.Tensor`, *optional*): probabilities of shape `(N, K)`, for `label_type="stored"`.
+        accelerator (`Accelerator`, *optional*): gives device and precision; a default one is made.
+        distributed (`bool`): all processes train this one model together; otherwise each trains one of its own.
+        compiled (`bool`): pass the network through `torch.compile`; pays from about a minute of training on.
+        checkpoint (`str` or `Path`, *optional*): a safetensors file. If it exists, training resumes from it.
+        checkpoint_seconds (`float`): shortest time between two checkpoints; 0 writes one after every epoch.
+        track_best (`bool`): also evaluate on the way, for `accuracy_best`.
+        on_epoch (`Callable`, *optional*): called after every epoch with epoch, loss and, if evaluated, accuracy.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        `TrainingResult`: with the trained model.
+
+    Raises:
+        ValueError: for bad images, labels, soft labels or teacher, or a checkpoint of another run.
+        TrainingDivergedError: when the loss becomes NaN or infinite.
+    """
+    accelerator = accelerator or Accelerator()
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        torch.manual_seed(epoch_seed(seed, 0))
+        model = model if isinstance(model, PreTrainedModel) else model()
+        test = None if test_pixels is None or test_labels is None else (test_pixels, test_labels)
+        for what, images in (("training", (pixels, labels)), ("test", test)):
+            if images is not None:
+                check_images(*images, model.config.num_labels, what=what)
+        protocol = protocol.for_model(model.config.num_labels, model.config.model_type)
+        check_label_source(model, protocol, len(pixels), teacher, soft_labels)
+        run = _Run(
+            model,
+            pixels,
+            labels,
+            protocol=protocol,
+            seed=seed,
+            teacher=teacher,
+            soft_labels=soft_labels,
+            accelerator=accelerator,
+            distributed=distributed,
+            compiled=compiled,
+        )
+        path = None if checkpoint is None else Path(checkpoint)
+        loss = _train(run, test if track_best else None, path, checkpoint_seconds, on_epoch, progress)
+    if run.world > 1:
+        accelerator.unwrap_model(run.network, keep_fp32_wrapper=False)
+    final = None if test is None else run.evaluate(*test)
+    best = max(final, run.accuracy_best or 0.0) if final is not None and track_best else None
+    return TrainingResult(model.eval(), final, best, loss, run.steps, run.seconds, run.images / max(run.seconds, 1e-9))
+
+
+def _train(
+    run: _Run,
+    test: tuple[torch.Tensor, torch.Tensor] | None,
+    checkpoint: Path | None,
+    checkpoint_seconds: float,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+    progress: bool,
+) -> float:
+    """Runs the epochs that are left, looking at `test` on the way if it is given; the mean loss of the last epoch."""
+    fingerprint = ""
+    if checkpoint is not None:
+        config = run.model.config.to_json_string()
+        fingerprint = content_hash(config, run.protocol, run.seed, run.pixels, run.labels, run.log_soft_labels)
+        if checkpoint.exists():
+            run.load(checkpoint, fingerprint)
+    checked, saved = run.steps, time.perf_counter()
+    bar = tqdm(total=run.total_steps, initial=run.steps, desc=f"seed {run.seed}", disable=not progress, unit="step")
+    while run.steps < run.total_steps:
+        start = run.steps
+        run.train_epoch()
+        last = run.steps == run.total_steps
+        due = checkpoint is not None and not last and time.perf_counter() - saved >= checkpoint_seconds
+        if last or due or on_epoch is not None or run.steps - checked >= CHECK_STEPS:
+            run.check_losses(checked, checkpoint)
+            checked = run.steps
+        metrics: dict[str, float] = {"epoch": run.epoch}
+        if test is not None and not last and run.evaluation_due():
+            metrics["accuracy"] = run.evaluate(*test)
+            run.accuracy_best = max(metrics["accuracy"], run.accuracy_best or 0.0)
+        if checkpoint is not None and due:
+            if run.world == 1 or run.accelerator.is_main_process:
+                run.save(checkpoint, fingerprint)
+            saved = time.perf_counter()
+        if on_epoch is not None:
+            on_epoch({**metrics, "loss": run.losses[start : run.steps].mean().item()})
+        bar.update(run.steps - start)
+    bar.close()
+    last_epoch = (run.total_steps - 1) // run.batches_per_epoch * run.batches_per_epoch
+    return run.losses[last_epoch : run.total_steps].mean().item()

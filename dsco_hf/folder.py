@@ -1,0 +1,451 @@
+"""A published dataset on disk: parquet shards per config, the card, `concentration.json`, `results.json` and figures.
+
+`concentration.json` is what makes a published set checkable and repeatable. What the caller recorded (`method`,
+`parameters`, `seed`, `source`, `generator`, `classifier`, `versions`, `cost`; each may also stand under
+`configs.<name>`) is kept, and for each config this module adds its features and, per split, rows, rows per class and
+per source, the SHA-256 of the rows' content and of every file. The same content gives the same bytes, so that
+publishing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features
+
+from .cards import DatasetCardFields, draw_samples, render_dataset_card
+from .markdown import merge_cards
+from .shards import CONFIG_NAME, DatasetLike, as_configs, describe_split, file_sha256, read_split, write_shards
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from .targets import MatchingTargets
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CARD, CONCENTRATION, RESULTS = "README.md", "concentration.json", "results.json"
+OWN_ENTRIES = {CARD, CONCENTRATION, RESULTS, "data", "figures", ".gitattributes"}
+COSTS = ("images", "seconds", "denoiser_calls", "decoder_calls", "classifier_calls", "peak_memory_bytes")
+LIBRARIES = ("torch", "diffusers", "transformers", "datasets")
+FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
+
+
+def to_json(values: object) -> str:
+    """Writes JSON that any reader accepts: NaN and infinity become null, NumPy numbers plain ones, paths strings."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+        if isinstance(value, np.ndarray | np.generic):
+            return plain(value.tolist())
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        return str(value).encode("utf-8", "replace").decode()  # without lone surrogates, which no file can hold
+
+    return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the place of `folder` when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        new.chmod(0o755)
+        yield new
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+            folder.rename(old / "old")
+            new.rename(folder)
+            shutil.rmtree(old)
+        else:
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_target(folder: Path) -> None:
+    if folder.is_file() or folder.is_symlink():
+        raise FileExistsError(
+            f"{folder} is a file or a link, but a folder is to be written there. Choose another path."
+        )
+    if folder.is_dir():
+        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in OWN_ENTRIES)
+        if foreign:
+            raise FileExistsError(
+                f"{folder} holds files that no published dataset has ({', '.join(foreign[:5])}), and would be "
+                f"replaced as a whole. "
+                "Choose another folder, or move them away."
+            )
+
+
+def build_concentration(
+    concentration: Mapping[str, Any] | None,
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    default_config: str,
+    others: Mapping[str, Any] | None = None,
+    card: DatasetCardFields | None = None,
+) -> dict[str, Any]:
+    """Joins what the caller recorded with the description of the files to the content of `concentration.json`.
+
+    Args:
+        concentration: Records of the caller.
+        configs: Description of each config written now.
+        default_config: Config that loads when none is named.
+        others: Configs that are in the repository already, and stay.
+        card: What a person says about the dataset, kept for later pushes; what was recorded of it if `None`.
+    """
+    recorded = dict(concentration or {})
+    if card is not None:
+        recorded["card"] = {k: v for k, v in vars(card).items() if v and k != "repo_id"}
+    per_config = recorded.pop("configs", None) or {}
+    for key in ("format_version", "default_config"):
+        recorded.pop(key, None)
+    if not recorded.get("card"):
+        recorded.pop("card", None)
+    merged = {name: {**dict(per_config.get(name) or {}), **entry} for name, entry in configs.items()}
+    return {
+        "format_version": FORMAT_VERSION,
+        **recorded,
+        "default_config": default_config,
+        "configs": dict(sorted({**(others or {}), **merged}.items(), key=lambda item: _natural(item[0]))),
+    }
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.findall(r"\d+|\D+", name)]
+
+
+def write_configs(configs: Mapping[str, Mapping[str, Dataset]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes the shards of all configs below `folder/data` and returns their description."""
+    described = {}
+    for name, splits in configs.items():
+        entry: dict[str, Any] = {"features": next(iter(splits.values())).features.to_dict(), "splits": {}}
+        for split, dataset in splits.items():
+            paths, size = write_shards(dataset, folder / "data" / name, split=split)
+            files = [
+                {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in paths
+            ]
+            entry["splits"][split] = {**describe_split(dataset), "bytes": size, "files": files}
+        described[name] = entry
+    return described
+
+
+def pick_default(configs: Mapping[str, object], default_config: str | None) -> str:
+    """Returns the config that loads when none is named: the given one, `default`, or the first.
+
+    Raises:
+        ValueError: If there is no such config.
+    """
+    if default_config is None:
+        return "default" if "default" in configs else next(iter(configs))
+    if default_config not in configs:
+        raise ValueError(f"default_config {default_config!r} is not one of the configs {sorted(configs)}.")
+    if "default" in configs and default_config != "default":
+        raise ValueError(
+            f"A config named 'default' always loads by default, so default_config cannot be {default_config!r}. "
+            f"Rename it."
+        )
+    return default_config
+
+
+def save_dataset_folder(
+    configs: Mapping[str, DatasetLike] | DatasetLike,
+    folder: str | Path,
+    *,
+    default_config: str | None = None,
+    card: DatasetCardFields | None = None,
+    results: Mapping[str, Any] | None = None,
+    concentration: Mapping[str, Any] | None = None,
+    figures: Sequence[Path | str] = (),
+) -> Path:
+    """Writes a dataset as it is published: plain `load_dataset(folder, "ipc10", split="train")` reads it.
+
+    The folder is whole or as it was before, and the same content gives the same bytes. Text that a person wrote into
+    the README.md of an existing folder, outside of the marked section, is kept.
+
+    Args:
+        configs: One dataset per config name (a `DatasetDict` holds the splits of a config); a single dataset becomes
+            `default`.
+        folder: Folder to write; an existing published dataset there is replaced.
+        default_config: Config that `load_dataset(folder)` loads; `default` or the first if `None`.
+        card: What a person says about the dataset: title, licences, texts.
+        results: Content of `results.json`, the source of the accuracy table.
+        concentration: How the dataset was made (see the head of this file).
+        figures: Images for the card; a sample grid is drawn if there is none named `samples`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: If a config is not a `Dataset` or `DatasetDict`.
+        ValueError: If a name, a column or a default is not allowed.
+        FileExistsError: If the folder holds files of something else.
+    """
+    folder = Path(folder)
+    checked = as_configs(configs)
+    default = pick_default(checked, default_config)
+    _check_target(folder)
+    readme = folder / CARD
+    existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    with atomic_folder(folder) as new:
+        described = write_configs(checked, new)
+        paths = write_figures(figures, new, dataset=next(iter(checked[default].values())))
+        record = build_concentration(concentration, described, default_config=default, card=card)
+        write_records(new, record, card=card, results=results, figures=paths, existing_card=existing)
+    return folder
+
+
+def concentration_record(
+    pipe: DiffusionPipeline,
+    targets: MatchingTargets | None = None,
+    report: object = None,
+    *,
+    method: str,
+    seed: int,
+    parameters: Mapping[str, Any],
+    source: Mapping[str, Any] | None = None,
+    generator_revision: str | None = None,
+) -> dict[str, Any]:
+    """Records how a dataset was made, for the `concentration` argument of `publish` and `save_dataset_folder`.
+
+    Args:
+        pipe: The pipeline that drew the images.
+        targets: What they were matched to; their own record is taken over.
+        report: The `ConcentrationReport` of the run, for its cost.
+        method: As in `results.json`: `"nopt"`, `"nopt-data-free"`, ...
+        seed: Seed of the run.
+        parameters: Further arguments of `concentrate`: `images_per_class`, `num_inference_steps`, ...
+        source: What is known of the source data beyond the targets' record: `dataset` (its id), `revision`, `split`,
+            `license`, `rows`, ...
+        generator_revision: Commit that the pipeline was loaded from.
+    """
+    population = dict(getattr(targets, "provenance", None) or {})
+    origin: dict[str, Any] = {}
+    if population.get("population") == "data":
+        origin = {key: population.get(key) for key in ("dataset", "fingerprint")} | {"rows": population.get("images")}
+    origin = {key: value for key, value in {**origin, **(source or {})}.items() if value is not None}
+    classifier = getattr(pipe, "classifier", None)
+    cost = {key: value for key, value in vars(report).items() if key in COSTS} if report is not None else None
+    record = {
+        "method": method,
+        "seed": seed,
+        "parameters": dict(parameters),
+        "source": origin or None,
+        "targets": population or None,
+        "generator": _model_id(pipe, generator_revision),
+        "classifier": _model_id(classifier, getattr(getattr(classifier, "config", None), "_commit_hash", None)),
+        "versions": {name: metadata.version(name) for name in LIBRARIES if find_spec(name) is not None},
+        "cost": cost,
+    }
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _model_id(model: Any, revision: str | None) -> dict[str, str] | None:
+    name = getattr(model, "name_or_path", None) or None
+    known = {"id": name, "revision": revision}
+    return {key: str(value) for key, value in known.items() if value} or None
+
+
+def parse_record(text: str, name: str) -> dict[str, Any]:
+    """Parses a JSON object that came from a repository.
+
+    Raises:
+        ValueError: If it is no JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON ({error}). Correct or delete it there.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, but is a {type(value).__name__}. Delete it there.")
+    if not isinstance(value.get("configs", {}), dict):
+        raise ValueError(f"`configs` of {name} must be a JSON object. Delete the file there.")
+    return value
+
+
+def merged_record(
+    concentration: Mapping[str, Any] | None,
+    described: Mapping[str, Mapping[str, Any]],
+    before: Mapping[str, Any],
+    default_config: str | None,
+    card: DatasetCardFields | None,
+) -> dict[str, Any]:
+    """Joins the records of a push with those of the configs that stay in the repository.
+
+    What was recorded for the whole repository is written into the configs that stay wherever it no longer holds for
+    all.
+    """
+    kept = {name: entry for name, entry in (before.get("configs") or {}).items() if name not in described}
+    old = {k: v for k, v in before.items() if k not in ("configs", "format_version", "default_config", "card")}
+    if concentration is None:
+        # Without new records the old ones hold only for rows that are the same.
+        recorded = {name: recorded_only(entry) for name, entry in (before.get("configs") or {}).items()}
+        concentration = {**old, "configs": recorded} if _same_rows(before, described) else {}
+    others = {
+        name: {**{k: v for k, v in old.items() if concentration.get(k) != v}, **entry} for name, entry in kept.items()
+    }
+    names = {**others, **described}
+    if default_config is None and before.get("default_config") in names:
+        default_config = before["default_config"]
+    return build_concentration(
+        {"card": before.get("card"), **concentration},
+        described,
+        default_config=pick_default(names, default_config),
+        others=others,
+        card=card,
+    )
+
+
+def _same_rows(before: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]]) -> bool:
+    def hashes(entry: Mapping[str, Any]) -> dict[str, str]:
+        return {split: info.get("rows_sha256") for split, info in (entry.get("splits") or {}).items()}
+
+    configs = before.get("configs") or {}
+    return all(hashes(configs.get(name) or {}) == hashes(entry) for name, entry in described.items())
+
+
+def write_figures(
+    figures: Sequence[Path | str], folder: Path, *, dataset: Dataset | None, others: Sequence[str] = ()
+) -> list[str]:
+    """Copies figures to `folder/figures` and returns the paths of all figures of the card, samples first.
+
+    Args:
+        figures: Images to copy.
+        folder: Folder of the published dataset.
+        dataset: Dataset of which a sample grid is drawn if no figure is named `samples`; none is drawn if `None`.
+        others: Paths of figures that are in the repository already.
+    """
+    target = folder / "figures"
+    target.mkdir(parents=True, exist_ok=True)
+    names = []
+    for figure in map(Path, figures):
+        if figure.suffix.lower() not in FIGURE_SUFFIXES or not CONFIG_NAME.fullmatch(figure.name):
+            raise ValueError(
+                f"{figure.name!r} cannot be a figure of the card: {', '.join(FIGURE_SUFFIXES)} files with plain "
+                f"names can."
+            )
+        if not figure.is_file():
+            raise FileNotFoundError(f"There is no figure at {figure}.")
+        shutil.copyfile(figure, target / figure.name)
+        names.append(figure.name)
+    if dataset is not None and not any(Path(name).stem == "samples" for name in names):
+        draw_samples(dataset).save(target / "samples.png")
+        names.append("samples.png")
+    for path in others:
+        name = PurePosixPath(path).name
+        if name not in names and CONFIG_NAME.fullmatch(name) and name.lower().endswith(FIGURE_SUFFIXES):
+            names.append(name)
+    order = ["samples", "accuracy", "features", "cost"]
+    names.sort(key=lambda name: (order.index(stem) if (stem := Path(name).stem) in order else len(order), name))
+    return [f"figures/{name}" for name in names]
+
+
+def write_records(
+    folder: Path,
+    record: Mapping[str, Any],
+    *,
+    card: DatasetCardFields | None,
+    results: Mapping[str, Any] | None,
+    figures: Sequence[str],
+    existing_card: str | None,
+    repo_id: str | None = None,
+) -> None:
+    """Writes `concentration.json`, `results.json` and the card beside the shards."""
+    (folder / CONCENTRATION).write_text(to_json(record), encoding="utf-8", newline="\n")
+    if results is not None:
+        (folder / RESULTS).write_text(to_json(results), encoding="utf-8", newline="\n")
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    record = json.loads((folder / CONCENTRATION).read_text(encoding="utf-8"))
+    text = render_dataset_card(record, fields=card_fields(record, repo_id), results=results, figures=figures)
+    keep = () if card and card.pretty_name else ("pretty_name",)
+    (folder / CARD).write_text(merge_cards(existing_card, text, keep=keep), encoding="utf-8", newline="\n")
+
+
+def card_fields(record: Mapping[str, Any], repo_id: str | None) -> DatasetCardFields:
+    """Returns what a person said about the dataset, from `concentration.json`; entries of wrong type are left out."""
+    recorded = record.get("card")
+    kept: dict[str, Any] = {}
+    for key, value in recorded.items() if isinstance(recorded, dict) else ():
+        if key in ("language", "tags"):
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                kept[key] = value
+        elif key in DatasetCardFields.__dataclass_fields__ and key != "repo_id" and isinstance(value, str):
+            kept[key] = value
+    return DatasetCardFields(**kept, repo_id=repo_id)
+
+
+def read_folder(folder: str | Path) -> dict[str, Any]:
+    """Reads a folder that `save_dataset_folder` wrote: `configs` and the other arguments it was called with.
+
+    Raises:
+        FileNotFoundError: If it is not such a folder, or one of its files is missing.
+    """
+    folder = Path(folder)
+    if not (folder / CONCENTRATION).is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a published dataset: it has no {CONCENTRATION}. Write it with "
+            "`save_dataset_folder`."
+        )
+    record = json.loads((folder / CONCENTRATION).read_text(encoding="utf-8"))
+    configs: dict[str, DatasetDict] = {}
+    for name, entry in record["configs"].items():
+        features = Features.from_dict(entry["features"])
+        splits = {}
+        for split, info in entry["splits"].items():
+            paths = [safe_path(folder, file["path"]) for file in info["files"]]
+            if missing := [path for path in paths if not path.is_file()]:
+                raise FileNotFoundError(
+                    f"{missing[0]} is missing, but {CONCENTRATION} lists it. Write the folder again."
+                )
+            splits[split] = read_split(paths, features)
+        configs[name] = DatasetDict(splits)
+    results = folder / RESULTS
+    recorded = {name: recorded_only(entry) for name, entry in record["configs"].items()}
+    return {
+        "configs": configs,
+        "default_config": record["default_config"],
+        "concentration": {**record, "configs": recorded},
+        "results": json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
+        "figures": sorted((folder / "figures").glob("*")),
+    }
+
+
+def recorded_only(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the caller recorded of a config, without the description of its files."""
+    return {key: value for key, value in entry.items() if key not in ("features", "splits")}
+
+
+def safe_path(folder: Path, path: object) -> Path:
+    """Joins a path that came from a repository to a folder.
+
+    Raises:
+        ValueError: If it could leave the folder.
+    """
+    text = str(path)
+    parts = PurePosixPath(text).parts
+    if not isinstance(path, str) or not parts or text.startswith("/") or ".." in parts or set(text) & set("\\:\0"):
+        raise ValueError(f"The path {text!r} leaves the folder of the dataset. Do not trust this repository.")
+    return folder / text

@@ -1,0 +1,141 @@
+"""Kernel mean embeddings: random Fourier features, maximum mean discrepancy and herding.
+
+Free functions, tensor → tensor, in the notation of the papers they come from. ``x`` are (standardised) features,
+``psi`` their embedding ψ(x), ``mu`` a mean embedding μ = E[ψ(x)].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def median_bandwidth(x: torch.Tensor) -> float:
+    """Bandwidth of a Gaussian kernel by the median heuristic (Gretton et al. 2012, "A Kernel Two-Sample Test").
+
+    Args:
+        x (`torch.Tensor` of shape `(n, d)`): features of a sample; memory is O(n²), so pass one or two thousand rows
+            at most.
+
+    Returns:
+        `float`: the median of all pairwise Euclidean distances; 1.0 if it is zero or there is only one row, where no
+        scale can be read off the sample.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"`x` must have shape (n, d), got {tuple(x.shape)}.")
+    if x.shape[0] < 2:
+        return 1.0
+    median = torch.pdist(x.float()).median().item()
+    return median if median > 0 else 1.0
+
+
+def draw_frequencies(
+    feature_dim: int, embedding_dim: int, bandwidth: float, *, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draws the frequencies of random Fourier features for a Gaussian kernel (Rahimi & Recht 2007).
+
+    Args:
+        feature_dim (`int`): d, the dimension of the features.
+        embedding_dim (`int`): D, the dimension of the embedding: even, as every frequency gives a cosine and a sine.
+        bandwidth (`float`): standard deviation of the kernel exp(-‖x - y‖² / (2·bandwidth²)), in units of the
+            features.
+        generator (`torch.Generator`, *optional*): a CPU generator; the frequencies are drawn on CPU so that they do
+            not depend on the device.
+
+    Returns:
+        `torch.Tensor` of shape `(d, D / 2)`.
+    """
+    if embedding_dim < 2 or embedding_dim % 2:
+        raise ValueError(f"`embedding_dim` must be an even number of at least 2, got {embedding_dim}.")
+    if not bandwidth > 0 or not math.isfinite(bandwidth):
+        raise ValueError(f"`bandwidth` must be a positive finite number, got {bandwidth}.")
+    return torch.randn(feature_dim, embedding_dim // 2, generator=generator) / bandwidth
+
+
+def fourier_embedding(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Embeds features with random Fourier features: ψ(x) = √(2/D) [cos(Wᵀx), sin(Wᵀx)] (Rahimi & Recht 2007).
+
+    The cosine/sine pair has less variance than a cosine with a random phase (Sutherland & Schneider 2015) and ‖ψ(x)‖ =
+    1 exactly, as k(x, x) = 1.
+
+    Args:
+        x (`torch.Tensor` of shape `(n, d)`): features.
+        frequencies (`torch.Tensor` of shape `(d, D / 2)`): W, from [`draw_frequencies`].
+
+    Returns:
+        `torch.Tensor` of shape `(n, D)`: ⟨ψ(x), ψ(y)⟩ ≈ exp(-‖x - y‖² / (2·bandwidth²)).
+    """
+    projection = x @ frequencies  # (n, D / 2)
+    return torch.cat([projection.cos(), projection.sin()], dim=1) / math.sqrt(frequencies.shape[1])  # (n, D)
+
+
+def gaussian_kernel(x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """Gaussian kernel matrix k(x, y) = exp(-‖x - y‖² / (2·bandwidth²)).
+
+    Args:
+        x (`torch.Tensor` of shape `(n, d)`): features.
+        y (`torch.Tensor` of shape `(m, d)`): features.
+        bandwidth (`float`): standard deviation of the kernel.
+
+    Returns:
+        `torch.Tensor` of shape `(n, m)`, range (0, 1].
+    """
+    return torch.exp(-torch.cdist(x, y).square() / (2 * bandwidth**2))
+
+
+def mmd2_exact(x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """Squared maximum mean discrepancy of two samples, biased estimate (Gretton et al. 2012, eq. 5). Lower is better.
+
+    This needs all pairs; [`mmd2`] on mean embeddings gives the same number within the error of the random features.
+    """
+    k_xx, k_yy, k_xy = (gaussian_kernel(a, b, bandwidth).mean() for a, b in ((x, x), (y, y), (x, y)))
+    return k_xx + k_yy - 2 * k_xy
+
+
+def mmd2(mu_p: torch.Tensor, mu_q: torch.Tensor) -> torch.Tensor:
+    """Squared maximum mean discrepancy of mean embeddings: ‖μ_p - μ_q‖² over the last dimension. Lower is better."""
+    return (mu_p - mu_q).square().sum(dim=-1)
+
+
+def herd(
+    psi: torch.Tensor,
+    mu: torch.Tensor,
+    count: int,
+    *,
+    initial_sum: torch.Tensor | None = None,
+    initial_count: int = 0,
+) -> torch.Tensor:
+    """Kernel herding: greedily picks rows that bring the mean embedding closest to `mu` (Chen, Welling & Smola 2010).
+
+    Every pick j minimises ‖(s + ψ_j) / (m + 1) - μ‖² given the sum s of the m rows that are already in the set; rows
+    are picked without replacement, ties go to the lowest index.
+
+    Args:
+        psi (`torch.Tensor` of shape `(n, D)`): candidates' embeddings.
+        mu (`torch.Tensor` of shape `(D,)`): the target mean embedding.
+        count (`int`): how many rows to pick, at most n.
+        initial_sum (`torch.Tensor` of shape `(D,)`, *optional*): sum of the embeddings that are in the set beforehand:
+            herding then picks what *they* leave unmatched.
+        initial_count (`int`): their number.
+
+    Returns:
+        `torch.Tensor` of shape `(count,)`: int64 indices in the order of picking.
+    """
+    if not 0 <= count <= psi.shape[0]:
+        raise ValueError(
+            f"Cannot pick {count} rows out of {psi.shape[0]} candidates: pass 0 <= count <= {psi.shape[0]}."
+        )
+    psi, mu = psi.double(), mu.double()
+    # ‖(s + ψ)/(m + 1) - μ‖² = const + (2⟨s, ψ⟩ + ‖ψ‖²)/(m + 1)² - 2⟨ψ, μ⟩/(m + 1)
+    to_target, norms = psi @ mu, psi.square().sum(dim=1)  # (n,), (n,)
+    to_set = torch.zeros_like(to_target) if initial_sum is None else psi @ initial_sum.double()
+    available = torch.ones(psi.shape[0], dtype=torch.bool, device=psi.device)
+    picked = []
+    for m in range(initial_count, initial_count + count):
+        change = (2 * to_set + norms) / (m + 1) ** 2 - 2 * to_target / (m + 1)
+        j = int(change.masked_fill(~available, math.inf).argmin())
+        available[j] = False
+        picked.append(j)
+        to_set += psi @ psi[j]
+    return torch.tensor(picked, dtype=torch.int64)

@@ -1,0 +1,57 @@
+"""The plan of one sampling call: what its noise is optimised for, and at which steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .features import Observation
+from .objectives import ClassifierObjective, rkhs
+from .quantile import RandomExtractor
+
+
+@dataclasses.dataclass
+class NoisePlan:
+    """How the noise of one call is optimised."""
+
+    objective: str
+    targets: Any  # MatchingTargets, QuantileTargets or None; `check_targets` sees that they fit the objective
+    optimization_steps: int
+    step_size: float
+    lookahead: str
+    classifier_objective: ClassifierObjective
+    previous: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to optimise."""
+        return self.optimization_steps != 0 and (self.targets is not None or self.objective == "classifier")
+
+    def prepare(self, pipe: DiffusionPipeline, ids: list[int]) -> None:
+        """Finds each image's target and moves targets to the pipeline's device."""
+        device = pipe._execution_device
+        if self.objective == "classifier":
+            self.labels = torch.tensor(pipe.classifier_labels(ids), device=device)
+            self.rows, self.classifier = self.labels, pipe.classifier
+        else:
+            self.rows = self.targets.rows_of(ids).to(device)
+        if self.objective == "quantile":
+            channels = pipe.transformer.config.in_channels
+            self.extractor = RandomExtractor(channels, seed=self.targets.seed).to(device, pipe.transformer.dtype)
+        elif self.targets is not None:
+            self.targets = self.targets.to(device)
+
+    def loss(self, observation: Observation) -> torch.Tensor:
+        """The losses of the classes, `(K,)`."""
+        if self.objective == "classifier":
+            return self.classifier_objective(observation, self.rows, self.labels, self.classifier)
+        return rkhs(observation, self.rows, self.targets, self.previous)
+
+
+def optimized_steps(num_steps: int, optimize_from: float, optimize_until: float) -> range:
+    """Indices of the steps at which noise is optimised: never the last, whose variance is zero."""
+    return range(math.floor(optimize_from * num_steps), min(math.ceil(optimize_until * num_steps), num_steps - 1))

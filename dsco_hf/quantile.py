@@ -1,0 +1,164 @@
+"""The objective that the DsCo authors released: quantiles of random-network features at every noise level.
+
+It is the baseline to beat. Facts from the authors' scripts (repository kkkkqq/Dataset-Concentration); the paper
+describes another objective, the one in `dsco_hf.objectives.rkhs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from .data import iterate_pixels
+from .population import refuse_empty_classes
+from .schema import class_mapping, class_names
+from .seeds import image_seed
+from .targets import rows_of_labels
+
+
+@dataclasses.dataclass
+class QuantileTargets:
+    """Targets of the objective that the DsCo authors released: real images themselves, per class.
+
+    At every noise level they are noised, passed through a random network, sorted per dimension and averaged into as
+    many chunks as images are drawn ([`quantile_pivots`]). Unlike [`MatchingTargets`] this is as large as the
+    dataset, and there is nothing to save: it is the baseline to compare with.
+
+    Attributes:
+        class_names (`list[str]`), class_labels (`list[int]`): as in [`MatchingTargets`].
+        latents (`list[torch.Tensor]`): per class, `(n_c, C, H, W)`: pixels in [-1, 1], or scaled VAE latents.
+        draws (`int`): noise draws per image and level; the authors use 5.
+        seed (`int`): of the random network and of the noise draws.
+    """
+
+    class_names: list[str]
+    class_labels: list[int]
+    latents: list[torch.Tensor]
+    draws: int = 5
+    seed: int = 0
+    _pivots: dict[tuple[int, int, int], QuantilePivots] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_dataset(
+        cls,
+        dataset: Dataset | IterableDataset,
+        pipe: DiffusionPipeline,
+        *,
+        mapping: Mapping[str, int | str] | None = None,
+        draws: int = 5,
+        batch_size: int = 64,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> QuantileTargets:
+        """Encodes every image of a dataset; arguments as in [`MatchingTargets.from_dataset`]."""
+        names = class_names(dataset)
+        labels = class_mapping(names, pipe.id2label, pipe.num_classes, mapping=mapping)
+        found: list[list[torch.Tensor]] = [[] for _ in names]
+        generator = torch.Generator().manual_seed(seed)
+        for batch in iterate_pixels(
+            dataset,
+            image_size=pipe.image_size,
+            num_channels=pipe.num_channels,
+            batch_size=batch_size,
+            progress=progress,
+        ):
+            latents = pipe.encode_pixels(batch.pixels, generator=generator).cpu()
+            for row in batch.labels.unique().tolist():
+                found[row].append(latents[batch.labels == row])
+        refuse_empty_classes([len(chunks) for chunks in found], names)
+        return cls(names, labels, [torch.cat(chunks) for chunks in found], draws, seed)
+
+    def rows_of(self, generator_labels: Sequence[int]) -> torch.Tensor:
+        """Row of the targets for each of the generator's classes, see [`MatchingTargets.rows_of`]."""
+        return rows_of_labels(self.class_labels, generator_labels)
+
+    def pivots(
+        self, row: int, count: int, timestep: int, extractor: nn.Module, scheduler: SchedulerMixin
+    ) -> QuantilePivots:
+        """What `count` images of class `row` have to match at one noise level, see [`quantile_pivots`].
+
+        They are kept, as drawing another seed needs them again. All calls must be for one extractor.
+        """
+        key = (row, count, timestep)
+        if key not in self._pivots:
+            weight = next(extractor.parameters())
+            latents = self.latents[row].to(weight).repeat(self.draws, 1, 1, 1)
+            generator = torch.Generator().manual_seed(image_seed(self.seed, row, timestep, "pivots"))
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            noised = scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep, device=weight.device))
+            with torch.no_grad():
+                features = torch.cat([extractor(part) for part in noised.split(512)])
+            self._pivots[key] = quantile_pivots(features.float(), count)
+        return self._pivots[key]
+
+
+@dataclasses.dataclass
+class QuantilePivots:
+    """Quantiles of a population's features: `pivots` `(n, d)`, and `mean` and `std` `(d,)` that standardise them."""
+
+    pivots: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def quantile_pivots(features: torch.Tensor, count: int) -> QuantilePivots:
+    """Standardises each dimension, sorts it, and averages it in `count` equal chunks: `(N, d)` → pivots `(count, d)`.
+
+    With N not a multiple of `count`, chunks differ by one row at most; with N < `count`, rows are repeated.
+    """
+    if len(features) < count:
+        features = features.repeat(-(-count // len(features)), 1)
+    mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False).clamp_min(1e-6)
+    ordered = ((features - mean) / std).sort(dim=0).values
+    return QuantilePivots(torch.stack([chunk.mean(dim=0) for chunk in ordered.tensor_split(count)]), mean, std)
+
+
+def quantile_loss(features: torch.Tensor, target: QuantilePivots, *, strength: float = 0.0005) -> torch.Tensor:
+    """s·n·(‖sort(f) - P‖₁ + ‖sort(f) - P‖₂²), f `(n, d)` standardised and sorted per dimension. Lower is better."""
+    ordered = ((features - target.mean) / target.std).sort(dim=0).values
+    difference = ordered - target.pivots
+    return strength * len(features) * (difference.abs().sum() + difference.square().sum())
+
+
+def shell_penalty(noise: torch.Tensor) -> torch.Tensor:
+    """Σ_j |‖z_j‖ - √d| + (‖z_j‖ - √d)²: keeps each noise `(n, ...)` of d values near the Gaussian shell."""
+    flat = noise.flatten(1)
+    excess = flat.norm(dim=1) - flat.shape[1] ** 0.5
+    return (excess.abs() + excess.square()).sum()
+
+
+class RandomExtractor(nn.Module):
+    """The random, untrained, frozen network of the released objective: latents `(B, C, H, W)` → features `(B, 2048)`.
+
+    Conv 3x3 to 256 channels, then three grouped (16) 4x4 convolutions of stride 2 to 512, 1024 and 2048 channels,
+    LeakyReLU in between, averaged over space.
+
+    Args:
+        in_channels (`int`): C.
+        seed (`int`): of the weights; the global random state is left as it is.
+    """
+
+    def __init__(self, in_channels: int, *, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Conv2d(in_channels, 256, 3, padding=1),
+                nn.LeakyReLU(),
+                nn.Conv2d(256, 512, 4, stride=2, padding=1, groups=16),
+                nn.LeakyReLU(),
+                nn.Conv2d(512, 1024, 4, stride=2, padding=1, groups=16),
+                nn.LeakyReLU(),
+                nn.Conv2d(1024, 2048, 4, stride=2, padding=1, groups=16),
+            )
+        self.requires_grad_(False)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Features `(B, 2048)` of latents `(B, C, H, W)` with H and W of at least 8."""
+        return self.layers(latents).mean(dim=(-2, -1))

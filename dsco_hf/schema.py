@@ -1,0 +1,214 @@
+"""The columns and classes of a dataset: which they are, and which classes of a generator they correspond to."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict
+
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+
+
+def find_columns(
+    dataset: AnyDataset, *, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str]:
+    """The image and the label column of a dataset, found by their feature types unless named.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): one split.
+        image_column (`str`, *optional*): a column of type `Image`; needed where there are several.
+        label_column (`str`, *optional*): a column of type `ClassLabel`; needed where there are several.
+
+    Raises:
+        TypeError: if `dataset` is not one split of a dataset.
+        ValueError: if a column is missing, ambiguous or of another type. The message names the columns there are.
+    """
+    features = features_of(dataset)
+    return (
+        find_column(features, "image_column", image_column, Image),
+        find_column(features, "label_column", label_column, ClassLabel),
+    )
+
+
+def class_names(dataset: AnyDataset, *, label_column: str | None = None) -> list[str]:
+    """The names of a dataset's classes, by label."""
+    features = features_of(dataset)
+    return list(features[find_column(features, "label_column", label_column, ClassLabel)].names)
+
+
+def features_of(dataset: AnyDataset) -> Features:
+    """The columns of one split and their types, also of a stream whose types are not declared."""
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise TypeError(
+            f"Got all splits, {list(dataset)}; choose one, for example `dataset[{next(iter(dataset))!r}]`."
+        )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"Expected a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}. "
+            "`load_image_dataset(path, split=...)` opens one."
+        )
+    features = dataset.features
+    if features is None:  # a stream that declares no types; its first row may tell them
+        try:
+            features = dataset._resolve_features().features
+        except ValueError as error:
+            raise ValueError(
+                "The column types of this streamed dataset are unknown; `map` forgets them. Keep them with "
+                "`stream.map(function, features=stream.features)`, or declare them with `stream.cast(features)`."
+            ) from error
+    if not features:
+        raise ValueError("The dataset is empty: it has no rows and no columns.")
+    return features
+
+
+def find_column(features: Features, option: str, column: str | None, kind: type) -> str:
+    """One column of type `kind`; `option` is the argument that an error tells to use."""
+    found = [key for key, feature in features.items() if isinstance(feature, kind)]
+    have = ", ".join(f"{key!r} ({_kind(feature)})" for key, feature in features.items())
+    if column is None:
+        if len(found) == 1:
+            return found[0]
+        if found:
+            usual = "image" if kind is Image else "label"  # our own rows have a `source` beside the `label`
+            if usual in found:
+                return usual
+            raise ValueError(f"Several columns are of type {kind.__name__}: {found}. Choose one with `{option}=`.")
+        hint = _column_hint(features, kind)
+        raise ValueError(f"No column is of type {kind.__name__}. The columns are {have}.{hint}")
+    if column not in features:
+        raise ValueError(f"There is no column {column!r}. The columns are {have}.{nearest(column, found or features)}")
+    if column not in found:
+        hint = _column_hint({column: features[column]}, kind) or f" Of type {kind.__name__} are: {found}."
+        raise ValueError(f"Column {column!r} is {_kind(features[column])}, not {kind.__name__}.{hint}")
+    return column
+
+
+def _kind(feature: Any) -> str:
+    return str(getattr(feature, "dtype", "")) if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+def _column_hint(features: Mapping[str, Any], kind: type) -> str:
+    """The call that most likely repairs a column of the wrong type."""
+    for key, feature in features.items():
+        if kind is Image and (
+            (isinstance(feature, dict) and "bytes" in feature)
+            or _kind(feature) in ("binary", "large_binary")
+            or (_kind(feature) in ("string", "large_string") and re.search("image|img|path|file", key))
+        ):
+            return f" Did you mean {key!r}? Make it one with `dataset.cast_column({key!r}, datasets.Image())`."
+        if kind is ClassLabel and (
+            re.fullmatch(r"bool|u?int\d+", _kind(feature))
+            or (_kind(feature) in ("string", "large_string") and re.search("label|class|target|category", key))
+        ):
+            return (
+                f" Did you mean {key!r}? Make it one with `dataset.class_encode_column({key!r})`, or, of a stream, "
+                f"`dataset.cast_column({key!r}, datasets.ClassLabel(names=[...]))`."
+            )
+    return ""
+
+
+def class_mapping(
+    names: Sequence[str],
+    id2label: Mapping[int, str] | None,
+    num_classes: int,
+    *,
+    mapping: Mapping[str, int | str] | None = None,
+) -> list[int]:
+    """Finds the generator's class for every class of a dataset.
+
+    Names are compared without case, `_` or `-`, and any one of several comma-separated synonyms is enough, as in
+    ImageNet's "chain saw, chainsaw". Where one side has no real names, classes are matched by index.
+
+    Args:
+        names (sequence of `str`): the dataset's classes, by label.
+        id2label (`dict[int, str]`, *optional*): the generator's class names.
+        num_classes (`int`): number of classes of the generator.
+        mapping (`dict`, *optional*): dataset class name to generator class (index or name), for the classes that
+            cannot be found, or whose match is wrong. Only here may two classes share one of the generator.
+
+    Returns:
+        `list[int]`: for dataset label i, a class in [0, num_classes).
+
+    Raises:
+        ValueError: if a class cannot be found or is ambiguous; all such classes are listed with the nearest names.
+    """
+    id2label = {int(key): str(value) for key, value in (id2label or {}).items()}
+    mapping = dict(mapping or {})
+    unknown = [key for key in mapping if key not in names]
+    if unknown:
+        raise ValueError(f"`mapping` names {unknown}, which the dataset has not.{nearest(str(unknown[0]), names)}")
+    by_index = len(names) == num_classes and (_are_generic(names) or _are_generic(list(id2label.values())))
+    lookup = _synonym_lookup(id2label)
+    resolved: list[int] = []
+    problems: list[str] = []
+    for label, name in enumerate(names):
+        if name in mapping:
+            candidates = _explicit_class(mapping[name], lookup)
+        else:
+            candidates = _candidates(name, lookup) or ({label} if by_index else set())
+        if label in candidates and len(names) == num_classes:
+            candidates = {label}  # the same label set on both sides settles names that occur twice
+        if len(candidates) == 1 and (choice := next(iter(candidates))) in range(num_classes):
+            resolved.append(choice)
+        elif len(candidates) > 1:
+            problems.append(f"{name!r} fits several: {sorted(candidates)}")
+        else:
+            given = f" (mapped to {mapping[name]!r})" if name in mapping else ""
+            problems.append(f"{name!r}{given}{nearest(name, id2label.values()).rstrip('.')}")
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(names)} dataset classes have no certain match among the {num_classes} "
+            f"classes of the generator: {'; '.join(problems)}. Pass `mapping={{dataset class name: generator class}}`."
+        )
+    _refuse_shared_classes(names, resolved, mapping)
+    return resolved
+
+
+def _refuse_shared_classes(names: Sequence[str], resolved: list[int], mapping: Mapping[str, Any]) -> None:
+    users = defaultdict(list)
+    for name, choice in zip(names, resolved, strict=True):
+        users[choice].append(name)
+    for choice, sharing in users.items():
+        if len(sharing) > 1 and not set(sharing) <= set(mapping):
+            raise ValueError(
+                f"Classes {sharing} would all be drawn from class {choice} of the generator. If that is what you "
+                "want, name each of them in `mapping`."
+            )
+
+
+def _normalise(name: str) -> str:
+    return re.sub(r"[\s_\-]+", " ", name).strip().casefold()
+
+
+def _synonym_lookup(id2label: Mapping[int, str]) -> dict[str, set[int]]:
+    lookup: dict[str, set[int]] = defaultdict(set)
+    for index, label in id2label.items():
+        for synonym in (label, *label.split(",")):
+            lookup[_normalise(synonym)].add(index)
+    return dict(lookup)
+
+
+def _candidates(name: str, lookup: Mapping[str, set[int]]) -> set[int]:
+    whole = lookup.get(_normalise(name), set())
+    return whole or set().union(*(lookup.get(_normalise(part), set()) for part in name.split(",")))
+
+
+def _explicit_class(choice: int | str, lookup: Mapping[str, set[int]]) -> set[int]:
+    return {int(choice)} if not isinstance(choice, str) else _candidates(choice, lookup)
+
+
+def _are_generic(labels: Sequence[str]) -> bool:
+    """Whether labels say nothing but their index: none at all, "7", "LABEL_7", "class 7"."""
+    return all(re.fullmatch(rf"(label|class)?\s*{i}", _normalise(label)) for i, label in enumerate(labels))
+
+
+def nearest(name: str, choices: Iterable[Any]) -> str:
+    """The end of an error message: up to three of the choices that look like `name`, or nothing."""
+    names = {str(choice).casefold(): str(choice) for choice in choices}
+    close = difflib.get_close_matches(str(name).casefold(), list(names), n=3, cutoff=0.5)
+    return f" Nearest: {', '.join(repr(names[key]) for key in close)}." if close else ""

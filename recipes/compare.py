@@ -1,0 +1,350 @@
+"""Compares small datasets of equal size under one protocol, with random real and herded real images beside them.
+
+    accelerate launch recipes/compare.py --config recipes/configs/compare_digits.yaml
+    accelerate launch recipes/compare.py --config my.yaml --budgets 1 10 50 --datasets
+        "ours=user/small@ipc{budget}" "peer=outputs/peer/ipc{budget}"
+
+A dataset is `name=path`, `name=path@config` or `name=path@config@split`; `{budget}` stands for the images per
+class. Trainings are spread over processes and survive a kill. Writes `results.json`, `table.md`, `table.tex` and
+`accuracy.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from dsco_hf.configs import parse_config
+from dsco_hf.data import load_image_dataset, select_per_class
+from dsco_hf.evaluators import (
+    ImageSet,
+    check_same_classes,
+    get_protocol,
+    herd_per_class,
+    load_image_set,
+    protocol_to_dict,
+    run_jobs,
+    summarise,
+    train_job,
+)
+from dsco_hf.evaluators.evaluation import run_environment
+from dsco_hf.evaluators.training import content_hash
+from dsco_hf.metrics import paired_difference
+from dsco_hf.report import accuracy_figure
+
+
+BASELINES = {"random": "random real", "herding": "herded real"}
+
+
+@dataclass(frozen=True)
+class ComparisonRecipe:
+    """Options of this recipe.
+
+    Attributes:
+        real, real_name, revision: the real dataset that baselines are drawn from and that is tested on.
+        train_split, test_split: its splits.
+        image_column, label_column: for a real dataset with several of them.
+        datasets: what is compared, see above; none compares the baselines only.
+        budgets: images per class.
+        protocol: a protocol's name or YAML file.
+        epochs, steps, batch_size, learning_rate, label_type, input_size: changes to it.
+        architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
+        model_options: values of the networks' configurations, as JSON.
+        seeds: trainings of each network; each has random real images of its own.
+        classifier: a classifier (folder or Hub id) whose features are herded; pixels without one.
+        teacher: a classifier for protocols with a teacher's labels; `classifier` by default.
+        full: also train on all real images.
+        allow_unequal: accept datasets of other sizes than the budget.
+        num_channels: 1 or 3.
+        mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
+        compile: pass the networks through `torch.compile`; pays from about a minute of training on.
+        output_dir: where results, jobs and checkpoints go.
+    """
+
+    real: str = "digits"
+    real_name: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    datasets: list[str] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=lambda: [10])
+    protocol: str = "quick"
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    label_type: str | None = None
+    input_size: int | None = None
+    architectures: list[str] = field(default_factory=lambda: ["convnet-3"])
+    model_options: str = "{}"
+    seeds: int = 3
+    classifier: str | None = None
+    teacher: str | None = None
+    full: bool = False
+    allow_unequal: bool = False
+    num_channels: int = 3
+    mixed_precision: str | None = None
+    compile: bool = False
+    output_dir: str = "outputs/comparison"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the config, trains everything and writes the table and the figure."""
+    recipe = parse_config(ComparisonRecipe, arguments, description=__doc__)
+    output = Path(recipe.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    names = ("epochs", "steps", "batch_size", "learning_rate", "label_type", "input_size")
+    changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
+    protocol = get_protocol(recipe.protocol, **changes)
+    with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
+        real, test = load_real(recipe, protocol, accelerator)
+        classifier = load_classifier(recipe.classifier, accelerator)
+        teacher = None
+        if protocol.label_type == "teacher":
+            teacher = load_classifier(recipe.teacher, accelerator) if recipe.teacher else classifier
+        sets = load_compared(recipe, protocol, real)
+    for budget in recipe.budgets:
+        rows = herd_per_class(real, budget, classifier=classifier)
+        sets["herding", budget] = real.select(rows)
+    options = json.loads(recipe.model_options)
+    cells = [(method, budget) for budget in recipe.budgets for method in ("random", "herding", *dataset_names(recipe))]
+    cells += [("full", 0)] if recipe.full else []
+    jobs = {
+        f"{method}-{budget}-{network}-seed{seed}": (method, budget, network, seed)
+        for seed in range(recipe.seeds)
+        for method, budget in cells
+        for network in recipe.architectures
+    }
+
+    def training_set(method: str, budget: int, seed: int) -> ImageSet:
+        if method == "random":
+            return real.select(select_per_class(real.labels, budget, seed=seed, names=real.names))
+        return real if method == "full" else sets[method, budget]
+
+    def run(key: str, checkpoint: Path) -> dict[str, Any]:
+        method, budget, network, seed = jobs[key]
+        return train_job(
+            training_set(method, budget, seed),
+            test,
+            architecture=network,
+            seed=seed,
+            protocol=protocol,
+            teacher=teacher,
+            accelerator=accelerator,
+            compiled=recipe.compile,
+            checkpoint=checkpoint,
+            overrides=options,
+            progress=accelerator.is_local_main_process,
+        )
+
+    def fingerprint(key: str) -> str:
+        method, budget, network, seed = jobs[key]
+        images = training_set(method, budget, seed)
+        return content_hash(
+            images.digest,
+            test.digest,
+            protocol,
+            teacher,
+            options,
+            recipe.compile,
+            accelerator.mixed_precision,
+            network,
+            seed,
+        )
+
+    finished = run_jobs(list(jobs), run, fingerprint=fingerprint, accelerator=accelerator, folder=output / "jobs")
+    if not accelerator.is_main_process:
+        return
+    results = collect(recipe, finished, jobs, cells, {key: len(images.labels) for key, images in sets.items()}, real)
+    results |= {"config": dataclasses.asdict(recipe), "protocol": protocol_to_dict(protocol)}
+    results |= {"test_images": len(test.labels), "dataset_fingerprint": real.fingerprint}
+    results |= {"test_fingerprint": test.fingerprint, **run_environment(accelerator)}
+    save(results, output)
+
+
+def load_real(recipe: ComparisonRecipe, protocol: Any, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
+    """Training and test images of the real dataset."""
+    sets: list[ImageSet] = []
+    for split in (recipe.train_split, recipe.test_split):
+        sets.append(
+            load_image_set(
+                load_image_dataset(recipe.real, recipe.real_name, split=split, revision=recipe.revision),
+                # Real images have no stored soft labels.
+                protocol=dataclasses.replace(protocol, label_type="hard"),
+                test_for=sets[0] if sets else None,
+                num_channels=recipe.num_channels,
+                image_column=recipe.image_column,
+                label_column=recipe.label_column,
+                progress=accelerator.is_local_main_process,
+            )
+        )
+    check_same_classes(sets[0].names, sets[1].names, what="the test set")
+    if protocol.label_type == "stored":
+        raise ValueError(
+            "compare.py needs labels that all datasets can have, but label_type is 'stored'. Use --label_type hard, "
+            "or teacher with --teacher; recipes/train_evaluator.py evaluates one dataset with its stored labels."
+        )
+    return sets[0], sets[1]
+
+
+def dataset_names(recipe: ComparisonRecipe) -> list[str]:
+    """Names of the compared datasets."""
+    for item in recipe.datasets:
+        if "=" not in item or item.split("=")[0] in ("", "random", "herding", "full"):
+            raise ValueError(f"--datasets takes name=path[@config[@split]] with a name of its own, got {item!r}.")
+    names = [item.split("=")[0] for item in recipe.datasets]
+    if len(set(names)) != len(names):
+        raise ValueError(f"The names of --datasets must differ, got {names}.")
+    return names
+
+
+def load_compared(recipe: ComparisonRecipe, protocol: Any, real: ImageSet) -> dict[tuple[str, int], ImageSet]:
+    """The compared datasets by name and budget, checked for size and classes."""
+    sets = {}
+    for name, item in zip(dataset_names(recipe), recipe.datasets, strict=True):
+        for budget in recipe.budgets:
+            path, config, split = [*item.split("=", 1)[1].format(budget=budget).split("@"), "", ""][:3]
+            dataset = load_image_dataset(path, config or None, split=split or "train")
+            images = load_image_set(dataset, protocol=protocol, num_channels=recipe.num_channels)
+            check_same_classes(real.names, images.names, what=f"the dataset {name!r}")
+            wanted = budget * len(real.names)
+            if len(images.labels) != wanted and not recipe.allow_unequal:
+                raise ValueError(
+                    f"The dataset {name!r} has {len(images.labels)} images, but {budget} per class are {wanted}. "
+                    "Compare at equal size, with {budget} in the path or config, or pass --allow_unequal true."
+                )
+            sets[name, budget] = images
+    return sets
+
+
+def load_classifier(path: str | None, accelerator: Accelerator) -> PreTrainedModel | None:
+    """A frozen classifier on the device, or None."""
+    if path is None:
+        return None
+    model = AutoModelForImageClassification.from_pretrained(path)
+    return model.eval().requires_grad_(False).to(accelerator.device)
+
+
+def collect(
+    recipe: ComparisonRecipe,
+    finished: Mapping[str, Mapping[str, Any]],
+    jobs: Mapping[str, tuple[str, int, str, int]],
+    cells: Sequence[tuple[str, int]],
+    sizes: Mapping[tuple[str, int], int],
+    real: ImageSet,
+) -> dict[str, Any]:
+    """Rows of results.json, each compared with the baselines of its budget over the same seeds."""
+    results: dict[str, Any] = {"dataset": recipe.real, "rows": []}
+    for network in recipe.architectures:
+        summaries = {
+            cell: summarise([finished[key] for key, job in jobs.items() if job[:3] == (*cell, network)])
+            for cell in cells
+        }
+        for (method, budget), summary in summaries.items():
+            if method == "full":
+                if "full" not in results:
+                    results["full"] = {"architecture": network, "images": len(real.labels), **summary}
+                continue
+            row = {"method": method, "architecture": network, "images_per_class": budget}
+            row["images"] = sizes.get((method, budget), budget * len(real.names))
+            row |= summary
+            for baseline in BASELINES:
+                if method != baseline:
+                    row[f"against_{baseline}"] = paired_difference(
+                        summary["accuracies"], summaries[baseline, budget]["accuracies"]
+                    )
+            results["rows"].append(row)
+    return results
+
+
+def save(results: dict[str, Any], output: Path) -> None:
+    """Writes the results, tables and figures."""
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    table = markdown_table(results)
+    (output / "table.md").write_text(table, encoding="utf-8")
+    (output / "table.tex").write_text(latex_table(results), encoding="utf-8")
+    for index, network in enumerate(dict.fromkeys(row["architecture"] for row in results["rows"])):
+        rows = [row for row in results["rows"] if row["architecture"] == network]
+        name = "accuracy.png" if index == 0 else f"accuracy-{network.replace('/', '_')}.png"
+        accuracy_figure({**results, "rows": rows, "full": results.get("full") if index == 0 else None}, output / name)
+    print(table)
+
+
+def table_cells(results: Mapping[str, Any], plus_minus: str) -> tuple[list[int], list[list[str]]]:
+    """Budgets, and a line of texts for each method and network: method, network, one accuracy for each budget."""
+    budgets = sorted({row["images_per_class"] for row in results["rows"]})
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for row in results["rows"]:
+        text = f"{100 * row['accuracy_mean']:.1f}"
+        if row["accuracy_std"] is not None:
+            text += f"{plus_minus}{100 * row['accuracy_std']:.1f}"
+        p = row.get("against_random", {}).get("p")
+        text += "*" if p is not None and p < 0.05 else ""
+        lines.setdefault((row["method"], row["architecture"]), {})[row["images_per_class"]] = text
+    return budgets, [
+        [BASELINES.get(method, method), network, *(own.get(budget, "–") for budget in budgets)]
+        for (method, network), own in lines.items()
+    ]
+
+
+def caption(results: Mapping[str, Any]) -> str:
+    """What the numbers of the table are."""
+    seeds = results["rows"][0]["training_seeds"]
+    text = (
+        f"Test accuracy in percent on {results['dataset']}, last epoch, protocol {results['protocol']['name']}, mean "
+        f"and standard deviation over {seeds} seeds; * differs from random real, p < 0.05, paired t-test over seeds."
+    )
+    if full := results.get("full"):
+        text += f" All {full['images']:,} training images ({full['architecture']}): {100 * full['accuracy_mean']:.1f}."
+    return text
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The comparison in Markdown."""
+    budgets, lines = table_cells(results, " ± ")
+    head = ["method", "network", *(f"{budget} per class" for budget in budgets)]
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{caption(results)}\n"
+
+
+def latex_table(results: Mapping[str, Any]) -> str:
+    """The comparison in LaTeX, for booktabs."""
+    budgets, lines = table_cells(results, r" $\pm$ ")
+
+    def escape(text: str) -> str:
+        return text.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&").replace("#", r"\#")
+
+    body = [" & ".join([escape(row[0]), escape(row[1]), *row[2:]]) + r" \\" for row in lines]
+    head = " & ".join(["method", "network", *(f"{budget}/class" for budget in budgets)]) + r" \\"
+    return "\n".join(
+        [
+            f"% {caption(results)}",
+            rf"\begin{{tabular}}{{ll{'r' * len(budgets)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()

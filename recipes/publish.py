@@ -1,0 +1,121 @@
+"""Publishes a dataset, pipeline or evaluator folder to the Hugging Face Hub.
+
+    accelerate launch recipes/publish.py --folder outputs/quickstart/dataset --repo_id user/digits-dsco --dry_run
+    accelerate launch recipes/publish.py --folder outputs/generator --repo_id user/digits-dit --private
+
+What is in the folder decides: `concentration.json` (a dataset saved by `save_dataset_folder`), `model_index.json` (a
+pipeline) or `config.json` (an evaluator). The token is that of `hf auth login` or HF_TOKEN; it is no option, because
+other users of a machine can see command lines. Run again after a cut, it sends only what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from dsco_hf.cards import DatasetCardFields
+from dsco_hf.configs import parse_config
+from dsco_hf.folder import CONCENTRATION
+from dsco_hf.hub import PublishResult, publish, publish_evaluator, publish_pipeline
+
+
+@dataclass(frozen=True)
+class PublishRecipe:
+    """Options of this recipe.
+
+    Attributes:
+        folder: what to publish.
+        repo_id: "user/name"; your own name is put before a bare "name".
+        private, revision, create_pr, commit_message, dry_run, max_retries: see `dsco_hf.hub.publish`.
+        license: licence of what is published, such as "cc-by-4.0".
+        pretty_name, description, source_license, generator_license: for the card of a dataset.
+        default_config, overwrite_features: for a dataset; see `dsco_hf.hub.publish`.
+        targets: for a pipeline, a folder of targets to send along.
+        dataset_id: dataset that a pipeline or an evaluator was made with.
+        dataset_config, dataset_revision, test_dataset, accuracy, seed: for an evaluator; see
+            `dsco_hf.hub.publish_evaluator`.
+    """
+
+    folder: str
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    dry_run: bool = False
+    max_retries: int = 5
+    license: str | None = None
+    pretty_name: str | None = None
+    description: str | None = None
+    source_license: str | None = None
+    generator_license: str | None = None
+    default_config: str | None = None
+    overwrite_features: bool = False
+    targets: str | None = None
+    dataset_id: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    test_dataset: str | None = None
+    accuracy: float | None = None
+    seed: int | None = None
+
+
+def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
+    """Publishes a folder as what it holds."""
+    folder = Path(recipe.folder)
+    names = ("revision", "create_pr", "commit_message", "dry_run", "max_retries")
+    options = {name: getattr(recipe, name) for name in names}
+    options["private"] = recipe.private or None  # None leaves the account's default, False would override it
+    if (folder / CONCENTRATION).is_file():
+        said = {field.name: getattr(recipe, field.name, None) for field in fields(DatasetCardFields)}
+        said = {name: value for name, value in said.items() if value and name != "repo_id"}
+        return publish(
+            folder,
+            recipe.repo_id,
+            card=DatasetCardFields(**said) if said else None,
+            default_config=recipe.default_config,
+            overwrite_features=recipe.overwrite_features,
+            **options,
+        )
+    options |= {"license": recipe.license, "dataset_id": recipe.dataset_id}
+    if (folder / "model_index.json").is_file():
+        from dsco_hf.pipeline import DsCoPipeline
+        from dsco_hf.targets import MatchingTargets
+
+        targets = MatchingTargets.from_pretrained(recipe.targets) if recipe.targets else None
+        return publish_pipeline(DsCoPipeline.from_pretrained(folder), recipe.repo_id, targets=targets, **options)
+    if (folder / "config.json").is_file():
+        from transformers import AutoModelForImageClassification
+
+        import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
+
+        if not recipe.dataset_id:
+            raise ValueError(
+                "The card of an evaluator links the dataset it was trained on: add --dataset_id user/name."
+            )
+        names = ("dataset_config", "dataset_revision", "test_dataset", "accuracy", "seed")
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        options |= {name: getattr(recipe, name) for name in names}
+        return publish_evaluator(model, recipe.repo_id, **options)
+    raise FileNotFoundError(
+        f"{folder} holds neither {CONCENTRATION} (a dataset saved by `save_dataset_folder`), nor model_index.json (a "
+        "pipeline), nor config.json (an evaluator). Check the path."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the options, publishes, and prints what was sent."""
+    recipe = parse_config(PublishRecipe, arguments, description=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        result = publish_folder(recipe)
+    except (ConnectionError, FileNotFoundError, PermissionError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    if result is not None:
+        print(result)
+
+
+if __name__ == "__main__":
+    main()

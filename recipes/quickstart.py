@@ -1,0 +1,453 @@
+"""The main job, end to end, on the digits: train generator and classifier, concentrate, dope, evaluate, report.
+
+    accelerate launch recipes/quickstart.py
+    accelerate launch recipes/quickstart.py --small --fresh
+
+Writes results.json, samples.png, accuracy.png, features.png and dataset/ to outputs/quickstart. What is there already
+is used again; --fresh starts anew, --small is a setting for tests of the software, whose numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from dsco_hf import (
+    DsCoPipeline,
+    MatchingTargets,
+    QuantileTargets,
+    build_evaluator,
+    concentrate_and_report,
+    dope,
+    get_protocol,
+    load_digits_dataset,
+    measure_discrepancy,
+    train_evaluator,
+)
+from dsco_hf.cards import DatasetCardFields
+from dsco_hf.concentrate import ConcentrationReport, embed_pixels
+from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.data import select_per_class
+from dsco_hf.evaluators import herd_per_class, load_image_set, run_job, summarise, train_job
+from dsco_hf.evaluators.augmentation import RandomShift
+from dsco_hf.evaluators.evaluation import run_environment
+from dsco_hf.evaluators.training import content_hash
+from dsco_hf.folder import concentration_record, save_dataset_folder
+from dsco_hf.generator_training import train_generator
+from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.report import accuracy_figure, feature_figure, results_table, sample_grid
+
+
+METHODS = ("plain", "nopt", "nopt-data-free", "nopt-classifier-only", "nopt-quantile")
+BUDGETS = (1, 3, 10)
+SAMPLING: dict[str, Any] = {"guidance_scale": 1.0, "num_inference_steps": 20}
+EVALUATOR: dict[str, Any] = {"architecture": "convnet-2", "overrides": {"width": 64}}
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Settings.
+
+    Attributes:
+        output_dir: where the results go.
+        small: a run of under two minutes that only shows that everything works.
+        fresh: remove what an earlier run left.
+        doped_share: size of the doped dataset, as a share of the training set.
+        generator_steps: training steps of the generator.
+        templates_per_class: generator samples behind the data-free targets.
+        synthesis_seeds, training_seeds: repetitions; the quantile rows have one synthesis seed.
+        quantile_iterations: of the released objective, per sampling step; its authors use 200.
+    """
+
+    output_dir: str = "outputs/quickstart"
+    small: bool = False
+    fresh: bool = False
+    doped_share: float = 0.3
+    generator_steps: int = 4500
+    templates_per_class: int = 200
+    synthesis_seeds: int = 3
+    training_seeds: int = 3
+    quantile_iterations: int = 50
+
+    def at_size(self) -> Quickstart:
+        """The settings that are run: those of `--small` if it was asked for."""
+        if not self.small:
+            return self
+        return dataclasses.replace(
+            self,
+            generator_steps=300,
+            templates_per_class=20,
+            synthesis_seeds=1,
+            training_seeds=2,
+            quantile_iterations=3,
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs all stages; every process works, the main one writes."""
+    recipe = parse_config(Quickstart, arguments, description=__doc__).at_size()
+    accelerator = make_accelerator()
+    datasets.disable_progress_bars()
+    run = Run(recipe, accelerator)
+    run.say("digits: 1,437 training and 360 test images of 8x8 pixels")
+    pipe = train_models(run)
+    targets = make_targets(run, pipe)
+    sets = synthesise(run, pipe, targets)
+    sets |= doped_sets(run, pipe, sets) | real_sets(run, pipe.classifier)
+    run.say("training evaluators")
+    jobs = train_evaluators(run, sets, rank=accelerator.process_index, world=accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        results = collect(run, pipe, targets["nopt"], sets, jobs)
+        write_results(run, results)
+        draw(run, pipe, targets["nopt"], sets, results)
+        write_dataset(run, pipe, targets, sets, results)
+        run.say(f"done: {run.output}")
+        print(f"\n{results_table(results)}")
+    accelerator.end_training()
+
+
+class Run:
+    """What all stages share: the data, the folders and the clock."""
+
+    def __init__(self, recipe: Quickstart, accelerator: Accelerator) -> None:
+        self.recipe, self.accelerator, self.start = recipe, accelerator, time.perf_counter()
+        self.output = Path(recipe.output_dir)
+        settings = dataclasses.asdict(recipe) | {"output_dir": "", "fresh": False}
+        self.identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        self.work = self.output / "work" / self.identity
+        if recipe.fresh and accelerator.is_main_process:
+            shutil.rmtree(self.output, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        self.work.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            for partial in self.work.glob("**/*.partial"):  # of a run that was cut off
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        accelerator.wait_for_everyone()
+        steps = ((10, 100), (None, 200)) if recipe.small else ((10, 400), (None, 1500))
+        self.protocol = get_protocol("quick", steps=steps, augmentation=(RandomShift(1),))
+        digits = load_digits_dataset()
+        self.real = digits["train"]
+        self.train = load_image_set(digits["train"], protocol=self.protocol, num_channels=1)
+        self.test = load_image_set(digits["test"], protocol=self.protocol, test_for=self.train, num_channels=1)
+
+    def say(self, text: str) -> None:
+        """Prints a stage with the time since the start."""
+        if self.accelerator.is_main_process:
+            seconds = int(time.perf_counter() - self.start)
+            tqdm.write(f"[{seconds // 60}:{seconds % 60:02d}] {text}")
+
+    @property
+    def doped_per_class(self) -> int:
+        """Size of the doped dataset and of its baselines, per class."""
+        return round(self.recipe.doped_share * len(self.real) / len(self.train.names))
+
+    @property
+    def evaluators(self) -> Path:
+        """Where the evaluators' results lie."""
+        return self.work / "evaluators"
+
+    def _set_path(self, name: str) -> Path:
+        return self.work / "sets" / f"{name}.parquet"
+
+    def has_set(self, name: str) -> bool:
+        """Whether a set is finished: a file is whole or absent."""
+        return self._set_path(name).is_file()
+
+    def save_set(self, name: str, rows: Dataset, cost: dict[str, Any]) -> None:
+        """Keeps a finished set and what it cost."""
+        path = self._set_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(cost), encoding="utf-8")
+        rows.to_parquet(path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+
+    def load_set(self, name: str) -> Dataset:
+        """A finished set."""
+        return Dataset.from_parquet(str(self._set_path(name)), keep_in_memory=True)
+
+    def cost(self, name: str) -> dict[str, Any]:
+        """What a set cost; nothing for real images."""
+        path = self._set_path(name).with_suffix(".json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def train_models(run: Run) -> DsCoPipeline:
+    """The classifier and then the generator, by the main process.
+
+    Meanwhile the other processes train the evaluators that need no generator: real baselines and all data.
+    """
+    folder, recipe, accelerator = run.work / "pipeline", run.recipe, run.accelerator
+    if accelerator.is_main_process and not (run.work / "classifier").is_dir():
+        run.say("training the classifier")
+        classifier = build_evaluator(
+            "convnet-2", class_names=run.train.names, image_size=8, num_channels=1, width=64, norm="batch"
+        )
+        protocol = dataclasses.replace(run.protocol, steps=100 if recipe.small else 800, learning_rate=2e-3)
+        train_evaluator(classifier, run.train.pixels, run.train.labels, protocol=protocol, accelerator=accelerator)
+        classifier.save_pretrained(run.work / "classifier.partial")
+        (run.work / "classifier.partial").rename(run.work / "classifier")
+    accelerator.wait_for_everyone()
+    classifier = AutoModelForImageClassification.from_pretrained(run.work / "classifier").to(accelerator.device).eval()
+    if not folder.is_dir():
+        if accelerator.is_main_process:
+            run.say("training the generator" + "; real baselines meanwhile" * (accelerator.num_processes > 1))
+            config = GeneratorTrainingConfig(
+                train_steps=recipe.generator_steps, batch_size=64, num_attention_heads=3, timestep_spacing="leading"
+            )
+            trained = train_generator(
+                run.train.pixels, run.train.labels, config, num_classes=10, accelerator=accelerator, distributed=False
+            )
+            scheduler = build_scheduler(config, latents=False)
+            pipe = DsCoPipeline(
+                trained.transformer, scheduler, classifier=classifier, id2label=dict(enumerate(run.train.names))
+            )
+            pipe.save_pretrained(folder.with_suffix(".partial"))
+            folder.with_suffix(".partial").rename(folder)
+        else:
+            others = {"rank": accelerator.process_index - 1, "world": accelerator.num_processes - 1}
+            train_evaluators(run, real_sets(run, classifier), **others)
+    accelerator.wait_for_everyone()
+    return DsCoPipeline.from_pretrained(folder).to(accelerator.device)
+
+
+def make_targets(run: Run, pipe: DsCoPipeline) -> dict[str, MatchingTargets]:
+    """Targets with the data and without it, by method."""
+    makers: dict[str, Callable[[], MatchingTargets]] = {
+        "nopt": lambda: MatchingTargets.from_dataset(run.real, pipe),
+        "nopt-data-free": lambda: MatchingTargets.from_generator(
+            pipe, samples_per_class=run.recipe.templates_per_class, **SAMPLING
+        ),
+    }
+    folders = {method: run.work / f"targets-{method}" for method in makers}
+    if run.accelerator.is_main_process:
+        for method, make in makers.items():
+            if not folders[method].is_dir():
+                run.say(f"targets of {method}")
+                start = time.perf_counter()
+                targets = make()
+                targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
+                targets.save_pretrained(folders[method].with_suffix(".partial"))
+                folders[method].with_suffix(".partial").rename(folders[method])
+    run.accelerator.wait_for_everyone()
+    return {method: MatchingTargets.from_pretrained(folder) for method, folder in folders.items()}
+
+
+def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]) -> dict[str, Dataset]:
+    """All synthetic sets by name; one process draws all that are compared in time."""
+    seeds = range(run.recipe.synthesis_seeds)
+    units: list[list[tuple[str, int, int]]] = [[("nopt-quantile", BUDGETS[-1], 0)]]
+    units.append([("nopt-quantile", budget, 0) for budget in BUDGETS[:-1]])
+    units[-1] += [(method, budget, seed) for budget in BUDGETS for seed in seeds for method in METHODS[:-1]]
+    run.say("synthesis: " + ", ".join(METHODS))
+    quantile = QuantileTargets.from_dataset(run.real, pipe, draws=1, progress=False)
+    options: dict[str, dict[str, Any]] = {
+        "plain": {"targets": None},
+        "nopt": {"targets": targets["nopt"]},
+        "nopt-data-free": {"targets": targets["nopt-data-free"]},
+        "nopt-classifier-only": {"targets": None, "objective": "classifier"},
+        "nopt-quantile": {
+            "targets": quantile,
+            "objective": "quantile",
+            "optimization_steps": run.recipe.quantile_iterations,
+            "optimize_from": 0.0,
+        },
+    }
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    mine = [key for unit in units[rank::world] for key in unit]
+    for method, budget, seed in tqdm(mine, desc="Sets", disable=rank > 0):
+        name = f"{method}-ipc{budget}-seed{seed}"
+        if not run.has_set(name):
+            choice: dict[str, Any] = {"images_per_class": budget, "seed": seed, "progress": False}
+            rows, report = concentrate_and_report(pipe, **options[method], **choice, **SAMPLING)
+            run.save_set(name, rows, dataclasses.asdict(report))
+    run.accelerator.wait_for_everyone()
+    names = [f"{method}-ipc{budget}-seed{seed}" for unit in units for method, budget, seed in unit]
+    return {name: run.load_set(name) for name in names}
+
+
+def real_sets(run: Run, classifier: PreTrainedModel) -> dict[str, Dataset]:
+    """The baselines that need no generator: random and herded real images at every budget."""
+    chosen: dict[str, torch.Tensor] = {}
+    for budget in (*BUDGETS, run.doped_per_class):
+        chosen[f"herding-ipc{budget}-seed0"] = herd_per_class(run.train, budget, classifier=classifier)
+        for seed in range(run.recipe.synthesis_seeds):
+            chosen[f"random-ipc{budget}-seed{seed}"] = select_per_class(run.train.labels, budget, seed=seed)
+    return {name: run.real.select(rows.tolist()) for name, rows in chosen.items()}
+
+
+def doped_sets(run: Run, pipe: DsCoPipeline, sets: dict[str, Dataset]) -> dict[str, Dataset]:
+    """The largest synthetic sets with the real images of lowest clarity, by seed."""
+    run.say("doping")
+    names = {seed: f"nopt+doping-ipc{run.doped_per_class}-seed{seed}" for seed in range(run.recipe.synthesis_seeds)}
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    for seed in list(names)[rank::world]:
+        if not run.has_set(names[seed]):
+            start = time.perf_counter()
+            small = sets[f"nopt-ipc{BUDGETS[-1]}-seed{seed}"]
+            doped = dope(
+                small, run.real, pipe, total=run.doped_per_class * len(run.train.names), strategy="clarity",
+                protocol=run.protocol, architecture=EVALUATOR["architecture"], seed=seed, progress=False,
+            )  # fmt: skip
+            run.save_set(names[seed], doped, {"seconds": time.perf_counter() - start})
+    run.accelerator.wait_for_everyone()
+    return {name: run.load_set(name) for name in names.values()}
+
+
+def train_evaluators(run: Run, sets: dict[str, Dataset], *, rank: int, world: int) -> dict[str, list[str]]:
+    """Trains evaluators from scratch on every set and on all data; this process does its share of the jobs.
+
+    Returns:
+        `dict`: names of the jobs by set.
+    """
+    images = {name: load_image_set(rows, protocol=run.protocol, num_channels=1) for name, rows in sets.items()}
+    images["full"] = run.train
+    jobs = {f"{name}-run{seed}": (name, seed) for name in images for seed in range(run.recipe.training_seeds)}
+
+    def train(key: str, checkpoint: Path) -> dict[str, Any]:
+        name, seed = jobs[key]
+        return train_job(
+            images[name], run.test, seed=seed, protocol=run.protocol, accelerator=run.accelerator, **EVALUATOR
+        )
+
+    def fingerprint(key: str) -> str:
+        name, seed = jobs[key]
+        return content_hash(run.protocol, EVALUATOR, images[name].digest, run.test.digest, seed)
+
+    # The long ones first, dealt out like cards, so that the processes end together.
+    mine = sorted(jobs, key=lambda key: (-len(images[jobs[key][0]].labels), key))[rank::world]
+    for key in tqdm(mine, desc="Evaluators", unit="run", disable=not run.accelerator.is_main_process):
+        run_job(key, train, fingerprint=fingerprint, folder=run.evaluators)
+    return {name: [key for key, (owner, _) in jobs.items() if owner == name] for name in images}
+
+
+def collect(
+    run: Run, pipe: DsCoPipeline, targets: MatchingTargets, sets: dict[str, Dataset], jobs: dict[str, list[str]]
+) -> dict[str, Any]:
+    """The content of results.json: one row per method and budget."""
+    done = {
+        name: [json.loads((run.evaluators / f"{key}.json").read_text(encoding="utf-8")) for key in keys]
+        for name, keys in jobs.items()
+    }
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name in sets:
+        method, size, _ = name.rsplit("-", 2)
+        groups.setdefault((int(size.removeprefix("ipc")), method), []).append(name)
+    rows = []
+    for (budget, method), names in sorted(groups.items()):
+        costs = [run.cost(name) for name in names]
+        summary = summarise([job for name in names for job in done[name]])
+        rows.append(
+            {"method": method, "images_per_class": budget, "images": len(sets[names[0]])}
+            | {key: summary[key] for key in ("accuracy_mean", "accuracy_std", "accuracies")}
+            | {"synthesis_seeds": len(names), "training_seeds": run.recipe.training_seeds}
+            | {"discrepancy": statistics.fmean(discrepancy(run, sets[name], pipe, targets) for name in names)}
+            | {"seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in costs)}
+            | {key: costs[0].get(key, 0) for key in ("denoiser_calls", "decoder_calls", "classifier_calls")}
+        )
+    full = summarise(done["full"])
+    return {
+        "dataset": "digits",
+        "config": {**dataclasses.asdict(run.recipe), "sampling": SAMPLING, "protocol": run.protocol.name, **EVALUATOR},
+        "full": {key: full[key] for key in ("accuracy_mean", "accuracy_std", "accuracies")}
+        | {"seeds": run.recipe.training_seeds, "images": len(run.real)},
+        "rows": rows,
+        "environment": run_environment(run.accelerator),
+        "total_seconds": round(time.perf_counter() - run.start, 1),
+    }
+
+
+def discrepancy(run: Run, rows: Dataset, pipe: DsCoPipeline, targets: MatchingTargets) -> float:
+    """MMD² of a set from the real classes, mean over classes."""
+    images = load_image_set(rows, protocol=run.protocol, num_channels=1)
+    return statistics.fmean(measure_discrepancy(images.pixels, images.labels, pipe, targets).values())
+
+
+def write_results(run: Run, results: dict[str, Any]) -> None:
+    """results.json; a run that found everything done keeps the time of the run that did it."""
+    path = run.output / "results.json"
+    stamp = run.work / "seconds.json"
+    if stamp.is_file():
+        results["total_seconds"] = json.loads(stamp.read_text(encoding="utf-8"))
+    stamp.write_text(json.dumps(results["total_seconds"]), encoding="utf-8")
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def draw(
+    run: Run,
+    pipe: DsCoPipeline,
+    targets: MatchingTargets,
+    sets: dict[str, Dataset],
+    results: dict[str, Any],
+) -> None:
+    """samples.png, accuracy.png and features.png."""
+    largest = f"ipc{BUDGETS[-1]}-seed0"
+    grid, points = {}, {}
+    for method in ("random", "plain", "nopt", "nopt-data-free"):
+        name = "real" if method == "random" else method
+        images = load_image_set(sets[f"{method}-{largest}"], protocol=run.protocol, num_channels=1)
+        grid[name] = torch.stack([images.pixels[images.labels == c][:4] for c in range(len(images.names))])
+        if name in ("plain", "nopt"):
+            points[name] = (embed_pixels(images.pixels, pipe, targets), images.labels)
+    sample_grid(grid, run.train.names, run.output / "samples.png")
+    accuracy_figure(results, run.output / "accuracy.png")
+    real = (embed_pixels(run.train.pixels, pipe, targets), run.train.labels)
+    feature_figure(real=real, sets=points, class_names=run.train.names, path=run.output / "features.png")
+
+
+def write_dataset(
+    run: Run,
+    pipe: DsCoPipeline,
+    targets: dict[str, MatchingTargets],
+    sets: dict[str, Dataset],
+    results: dict[str, Any],
+) -> None:
+    """dataset/: parquet and card, with the configs ipc1, ipc3, ipc10 (default) and doped."""
+    doped = run.doped_per_class
+    keys = {f"ipc{budget}": ("nopt", f"nopt-ipc{budget}-seed0") for budget in BUDGETS}
+    keys["doped"] = ("nopt+doping", f"nopt+doping-ipc{doped}-seed0")
+    configs, records = {}, {}
+    for name, (method, key) in keys.items():
+        configs[name] = sets[key]
+        report = {field.name: value for field in dataclasses.fields(ConcentrationReport)
+                  if (value := run.cost(key).get(field.name)) is not None}  # fmt: skip
+        parameters: dict[str, Any] = {
+            "images_per_class": int(name[3:]) if name.startswith("ipc") else BUDGETS[-1],
+            **SAMPLING,
+        }
+        if name == "doped":
+            parameters |= {"strategy": "clarity", "total": len(sets[key])}
+        records[name] = concentration_record(
+            pipe, targets["nopt"], ConcentrationReport(**report), method=method, seed=0, parameters=parameters,
+            source={"dataset": "scikit-learn digits", "split": "train"},
+        )  # fmt: skip
+    save_dataset_folder(
+        configs,
+        run.output / "dataset",
+        default_config=f"ipc{BUDGETS[-1]}",
+        card=DatasetCardFields(
+            pretty_name="Digits, concentrated", source_license="cc-by-4.0", generator_license="cc-by-4.0"
+        ),
+        results=results,
+        concentration={"configs": records},
+        figures=[run.output / name for name in ("samples.png", "accuracy.png", "features.png")],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Puts the measured table into a Markdown file, between two marks.
+
+    python recipes/readme_table.py --results outputs/quickstart/results.json --readme README.md
+    python recipes/readme_table.py --results outputs/quickstart/results.json --readme README.md --check
+
+The marks are `<!-- results:begin -->` and `<!-- results:end -->`, each on a line of its own. With `--check` nothing is
+written, and the exit status is 1 if the file does not show the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dsco_hf.report import results_table
+
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def insert_table(text: str, table: str) -> str:
+    """Replaces what stands between the two marks.
+
+    Raises:
+        ValueError: if the marks are missing, doubled or in the wrong order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"The file must contain {BEGIN!r} once and after it {END!r} once.")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes or checks the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("outputs/quickstart/results.json"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the table is out of date")
+    options = parser.parse_args(arguments)
+    for path in (options.results, options.readme):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    old = options.readme.read_text(encoding="utf-8")
+    new = insert_table(old, results_table(json.loads(options.results.read_text(encoding="utf-8"))))
+    if options.check:
+        print(f"{options.readme} is {'up to date' if old == new else 'out of date'}.")
+        return int(old != new)
+    options.readme.write_text(new, encoding="utf-8")
+    print(f"Wrote the table of {options.results} into {options.readme}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

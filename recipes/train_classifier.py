@@ -1,0 +1,167 @@
+"""Trains an image classifier on any dataset: the feature extractor of targets, the teacher of soft labels.
+
+    accelerate launch recipes/train_classifier.py --dataset digits --num_channels 1 --output_dir outputs/classifier
+    accelerate launch --multi_gpu --num_processes 2 recipes/train_classifier.py \
+        --config recipes/configs/classifier_cifar10.yaml
+
+All processes train one model together (on CPUs: ACCELERATE_USE_CPU=true before the second command). The folder is read
+by `AutoModelForImageClassification.from_pretrained`. Stock architectures such as the default one can also be stored
+inside of a pipeline. `--help` lists the options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from dsco_hf.configs import parse_config
+from dsco_hf.data import load_image_dataset
+from dsco_hf.evaluators import check_same_classes, get_protocol, load_image_set, protocol_to_dict, train_evaluator
+from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
+from dsco_hf.evaluators.models import is_own_architecture
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """Options of this recipe.
+
+    Attributes:
+        dataset, dataset_name, split, revision: what to train on; see `dsco_hf.data.load_image_dataset`.
+        test_split: what to test on; None trains without a test.
+        image_column, label_column: for datasets with several of them.
+        architecture: a name or model type, see `dsco_hf.evaluators.build_evaluator`.
+        model_options: values of the network's configuration, as JSON, e.g. '{"depths": [2, 2, 2]}'.
+        image_size: what the network is fed; by default the images' size, for stock networks at least 32.
+        num_channels: 1 or 3.
+        protocol: a protocol's name or YAML file; its hard labels, schedule and augmentation are used.
+        epochs, steps, batch_size, learning_rate, weight_decay: changes to the protocol.
+        seed: decides initial weights, order and augmentation.
+        on_error: "raise" or "skip" images that cannot be decoded.
+        mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
+        compile: pass the networks through `torch.compile`; pays from about a minute of training on.
+        checkpoint_seconds: time between checkpoints.
+        resume: continue from the checkpoint, or start if there is none.
+        output_dir: the classifier's folder.
+    """
+
+    dataset: str = "digits"
+    dataset_name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    test_split: str | None = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    architecture: str = "resnet-small"
+    model_options: str = "{}"
+    image_size: int | None = None
+    num_channels: int = 3
+    protocol: str = "quick"
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    seed: int = 0
+    on_error: str = "raise"
+    mixed_precision: str | None = None
+    compile: bool = False
+    checkpoint_seconds: float = 60.0
+    resume: bool = False
+    output_dir: str = "outputs/classifier"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the config, trains, and saves the classifier and the results."""
+    recipe = parse_config(ClassifierRecipe, arguments, description=__doc__)
+    output = Path(recipe.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    names = ("epochs", "steps", "batch_size", "learning_rate", "weight_decay")
+    changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
+    protocol = get_protocol(recipe.protocol, label_type="hard", **changes)
+    train, test = load_sets(recipe, protocol, accelerator)
+    native = train.pixels.shape[-1]
+    size = recipe.image_size or (native if is_own_architecture(recipe.architecture) else max(32, native))
+    checkpoint = output / "checkpoint.safetensors"
+    if not recipe.resume and accelerator.is_main_process:
+        checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    result = train_evaluator(
+        evaluator_builder(
+            recipe.architecture, train, protocol, **{"image_size": size, **json.loads(recipe.model_options)}
+        ),
+        train.pixels,
+        train.labels,
+        protocol=protocol,
+        seed=recipe.seed,
+        test_pixels=None if test is None else test.pixels,
+        test_labels=None if test is None else test.labels,
+        accelerator=accelerator,
+        distributed=True,
+        compiled=recipe.compile,
+        checkpoint=checkpoint,
+        checkpoint_seconds=recipe.checkpoint_seconds,
+        progress=accelerator.is_local_main_process,
+    )
+    if not accelerator.is_main_process:
+        return
+    result.model.save_pretrained(output)
+    results: dict[str, Any] = {
+        "config": dataclasses.asdict(recipe),
+        "protocol": protocol_to_dict(protocol),
+        "dataset_fingerprint": train.fingerprint,
+        "images": len(train.labels),
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "images_per_second": round(result.images_per_second, 1),
+        "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+        **run_environment(accelerator),
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    checkpoint.unlink(missing_ok=True)
+    tested = "" if result.accuracy is None else f", test accuracy {100 * result.accuracy:.2f} %"
+    print(f"Saved the classifier to {output}{tested}, loss {result.loss:.4f} after {result.steps} steps.")
+
+
+def load_sets(recipe: ClassifierRecipe, protocol: Any, accelerator: Accelerator) -> tuple[Any, Any]:
+    """Training and test images; None for the latter without a test split."""
+    splits = [split for split in (recipe.split, recipe.test_split) if split is not None]
+    with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
+        datasets = [
+            load_image_dataset(recipe.dataset, recipe.dataset_name, split=split, revision=recipe.revision)
+            for split in splits
+        ]
+    sets: list[Any] = []
+    for dataset in datasets:
+        sets.append(
+            load_image_set(
+                dataset,
+                protocol=protocol,
+                test_for=sets[0] if sets else None,
+                num_channels=recipe.num_channels,
+                image_column=recipe.image_column,
+                label_column=recipe.label_column,
+                on_error=recipe.on_error,
+                progress=accelerator.is_local_main_process,
+            )
+        )
+    if len(sets) == 1:
+        return sets[0], None
+    check_same_classes(sets[0].names, sets[1].names, what="the test set")
+    return sets[0], sets[1]
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()

@@ -1,0 +1,270 @@
+"""Tells how good a small dataset is: trains networks from scratch on it and tests them on real images.
+
+    accelerate launch recipes/train_evaluator.py --config recipes/configs/evaluator_digits.yaml
+    accelerate launch --multi_gpu --num_processes 4 recipes/train_evaluator.py --config my.yaml --seeds 5
+
+Seeds and networks are spread over the processes (on CPUs: ACCELERATE_USE_CPU=true before the second command). A killed
+run that is started again finishes with the same numbers. `results.json` in the output folder holds all accuracies, of
+the last epoch; `--help` lists the options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from dsco_hf.configs import parse_config
+from dsco_hf.data import load_image_dataset
+from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
+from dsco_hf.evaluators.checks import check_same_classes
+from dsco_hf.evaluators.evaluation import (
+    load_image_set,
+    run_environment,
+    run_jobs,
+    summarise,
+    train_job,
+)
+from dsco_hf.evaluators.training import content_hash
+
+
+@dataclass(frozen=True)
+class EvaluatorRecipe:
+    """Options of this recipe.
+
+    Attributes:
+        dataset, dataset_name, split, revision: the small dataset; see `dsco_hf.data.load_image_dataset`.
+        test_dataset, test_name, test_split, test_revision: what to test on; the same dataset by default.
+        image_column, label_column, soft_label_column, test_label_column: for datasets with several of them.
+        protocol: a name (quick, minimax-hard, rded-soft, rded-soft-small, released-dsco, cifar-convnet) or YAML file.
+        architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
+        seeds: number of trainings of each network, with the seeds first_seed, first_seed + 1, ...
+        model_options: values of the networks' configurations, as JSON, e.g. '{"width": 32}'.
+        teacher, teacher_revision: a classifier (folder or Hub id); soft labels are then made by it on each batch.
+        label_type: "hard", "teacher" or "stored"; the protocol's own by default, "teacher" where one is given.
+        epochs, steps, batch_size, learning_rate, temperature, input_size: changes to the protocol.
+        num_channels: 1 or 3.
+        on_error: "raise" or "skip" images that cannot be decoded.
+        best: also report the best epoch on the test set, as most of the field does.
+        mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
+        compile: pass the networks through `torch.compile`; pays from about a minute of training on.
+        report_to: "tensorboard", "trackio" or "none".
+        save_models: store the trained networks in `<output_dir>/models`.
+        output_dir: where results, jobs and checkpoints go.
+    """
+
+    dataset: str = "digits"
+    dataset_name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    test_dataset: str | None = None
+    test_name: str | None = None
+    test_split: str = "test"
+    test_revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    soft_label_column: str = "soft_label"
+    test_label_column: str | None = None
+    protocol: str = "quick"
+    architectures: list[str] = field(default_factory=lambda: ["convnet-3"])
+    seeds: int = 3
+    first_seed: int = 0
+    model_options: str = "{}"
+    teacher: str | None = None
+    teacher_revision: str | None = None
+    label_type: str | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    temperature: float | None = None
+    input_size: int | None = None
+    num_channels: int = 3
+    on_error: str = "raise"
+    best: bool = False
+    mixed_precision: str | None = None
+    compile: bool = False
+    report_to: str = "none"
+    save_models: bool = False
+    output_dir: str = "outputs/evaluator"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the config, trains all networks and saves the results."""
+    recipe = parse_config(EvaluatorRecipe, arguments, description=__doc__)
+    output = Path(recipe.output_dir)
+    accelerator = make_accelerator(recipe)
+    protocol = get_protocol(recipe.protocol, **protocol_changes(recipe))
+    train, test = load_sets(recipe, protocol, accelerator)
+    teacher = load_teacher(recipe, accelerator)
+    model_options = json.loads(recipe.model_options)
+    seeds = range(recipe.first_seed, recipe.first_seed + recipe.seeds)
+    jobs = {f"{name.replace('/', '_')}-seed{seed}": (name, seed) for seed in seeds for name in recipe.architectures}
+
+    def run(key: str, checkpoint: Path) -> dict[str, Any]:
+        architecture, seed = jobs[key]
+        return train_job(
+            train,
+            test,
+            architecture=architecture,
+            seed=seed,
+            protocol=protocol,
+            teacher=teacher,
+            accelerator=accelerator,
+            compiled=recipe.compile,
+            checkpoint=checkpoint,
+            overrides=model_options,
+            track_best=recipe.best,
+            save_to=output / "models" / key if recipe.save_models else None,
+            on_epoch=epoch_logger(accelerator, recipe, key),
+            progress=accelerator.is_local_main_process,
+        )
+
+    parts = (
+        train.digest,
+        test.digest,
+        protocol,
+        teacher,
+        model_options,
+        recipe.best,
+        recipe.compile,
+        accelerator.mixed_precision,
+    )
+    finished = run_jobs(
+        list(jobs),
+        run,
+        fingerprint=lambda key: content_hash(*parts, jobs[key]),
+        accelerator=accelerator,
+        folder=output / "jobs",
+    )
+    if accelerator.is_main_process:
+        rows = [
+            {"architecture": name, **summarise([job for job in finished.values() if job["architecture"] == name])}
+            for name in recipe.architectures
+        ]
+        results = {
+            "dataset": recipe.dataset,
+            "config": dataclasses.asdict(recipe),
+            "protocol": protocol_to_dict(protocol),
+            "images": len(train.labels),
+            "images_per_class": train.images_per_class,
+            "classes": len(train.names),
+            "test_images": len(test.labels),
+            "dataset_fingerprint": train.fingerprint,
+            "test_fingerprint": test.fingerprint,
+            "rows": rows,
+            **run_environment(accelerator),
+        }
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        accelerator.log({f"{row['architecture']}/accuracy_mean": row["accuracy_mean"] for row in rows})
+        print_rows(rows)
+    accelerator.end_training()
+
+
+def load_sets(recipe: EvaluatorRecipe, protocol: Protocol, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
+    """The small dataset and the images it is tested on."""
+    with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
+        dataset = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision)
+        test_dataset = load_image_dataset(
+            recipe.test_dataset or recipe.dataset,
+            recipe.test_name or (None if recipe.test_dataset else recipe.dataset_name),
+            split=recipe.test_split,
+            revision=recipe.test_revision or (None if recipe.test_dataset else recipe.revision),
+        )
+    options = {"num_channels": recipe.num_channels, "on_error": recipe.on_error}
+    train = load_image_set(
+        dataset,
+        protocol=protocol,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        soft_label_column=recipe.soft_label_column,
+        progress=accelerator.is_local_main_process,
+        **options,
+    )
+    test = load_image_set(
+        test_dataset,
+        protocol=protocol,
+        test_for=train,
+        label_column=recipe.test_label_column,
+        progress=accelerator.is_local_main_process,
+        **options,
+    )
+    check_same_classes(train.names, test.names, what="the test set")
+    return train, test
+
+
+def make_accelerator(recipe: Any) -> Accelerator:
+    """An accelerator with the recipe's precision and tracker; processes wait for each other for up to a week."""
+    if recipe.report_to not in ("none", "tensorboard", "trackio"):
+        raise ValueError(f"--report_to must be tensorboard, trackio or none, got {recipe.report_to!r}.")
+    tracked = recipe.report_to != "none"
+    if tracked and importlib.util.find_spec(recipe.report_to) is None:
+        raise ValueError(f"--report_to {recipe.report_to} needs that package: pip install {recipe.report_to}.")
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        log_with=recipe.report_to if tracked else None,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    if tracked:
+        values = {
+            key: value for key, value in dataclasses.asdict(recipe).items() if isinstance(value, int | float | str)
+        }
+        accelerator.init_trackers(Path(__file__).stem, config=values)
+    return accelerator
+
+
+def protocol_changes(recipe: EvaluatorRecipe) -> dict[str, Any]:
+    """What the command line changes about the protocol."""
+    names = ("epochs", "steps", "batch_size", "learning_rate", "temperature", "input_size", "label_type")
+    changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
+    if recipe.teacher is not None and get_protocol(recipe.protocol).label_type != "teacher":
+        changes.setdefault("label_type", "teacher")
+    return changes
+
+
+def load_teacher(recipe: EvaluatorRecipe, accelerator: Accelerator) -> PreTrainedModel | None:
+    """The teacher, frozen, or None."""
+    if recipe.teacher is None:
+        return None
+    with accelerator.main_process_first():
+        teacher = AutoModelForImageClassification.from_pretrained(recipe.teacher, revision=recipe.teacher_revision)
+    return teacher.eval().requires_grad_(False)
+
+
+def epoch_logger(accelerator: Accelerator, recipe: Any, key: str) -> Callable[[dict[str, float]], None] | None:
+    """Sends loss and accuracy of each epoch to the tracker; only the main process has one."""
+    if recipe.report_to == "none" or not accelerator.is_main_process:
+        return None
+
+    def log(metrics: dict[str, float]) -> None:
+        values = {f"{key}/{name}": value for name, value in metrics.items() if name != "epoch"}
+        accelerator.log(values, step=int(metrics["epoch"]))
+
+    return log
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The result, for the eye."""
+    for row in rows:
+        mean = 100 * row["accuracy_mean"]
+        spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.2f}"
+        best = f", best epoch {100 * row['accuracy_best_mean']:.2f}" if "accuracy_best_mean" in row else ""
+        print(
+            f"{row['architecture']}: {mean:.2f}{spread} % over {row['training_seeds']} seeds{best}, "
+            f"{row['images_per_second']:.0f} images/s"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()

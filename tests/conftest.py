@@ -1,0 +1,173 @@
+"""Tiny real components: generators of three classes in pixel and latent space, classifiers, and 8x8 images."""
+
+import copy
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from dsco_hf import ConvNetConfig, ConvNetForImageClassification, DsCoPipeline, MatchingTargets
+
+
+NAMES = ("circle", "square", "triangle")
+IMAGENET_NAMES = ("tench, Tinca tinca", "goldfish, Carassius auratus", "chain saw, chainsaw")
+
+
+def tiny_transformer(*, channels=1, out_channels=None, sample_size=8, seed=0):
+    torch.manual_seed(seed)
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=channels,
+        out_channels=out_channels or channels,
+        num_layers=1,
+        sample_size=sample_size,
+        patch_size=2,
+        num_embeds_ada_norm=3,
+        norm_num_groups=1,
+    ).eval()
+
+
+def tiny_vae(*, channels=1, latent_channels=4, seed=1):
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=1,
+        sample_size=8,
+    ).eval()
+
+
+def tiny_convnet(*, names=NAMES, channels=1, width=6, norm="batch", seed=2):
+    torch.manual_seed(seed)
+    labels = dict(enumerate(names))
+    config = ConvNetConfig(
+        depth=2,
+        width=width,
+        norm=norm,
+        image_size=8,
+        num_channels=channels,
+        id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+    )
+    model = ConvNetForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as if trained: statistics that are not those of standard noise
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def tiny_resnet(*, names=NAMES, channels=3, image_size=16, seed=3):
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        num_channels=channels,
+        embedding_size=4,
+        hidden_sizes=[4, 6],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    config.image_size, config.image_mean, config.image_std = image_size, [0.4] * channels, [0.2] * channels
+    return ResNetForImageClassification(config).eval()
+
+
+def pixel_pipeline(*, classifier=None, seed=0):
+    pipe = DsCoPipeline(
+        tiny_transformer(seed=seed),
+        DDIMScheduler(clip_sample=True),
+        classifier=classifier,
+        id2label=dict(enumerate(NAMES)),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def striped_images(counts=(9, 7, 5), *, names=NAMES, size=8, seed=0):
+    """Horizontal stripes, vertical stripes, checkers, with noise; the classes follow one another in turn."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    patterns = [y // 2 % 2, x // 2 % 2, (x + y) % 2]
+    rows = sorted((index, label) for label, count in enumerate(counts) for index in range(count))
+    pixels = [
+        (patterns[label % 3] * 160 + rng.integers(0, 90, (size, size))).clip(0, 255).astype(np.uint8)
+        for _, label in rows
+    ]
+    features = Features({"image": Image(), "label": ClassLabel(names=list(names))})
+    columns = {"image": [PIL.Image.fromarray(array) for array in pixels], "label": [label for _, label in rows]}
+    return Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture
+def make():
+    """The builders above, by name: `make.transformer()`, `make.vae()`, `make.convnet()`, ..."""
+
+    class Builders:
+        transformer = staticmethod(tiny_transformer)
+        vae = staticmethod(tiny_vae)
+        convnet = staticmethod(tiny_convnet)
+        resnet = staticmethod(tiny_resnet)
+        pipe = staticmethod(pixel_pipeline)
+        images = staticmethod(striped_images)
+        generators = staticmethod(lambda seeds: [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    return Builders
+
+
+@pytest.fixture(scope="session")
+def real_images():
+    return striped_images()
+
+
+@pytest.fixture(scope="session")
+def _pixel_pipe():
+    return pixel_pipeline(classifier=tiny_convnet())
+
+
+@pytest.fixture
+def pipe(_pixel_pipe):
+    """A pixel-space pipeline with a ConvNet; the test's own copy."""
+    return copy.deepcopy(_pixel_pipe)
+
+
+@pytest.fixture(scope="session")
+def _targets(_pixel_pipe, real_images):
+    return MatchingTargets.from_dataset(real_images, copy.deepcopy(_pixel_pipe), embedding_dim=256, progress=False)
+
+
+@pytest.fixture
+def targets(_targets):
+    """Targets of `real_images` for `pipe`."""
+    return copy.deepcopy(_targets)
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory):
+    """A checkpoint as diffusers' own DiTPipeline saves it, in the layout of facebook/DiT-XL-2-256."""
+    folder = tmp_path_factory.mktemp("dit")
+    stock = DiTPipeline(
+        tiny_transformer(channels=4, out_channels=8, sample_size=4),
+        tiny_vae(channels=3),
+        DDIMScheduler(clip_sample=False, beta_schedule="linear"),
+    )
+    stock.register_to_config(id2label={str(index): name for index, name in enumerate(IMAGENET_NAMES)})
+    stock.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def latent_pipe(dit_folder):
+    """That checkpoint with a stock ResNet as the classifier."""
+    pipe = DsCoPipeline.from_pretrained(dit_folder, classifier=tiny_resnet(names=IMAGENET_NAMES))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

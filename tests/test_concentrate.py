@@ -1,0 +1,208 @@
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Image
+
+from dsco_hf import MatchingTargets, QuantileTargets, concentrate, concentrate_and_report, measure_discrepancy
+from dsco_hf.concentrate import PreviousBlocks, embed_pixels, pixels_from_images
+from dsco_hf.data import images_from_pixels, load_pixels
+from dsco_hf.kernels import mmd2
+from dsco_hf.seeds import image_seed
+
+
+OPTIONS = {"num_inference_steps": 5, "guidance_scale": 1.0, "step_size": 0.1, "progress": False}
+
+
+def pixels_of(dataset):
+    return pixels_from_images(list(dataset["image"]))
+
+
+def rows_of(dataset, **wanted):
+    return [i for i, row in enumerate(dataset.remove_columns("image")) if all(row[k] == v for k, v in wanted.items())]
+
+
+def test_rows_and_features(pipe, targets):
+    small = concentrate(pipe, targets, 3, seed=7, **OPTIONS)
+    assert small.column_names == ["image", "label", "source", "seed", "block", "real_index"]
+    assert small.features["label"] == ClassLabel(names=["circle", "square", "triangle"])
+    assert small.features["source"] == ClassLabel(names=["synthetic", "real"])
+    assert isinstance(small.features["image"], Image)
+    assert list(small["label"]) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert set(small["source"]) == {0} and set(small["real_index"]) == {-1} and set(small["block"]) == {0}
+    assert list(small["seed"]) == [image_seed(7, label, index) for label in range(3) for index in range(3)]
+    assert small[0]["image"].size == (8, 8) and small[0]["image"].mode == "L"
+    assert len({image.tobytes() for image in small["image"]}) == 9
+
+
+def test_images_are_those_of_the_pipeline(pipe, targets):
+    small = concentrate(pipe, targets, 2, seed=1, **OPTIONS)
+    options = {key: value for key, value in OPTIONS.items() if key != "progress"}
+    labels = [0, 0, 1, 1, 2, 2]
+    direct = pipe.sample(labels, targets, seeds=list(small["seed"]), **options)
+    expected = images_from_pixels(direct.images * 2 - 1)
+    assert all(np.array_equal(a, b) for a, b in zip(small["image"], expected, strict=True))
+
+
+def test_seed_and_repetition(pipe, targets):
+    first, again, other = (concentrate(pipe, targets, 2, seed=seed, **OPTIONS) for seed in (0, 0, 1))
+    assert torch.equal(pixels_of(first), pixels_of(again))
+    assert (pixels_of(first) - pixels_of(other)).flatten(1).norm(dim=1).min() > 0.1
+    assert not set(first["seed"]) & set(other["seed"])
+
+
+@pytest.mark.parametrize("images_per_call", [1, 2, 4, 100])
+def test_calls_of_any_size_give_the_same_images(pipe, targets, images_per_call):
+    whole = concentrate(pipe, targets, 2, **OPTIONS)
+    parts = concentrate(pipe, targets, 2, images_per_call=images_per_call, **OPTIONS)
+    assert list(parts["label"]) == [0, 0, 1, 1, 2, 2]
+    assert (pixels_of(parts) - pixels_of(whole)).abs().max() <= 1.01 * 2 / 255  # one gray level by rounding
+
+
+def test_first_blocks_of_a_larger_run_are_the_smaller_run(pipe, targets):
+    small, large = (concentrate(pipe, targets, n, block_size=2, **OPTIONS) for n in (2, 5))
+    assert list(large["block"]) == [0, 0, 1, 1, 2] * 3  # 5 is no multiple of 2
+    rows = rows_of(large, block=0)
+    assert torch.equal(pixels_of(large.select(rows)), pixels_of(small))
+    assert [large["seed"][row] for row in rows] == list(small["seed"])
+    four = concentrate(pipe, targets, 4, block_size=2, **OPTIONS)
+    rows = [row for row in range(15) if large["block"][row] < 2]
+    assert torch.equal(pixels_of(large.select(rows)), pixels_of(four))
+
+
+def test_a_block_matches_what_the_finished_ones_leave(pipe, targets):
+    small = concentrate(pipe, targets, 4, block_size=2, **OPTIONS)
+    first, second = (small.select(rows_of(small, block=block)) for block in (0, 1))
+    options = {key: value for key, value in OPTIONS.items() if key != "progress"}
+    labels, seeds = list(second["label"]), list(second["seed"])
+    previous = PreviousBlocks(targets)
+    previous.add(list(first["image"]), list(first["label"]), pipe)
+    joint = pipe.sample(labels, targets, seeds=seeds, previous=previous.statistics, **options)
+    alone = pipe.sample(labels, targets, seeds=seeds, **options)
+    expected, otherwise = (pixels_from_images(images_from_pixels(o.images * 2 - 1)) for o in (joint, alone))
+    assert torch.equal(pixels_of(second), expected)
+    assert not torch.equal(pixels_of(second), otherwise)
+
+
+def test_previous_blocks_add_up(pipe, targets, real_images):
+    previous = PreviousBlocks(targets)
+    images, labels = list(real_images["image"]), list(real_images["label"])
+    previous.add(images[:8], labels[:8], pipe)
+    sums, counts = previous.statistics
+    previous.add(images[8:], labels[8:], pipe)
+    assert counts.sum() == 8 and previous.counts.tolist() == [9, 7, 5]  # the statistics are a copy
+    torch.testing.assert_close(previous.sums / previous.counts[:, None], targets.embeddings, atol=1e-3, rtol=0)
+    assert not torch.equal(sums, previous.sums)
+
+
+def test_optimised_images_are_nearer_than_plain_ones(pipe, targets):
+    options = {**OPTIONS, "num_inference_steps": 10}
+    _, plain = concentrate_and_report(pipe, None, 3, measure_by=targets, **options)
+    _, optimised = concentrate_and_report(
+        pipe, targets, 3, optimize_from=0.0, optimization_steps=3, measure_by=None, **options
+    )
+    assert set(plain.discrepancy_by_class) == set(optimised.discrepancy_by_class) == {"circle", "square", "triangle"}
+    assert all(optimised.discrepancy_by_class[k] < plain.discrepancy_by_class[k] for k in plain.discrepancy_by_class)
+
+
+def test_report(pipe, targets):
+    small, report = concentrate_and_report(pipe, targets, 3, block_size=2, **OPTIONS)
+    assert report.images == len(small) == 9
+    # 5 steps, of which 2 and 3 are optimised (the last is not): one look-ahead each
+    assert (report.denoiser_calls, report.decoder_calls, report.classifier_calls) == (9 * 7, 0, 9 * 2)
+    assert report.seconds > 0
+    assert report.discrepancy == pytest.approx(statistics.fmean(report.discrepancy_by_class.values()))
+    measured = measure_discrepancy(pixels_of(small), torch.tensor(list(small["label"])), pipe, targets)
+    assert measured == pytest.approx(report.discrepancy_by_class)
+
+
+def test_discrepancy_by_the_formula(pipe, targets, real_images):
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    half = torch.arange(12)
+    found = measure_discrepancy(pixels[half], labels[half], pipe, targets)
+    psi = embed_pixels(pixels[half], pipe, targets)
+    for row, name in enumerate(targets.class_names):
+        expected = mmd2(psi[labels[half] == row].mean(0), targets.embeddings[row]).item()
+        assert found[name] == pytest.approx(expected, rel=1e-5) and expected > 1e-4
+    only = measure_discrepancy(pixels[labels == 2], labels[labels == 2], pipe, targets)
+    assert list(only) == ["triangle"] and only["triangle"] < 1e-4  # the population itself
+
+
+def test_discrepancy_needs_the_classifier_of_the_targets(targets, make):
+    pipe = make.pipe(classifier=make.convnet(seed=9))
+    with pytest.raises(ValueError, match="is not the one"):
+        measure_discrepancy(torch.zeros(1, 1, 8, 8), torch.tensor([0]), pipe, targets)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_one_image_of_one_class(pipe, make, blocks):
+    targets = MatchingTargets.from_dataset(
+        make.images((3,), names=("triangle",)), pipe, embedding_dim=32, progress=False
+    )
+    small, report = concentrate_and_report(pipe, targets, blocks, block_size=1, **OPTIONS)
+    assert len(small) == blocks and small.features["label"].names == ["triangle"] and set(small["label"]) == {0}
+    assert list(small["seed"]) == [image_seed(0, 2, index) for index in range(blocks)]  # the generator's class is 2
+    assert list(report.discrepancy_by_class) == ["triangle"]
+
+
+def test_plain_samples_of_chosen_classes(pipe):
+    small, report = concentrate_and_report(pipe, None, 2, class_labels=["triangle", 0], **OPTIONS)
+    assert small.features["label"].names == ["triangle", "circle"] and list(small["label"]) == [0, 0, 1, 1]
+    assert report.discrepancy is None and report.discrepancy_by_class == {} and report.classifier_calls == 0
+    assert concentrate(pipe, None, 1, **OPTIONS).features["label"].names == ["circle", "square", "triangle"]
+
+
+def test_other_objectives(pipe, real_images):
+    targets = QuantileTargets.from_dataset(real_images, pipe, draws=1, progress=False)
+    small, report = concentrate_and_report(
+        pipe, targets, 2, objective="quantile", optimization_steps=2, block_size=1, **OPTIONS
+    )
+    assert len(small) == 6 and report.classifier_calls == 6 * 2 * 2 and report.discrepancy is None
+    alone = concentrate(pipe, None, 2, objective="classifier", **OPTIONS)
+    assert not torch.equal(pixels_of(alone), pixels_of(concentrate(pipe, None, 2, **OPTIONS)))
+
+
+def test_latent_generator(latent_pipe, make):
+    images = make.images((3, 3, 3), names=("tench", "goldfish", "chainsaw"))
+    targets = MatchingTargets.from_dataset(images, latent_pipe, embedding_dim=64, progress=False)
+    small, report = concentrate_and_report(latent_pipe, targets, 2, **{**OPTIONS, "guidance_scale": 2.0})
+    assert small[0]["image"].mode == "RGB" and small.features["label"].names == ["tench", "goldfish", "chainsaw"]
+    assert report.denoiser_calls == 6 * (2 * 5 + 2) and report.decoder_calls == 6 * (1 + 2)
+
+
+@pytest.mark.parametrize("name", ["images_per_class", "block_size", "images_per_call"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_numbers_below_one(pipe, targets, name, value):
+    options = {"images_per_class": 1, name: value}
+    with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1, got {value}"):
+        concentrate(pipe, targets, **options, **OPTIONS)
+
+
+def test_bad_input(pipe, targets, make):
+    with pytest.raises(ValueError, match="The targets name the classes: leave `class_labels` out"):
+        concentrate(pipe, targets, 1, class_labels=[0], **OPTIONS)
+    with pytest.raises(ValueError, match="no class 'squar'. Nearest: 'square'"):
+        concentrate(pipe, None, 1, class_labels=["squar"], **OPTIONS)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be"):
+        concentrate(pipe, targets, 1, **{**OPTIONS, "num_inference_steps": 0})
+    with pytest.raises(ValueError, match="the pipeline has none"):
+        concentrate(make.pipe(), targets, 1, **OPTIONS)
+    next(pipe.transformer.parameters()).data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        concentrate(pipe, None, 1, **OPTIONS)
+
+
+def test_pixels_from_images_is_the_inverse(make):
+    for channels in (1, 3):
+        values = torch.randint(0, 256, (3, channels, 4, 4), generator=torch.Generator().manual_seed(0))
+        pixels = values / 127.5 - 1
+        torch.testing.assert_close(pixels_from_images(images_from_pixels(pixels)), pixels)
+
+
+def test_progress_bar_counts_images(pipe, targets, capsys):
+    concentrate(pipe, targets, 3, block_size=2, **{**OPTIONS, "progress": True})
+    shown = capsys.readouterr().err
+    assert "Concentrating" in shown and "9/9" in shown
+    concentrate(pipe, targets, 1, **OPTIONS)
+    assert capsys.readouterr().err == ""

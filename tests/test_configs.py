@@ -1,0 +1,65 @@
+from dataclasses import dataclass
+
+import pytest
+
+from dsco_hf.configs import parse_config
+
+
+@dataclass(frozen=True)
+class Recipe:
+    dataset: str
+    steps: int = 10
+    rate: float = 1.0
+    minutes: float | None = None
+    flip: bool = False
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+
+
+def write(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    path = write(tmp_path, "dataset: digits\nrate: 1e-3\nsteps: 7\n")
+    assert parse_config(Recipe, ["--config", path]) == Recipe("digits", 7, 1e-3)
+    assert parse_config(Recipe, [f"--config={path}", "--steps", "3", "--flip"]) == Recipe("digits", 3, 1e-3, flip=True)
+    assert parse_config(Recipe, ["--dataset", "a/b", "--minutes", "2"]) == Recipe("a/b", minutes=2.0)
+    assert parse_config(Recipe, ["--config", write(tmp_path, "dataset: x\nminutes: null\nflip: true")]).flip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dataset: x\nstepz: 3", "unknown field 'stepz'.*Nearest: 'steps'"),
+        ("dataset: x\nsteps: many", "`steps` must be int, got 'many'"),
+        ("dataset: x\nsteps: 2.5", "`steps` must be int, got 2.5"),
+        ("dataset: x\nsteps: true", "`steps` must be int, got True"),
+        ("dataset: x\nflip: 1", "`flip` must be bool"),
+        ("dataset: x\nrate: null", "`rate` must be float, got None"),
+        ("- a\n- b", "must hold `field: value` lines, got list"),
+        ("a: [", "not valid YAML"),
+        ("dataset: x\nsteps: 0", "at least 1, got 0"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(Recipe, ["--config", write(tmp_path, text)])
+
+
+def test_bad_command_lines_are_explained(tmp_path):
+    with pytest.raises(ValueError, match="Unknown option '--step'.*Nearest: 'steps'"):
+        parse_config(Recipe, ["--dataset", "x", "--step", "3"])
+    with pytest.raises(ValueError, match="invalid int value: 'x'"):
+        parse_config(Recipe, ["--dataset", "x", "--steps", "x"])
+    with pytest.raises(ValueError, match="required: --dataset"):
+        parse_config(Recipe, [])
+    with pytest.raises(ValueError, match="needs a file"):
+        parse_config(Recipe, ["--config"])
+    write(tmp_path, "")
+    with pytest.raises(FileNotFoundError, match="Nearest: 'recipe.yaml'"):
+        parse_config(Recipe, ["--config", str(tmp_path / "recipes.yaml")])

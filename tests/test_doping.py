@@ -1,0 +1,228 @@
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+
+from dsco_hf import ConvNetForImageClassification, MatchingTargets, concentrate, dope, get_protocol
+from dsco_hf.concentrate import embed_pixels
+from dsco_hf.data import load_pixels
+from dsco_hf.doping import clarity, clarity_scores
+from dsco_hf.kernels import mmd2
+
+
+@pytest.fixture(scope="module")
+def _small(_pixel_pipe):
+    return concentrate(_pixel_pipe, None, 2, num_inference_steps=2, guidance_scale=1.0, progress=False)
+
+
+@pytest.fixture
+def small(_small):
+    """Two synthetic images of each class."""
+    return _small
+
+
+def added(mixed):
+    return mixed.select([row for row, source in enumerate(mixed["source"]) if source == 1])
+
+
+def per_class(dataset):
+    return torch.bincount(torch.tensor(list(dataset["label"])), minlength=3).tolist()
+
+
+STRATEGIES = ["herding", "clarity", "random"]
+
+
+@pytest.fixture
+def mix(small, real_images, pipe):
+    """`dope` with a student for "clarity", so that nothing is trained."""
+
+    def run(*, strategy, small=small, real=real_images, **options):
+        student = {"student": pipe.classifier} if strategy == "clarity" else {}
+        return dope(small, real, pipe, strategy=strategy, progress=False, **{**student, **options})
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_and_provenance(mix, small, real_images, strategy):
+    mixed = mix(strategy=strategy, images_per_class=5)
+    assert isinstance(mixed, Dataset) and mixed.features == small.features
+    assert mixed.column_names == small.column_names
+    assert per_class(mixed) == [5, 5, 5]
+    assert mixed.select(range(6)).remove_columns("image")[:] == small.remove_columns("image")[:]
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(mixed["image"][:6], small["image"], strict=True))
+    real = added(mixed)
+    assert list(mixed["source"]) == [0] * 6 + [1] * 9
+    assert set(real["seed"]) == set(real["block"]) == {-1}
+    assert len(set(real["real_index"])) == 9
+    for row in real:
+        original = real_images[row["real_index"]]
+        assert original["label"] == row["label"] and original["image"].tobytes() == row["image"].tobytes()
+
+
+def test_image_files_are_taken_over_as_they_are(mix, small, real_images):
+    def encoded(dataset):
+        return [image["bytes"] for image in dataset.with_format("arrow")[:]["image"].to_pylist()]
+
+    mixed = mix(strategy="random", total=12)
+    originals = encoded(real_images)
+    indices = mixed["real_index"][6:]
+    assert encoded(mixed)[6:] == [originals[i] for i in indices] and encoded(mixed)[:6] == encoded(small)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_total_budget(mix, strategy):
+    mixed = mix(strategy=strategy, total=13)
+    assert len(mixed) == 13
+    if strategy != "clarity":  # which ranks over all classes
+        assert sorted(per_class(mixed)) == [4, 4, 5]
+    assert sorted(per_class(mix(strategy=strategy, total=13, class_wise=True))) == [4, 4, 5]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_total_evens_out_what_synthesis_left_uneven(mix, small, strategy):
+    uneven = small.select([0, 1, 2])  # 2, 1 and no synthetic images
+    mixed = mix(strategy=strategy, small=uneven, total=9, class_wise=True)
+    assert per_class(mixed) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_total_beyond_the_smallest_class_goes_to_the_others(mix, strategy):
+    mixed = mix(strategy=strategy, total=6 + 20, class_wise=True)  # 9, 7 and 5 real images
+    assert per_class(added(mixed)) == [8, 7, 5]
+    everything = mix(strategy=strategy, total=6 + 21)
+    assert sorted(added(everything)["real_index"]) == list(range(21))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("budget", [{"images_per_class": 2}, {"total": 6}])
+def test_nothing_to_add(mix, small, strategy, budget):
+    mixed = mix(strategy=strategy, **budget)
+    assert mixed.features == small.features and mixed.remove_columns("image")[:] == small.remove_columns("image")[:]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_class_without_synthetic_image(mix, small, strategy):
+    less = small.filter(lambda label: label != 1, input_columns="label")
+    mixed = mix(strategy=strategy, small=less, images_per_class=3)
+    assert per_class(mixed) == [3, 3, 3] and per_class(added(mixed)) == [1, 3, 1]
+
+
+def test_herding_takes_what_lowers_the_discrepancy_of_the_mixture(mix, small, real_images, pipe, targets):
+    mixed = mix(strategy="herding", images_per_class=5, targets=targets)
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    have, candidates = (embed_pixels(x, pipe, targets) for x in (load_pixels(small, num_channels=1)[0], pixels))
+    for row in range(3):
+        sums, count, picked = have[2 * row : 2 * row + 2].double().sum(0), 2, []
+        for _ in range(3):
+            free = [i for i in range(21) if labels[i] == row and i not in picked]
+            gaps = [mmd2((sums + candidates[i]) / (count + 1), targets.embeddings[row].double()).item() for i in free]
+            picked.append(free[min(range(len(free)), key=gaps.__getitem__)])
+            sums, count = sums + candidates[picked[-1]], count + 1
+        assert mixed["real_index"][6 + 3 * row : 9 + 3 * row] == picked
+    # targets of the real images are what it makes itself
+    default = mix(strategy="herding", images_per_class=4)
+    assert len(default) == 12
+
+
+def test_clarity_by_the_formula():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.5, 0.0]])
+    torch.testing.assert_close(clarity_scores(p, torch.tensor([0, 1, 0])), torch.tensor([0.5, -0.3, 0.0]))
+
+
+def test_clarity_of_images(small, real_images, pipe):
+    scores = clarity(small, real_images, pipe, pipe.classifier, progress=False)
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    with torch.no_grad():
+        p = pipe.classifier(pixels).logits.softmax(1)
+    expected = [p[i, y] - max(p[i, k] for k in range(3) if k != y) for i, y in enumerate(labels.tolist())]
+    torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=0)
+    assert scores.std() > 1e-4
+
+
+def test_clarity_takes_the_least_clear(mix, small, real_images, pipe):
+    scores = clarity(small, real_images, pipe, pipe.classifier, progress=False)
+    ranked = scores.argsort().tolist()
+    assert mix(strategy="clarity", total=11)["real_index"][6:] == ranked[:5]
+    assert mix(strategy="clarity", images_per_class=3, class_wise=False)["real_index"][6:] == ranked[:3]
+    labels = list(real_images["label"])
+    chosen = mix(strategy="clarity", images_per_class=4)["real_index"][6:]
+    assert chosen == [i for row in range(3) for i in [j for j in ranked if labels[j] == row][:2]]
+
+
+def test_clarity_trains_a_student(small, real_images, pipe, caplog):
+    protocol = short_protocol()
+    options = {"strategy": "clarity", "protocol": protocol, "total": 10, "progress": False}
+    with caplog.at_level(logging.WARNING, "dsco_hf.doping"):
+        first, again = (dope(small, real_images, pipe, **options) for _ in range(2))
+    assert not caplog.records  # the pipeline's classifier is the teacher
+    assert list(first["real_index"]) == list(again["real_index"])
+    with caplog.at_level(logging.WARNING, "dsco_hf.doping"):
+        gray = dope(small, real_images, None, student=None, **options)
+    assert "hard labels" in caplog.text and len(gray) == 10
+
+
+def short_protocol():
+    return get_protocol("quick", epochs=2)
+
+
+def test_random_choice_follows_its_seed(mix, small, real_images):
+    first, again, other = (mix(strategy="random", images_per_class=4, seed=seed) for seed in (0, 0, 1))
+    assert list(first["real_index"]) == list(again["real_index"]) != list(other["real_index"])
+    alone = dope(small, real_images, strategy="random", images_per_class=4, progress=False)  # needs no pipeline
+    assert list(alone["real_index"]) == list(first["real_index"])
+
+
+def test_other_column_names(mix, small, real_images):
+    renamed = real_images.rename_columns({"image": "img", "label": "digit"})
+    mixed = mix(strategy="herding", real=renamed, images_per_class=3)
+    assert mixed.features == small.features and per_class(mixed) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"total": 28}, "28 images cannot be made of 6 synthetic and up to 21 real ones: choose from 6 to 27"),
+        ({"total": 5}, "choose from 6 to 27"),
+        ({"total": 0}, "`total` must be a whole number of at least 1, got 0"),
+        ({"total": -2}, "`total` must be a whole number of at least 1, got -2"),
+        ({"images_per_class": 8}, "Class 'triangle' has 2 synthetic and 5 real images: .* from 2 to 7, got 8"),
+        ({"images_per_class": 1}, "from 2 to 11, got 1"),
+        ({"images_per_class": 0}, "`images_per_class` must be a whole number of at least 1, got 0"),
+        ({}, "Pass either `images_per_class` or `total`"),
+        ({"total": 9, "images_per_class": 3}, "Pass either `images_per_class` or `total`"),
+    ],
+)
+def test_budgets_that_cannot_be_met(mix, strategy, budget, message):
+    with pytest.raises(ValueError, match=message):
+        mix(strategy=strategy, **budget)
+
+
+def test_bad_input(mix, small, real_images, pipe, targets, make):
+    with pytest.raises(ValueError, match="`strategy` must be one of .*got 'herdin'. Nearest: 'herding'"):
+        mix(strategy="herdin", total=8)
+    with pytest.raises(ValueError, match="needs `pipe`, whose classifier"):
+        dope(small, real_images, strategy="herding", total=8)
+    with pytest.raises(ValueError, match="the pipeline has none: pass `classifier=`"):
+        dope(small, real_images, make.pipe(), strategy="herding", total=8, progress=False)
+    other = make.pipe(classifier=make.convnet(seed=9))
+    with pytest.raises(ValueError, match="is not the one that the targets were made with"):
+        dope(small, real_images, other, strategy="herding", total=8, targets=targets, progress=False)
+    with pytest.raises(ValueError, match="real images"):
+        mix(strategy="random", real=make.images((3, 3), names=("circle", "square")), total=8)
+    with pytest.raises(ValueError, match="same classes in another order"):
+        mix(strategy="random", real=make.images((3, 3, 3), names=("square", "circle", "triangle")), total=8)
+    with pytest.raises(ValueError, match="No column is of type Image"):
+        mix(strategy="random", real=real_images.remove_columns("image"), total=8)
+    student = make.convnet(names=("cat", "dog", "cow"))
+    assert isinstance(student, ConvNetForImageClassification)
+    with pytest.raises(ValueError, match="student"):
+        mix(strategy="clarity", student=student, total=8)
+
+
+def test_targets_are_made_of_the_real_images(mix, real_images, pipe):
+    made = MatchingTargets.from_dataset(real_images, pipe, progress=False)
+    given = mix(strategy="herding", images_per_class=4, targets=made)
+    assert list(given["real_index"]) == list(mix(strategy="herding", images_per_class=4)["real_index"])

@@ -1,0 +1,120 @@
+"""Protocols: numbers of the sources, budgets, variants, YAML."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsco_hf.evaluators import PROTOCOLS, get_protocol, protocol_from_dict, protocol_to_dict
+from dsco_hf.evaluators.augmentation import CutMix, HorizontalFlip, RandomResizedCrop, RandomShift
+from dsco_hf.evaluators.protocols import Protocol, by_budget, learning_rate_factor
+
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+
+
+@pytest.mark.parametrize(
+    ("images_per_class", "epochs"),
+    [(1, 3000), (10, 2000), (11, 1500), (50, 1500), (100, 1000), (500, 500), (1300, 300)],
+)
+def test_minimax_lengths(images_per_class, epochs):
+    assert by_budget(PROTOCOLS["minimax-hard"].epochs, images_per_class) == epochs
+
+
+def test_minimax_for_100_and_1000_classes():
+    protocol = PROTOCOLS["minimax-hard"]
+    hundred, thousand = protocol.for_model(100, "dsco_convnet"), protocol.for_model(1000, "dsco_convnet")
+    assert [by_budget(hundred.epochs, n) for n in (1, 10, 50, 100)] == [2000, 1300, 1000, 600]
+    assert (hundred.learning_rate, hundred.batch_size) == (0.01, 64)
+    assert (thousand.learning_rate, thousand.weight_decay, thousand.batch_size) == (0.1, 1e-4, 128)
+    assert by_budget(thousand.epochs, 10) == 2000
+
+
+def test_rded_batch_sizes_and_learning_rates():
+    protocol = PROTOCOLS["rded-soft"]
+    assert [by_budget(protocol.batch_size, n) for n in (1, 10, 50, 100)] == [10, 50, 100, 100]
+    assert by_budget(protocol.for_model(1000, "resnet").batch_size, 50) == 200
+    assert by_budget(PROTOCOLS["rded-soft-small"].for_model(200, "resnet").batch_size, 1) == 100
+    assert protocol.for_model(10, "vit").learning_rate == 1e-4
+    assert protocol.for_model(100, "mobilenet_v2").learning_rate == 2.5e-3
+    assert (protocol.temperature, protocol.label_type, protocol.decay_vectors) == (20.0, "teacher", False)
+
+
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+def test_every_protocol_says_where_it_comes_from_and_survives_yaml(name):
+    protocol = PROTOCOLS[name]
+    assert protocol.name == name and protocol.source
+    plain = yaml.safe_load(yaml.safe_dump(protocol_to_dict(protocol)))
+    assert protocol_from_dict(plain) == protocol
+
+
+def test_schedules():
+    cosine, half = get_protocol("quick"), get_protocol("rded-soft")
+    assert learning_rate_factor(cosine, 0, 10) == 1.0 and learning_rate_factor(cosine, 5, 10) == pytest.approx(0.5)
+    assert learning_rate_factor(half, 299, 300) == pytest.approx(0.5 * (1 + math.cos(math.pi * 299 / 600)))
+    steps = get_protocol("minimax-hard")
+    factors = [learning_rate_factor(steps, epoch, 2000) for epoch in (1332, 1333, 1665, 1666)]
+    assert factors == pytest.approx([1, 0.2, 0.2, 0.04])
+    classic = get_protocol("cifar-convnet")
+    assert [learning_rate_factor(classic, epoch, 1001) for epoch in (501, 502)] == pytest.approx([1, 0.1])
+    assert learning_rate_factor(get_protocol("quick", schedule="constant"), 9, 10) == 1.0
+
+
+def test_changes_are_marked_and_beat_variants():
+    changed = get_protocol("rded-soft", learning_rate=0.5, epochs=7)
+    assert changed.name == "rded-soft*" and changed.epochs == 7
+    assert changed.for_model(10, "vit").learning_rate == 0.5
+    assert get_protocol("quick", epochs=3).steps is None
+    assert get_protocol("cifar-convnet", steps=3).epochs is None
+    assert PROTOCOLS["rded-soft"].learning_rate == 1e-3
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(ValueError, match="Unknown protocol 'rded'.*'rded-soft'"):
+        get_protocol("rded")
+    with pytest.raises(ValueError, match="no field 'learning_rat'.*'learning_rate'"):
+        get_protocol("quick", learning_rat=1)
+    with pytest.raises(ValueError, match="Unknown augmentation 'Cutmix'.*'CutMix'"):
+        protocol_from_dict({"base": "quick", "name": "mine", "augmentation": [{"name": "Cutmix"}]})
+    with pytest.raises(FileNotFoundError, match="missing.yaml"):
+        get_protocol("missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": None, "steps": None}, "either epochs or steps"),
+        ({"epochs": 3, "steps": 3}, "either epochs or steps"),
+        ({"label_type": "fuzzy"}, "hard, teacher, stored"),
+        ({"optimizer": "lion"}, "adamw, sgd"),
+        ({"schedule": "linear"}, "half-cosine"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"temperature": float("nan")}, "above 0"),
+        ({"steps": 0}, "at least 1"),
+        ({"steps": ((50, 10), (10, 20), (None, 30))}, "rising order"),
+        ({"steps": ((50, 10),)}, "the last one has None"),
+        ({"augmentation": (CutMix(), HorizontalFlip())}, "must be the last"),
+    ],
+)
+def test_bad_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Protocol(**{"name": "bad", "source": "none", "steps": 10, **changes})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("protocols/*.yaml")), ids=lambda path: path.stem)
+def test_yaml_protocols_load(path):
+    protocol = get_protocol(path)
+    assert protocol.source
+    assert protocol_from_dict(protocol_to_dict(protocol)) == protocol
+
+
+def test_yaml_with_a_base(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: rded-soft\nname: mine\nsource: me\nepochs: 5\n"
+        "augmentation: [{name: RandomShift, pixels: 4}, {name: RandomResizedCrop, scale: [0.5, 1.0]}]\n"
+    )
+    protocol = get_protocol(path)
+    assert (protocol.name, protocol.epochs, protocol.temperature) == ("mine", 5, 20.0)
+    assert protocol.augmentation == (RandomShift(4), RandomResizedCrop((0.5, 1.0)))

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+
+from dsco_hf import ClassifierObjective
+from dsco_hf.features import Observation, batchnorm_layers, observe
+from dsco_hf.kernels import mmd2
+from dsco_hf.objectives import batchnorm_distance, class_evidence, class_means, class_sums, repulsion, rkhs
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(features):
+    return Observation(features, normal(len(features), 3), features.new_zeros(len(features), 0, 2))
+
+
+def test_sums_and_means_per_class():
+    values, index = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([1, 0, 1])
+    assert class_sums(values, index, 2).tolist() == [[3.0, 4.0], [6.0, 8.0]]
+    assert class_means(values, index, 2).tolist() == [[3.0, 4.0], [3.0, 4.0]]
+
+
+def test_rkhs_is_the_discrepancy_of_each_class(targets):
+    features, rows = normal(5, targets.feature_dim), torch.tensor([2, 0, 2, 0, 2])
+    losses = rkhs(seen(features), rows, targets)
+    psi = targets.embed(features)
+    expected = [mmd2(psi[rows == row].mean(0), targets.embeddings[row]) for row in (0, 2)]
+    torch.testing.assert_close(losses, torch.stack(expected))
+    assert losses.min() > 0.01 and not math.isclose(losses[0], losses[1])
+
+
+def test_previous_images_count_as_if_they_were_drawn_along(targets):
+    features, rows = normal(7, targets.feature_dim), torch.tensor([0, 1, 0, 1, 0, 0, 1])
+    psi = targets.embed(features)
+    old, new = slice(0, 4), slice(4, 7)
+    sums = torch.zeros_like(targets.embeddings).index_add_(0, rows[old], psi[old])
+    counts = torch.tensor([2.0, 2.0, 0.0])
+    joint = rkhs(seen(features[new]), rows[new], targets, (sums, counts))
+    torch.testing.assert_close(joint, rkhs(seen(features), rows, targets))
+    nothing = (torch.zeros_like(sums), torch.zeros(3))
+    alone = rkhs(seen(features[new]), rows[new], targets)
+    torch.testing.assert_close(rkhs(seen(features[new]), rows[new], targets, nothing), alone)
+    assert (joint - alone).abs().max() > 1e-3
+
+
+def test_evidence_by_the_formula():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 5.0, 1.0]])
+    labels = torch.tensor([0, 2])
+    margins = [2 - math.log(math.exp(0) + math.exp(-1)), 1 - math.log(math.exp(0) + math.exp(5))]
+    expected = [math.log1p(math.exp(3 - m)) for m in margins]
+    torch.testing.assert_close(class_evidence(logits, labels, margin=3.0), torch.tensor(expected))
+    clear = class_evidence(torch.tensor([[100.0, 0.0]]), torch.tensor([0]), margin=3.0)
+    assert clear.item() == pytest.approx(0, abs=1e-6)  # beyond the margin an image is left alone
+
+
+def test_repulsion_is_the_mean_similarity_of_the_others():
+    features, index = normal(5, 4), torch.tensor([0, 0, 1, 0, 1])
+    similarity = torch.cosine_similarity(features[:, None], features[None], dim=2)
+    expected = [(similarity[0, 1] + similarity[0, 3] + similarity[1, 3]) / 3, similarity[2, 4]]
+    torch.testing.assert_close(repulsion(features, index, 2), torch.stack(expected))
+
+
+def test_one_image_repels_nothing():
+    features = normal(3, 4).requires_grad_(True)
+    values = repulsion(features, torch.tensor([0, 1, 1]), 2)
+    assert values[0] == 0 and values[1] != 0
+    (gradient,) = torch.autograd.grad(values.sum(), features)
+    assert gradient.isfinite().all() and not gradient[0].any() and gradient[1].any()
+
+
+def test_equal_images_are_as_similar_as_can_be():
+    assert repulsion(normal(1, 4).expand(3, 4), torch.zeros(3, dtype=torch.int64), 1).item() == pytest.approx(1.0)
+
+
+def test_batchnorm_distance_is_zero_at_the_running_statistics(make):
+    convnet = make.convnet()
+    mean, var = (
+        torch.cat([getattr(m, n) for m in batchnorm_layers(convnet)]) for n in ("running_mean", "running_var")
+    )
+    moments = torch.stack([mean, var + mean.square()], dim=1)
+    assert batchnorm_distance(moments.expand(3, -1, 2), convnet).item() == pytest.approx(0, abs=1e-6)
+    # one standard deviation away in the mean, and twice the spread
+    away = torch.stack([mean + var.sqrt(), 4 * var + (mean + var.sqrt()).square()], dim=1)
+    assert batchnorm_distance(away[None], convnet).item() == pytest.approx(2.0, rel=1e-4)
+
+
+def test_batchnorm_statistics_are_of_all_images_together(make):
+    convnet = make.convnet()
+    mean, var = (
+        torch.cat([getattr(m, n) for m in batchnorm_layers(convnet)]) for n in ("running_mean", "running_var")
+    )
+    # two images of no spread each, one standard deviation above and below: together they have the running statistics
+    pair = torch.stack([torch.stack([x, x.square()], dim=1) for x in (mean + var.sqrt(), mean - var.sqrt())])
+    assert batchnorm_distance(pair, convnet).item() == pytest.approx(0, abs=1e-5)
+    assert batchnorm_distance(pair[:1], convnet).item() > 1
+
+
+def test_classifier_objective_is_the_weighted_sum_of_its_parts(make):
+    convnet = make.convnet()
+    observation = observe(convnet, normal(4, 1, 8, 8).clamp(-1, 1), moments=True)
+    labels = rows = torch.tensor([2, 0, 0, 2])
+    index = torch.tensor([1, 0, 0, 1])
+    parts = {
+        "evidence": class_means(class_evidence(observation.logits, labels, margin=5.0)[:, None], index, 2)[:, 0],
+        "repulsion": repulsion(observation.features, index, 2),
+        "batchnorm": batchnorm_distance(observation.moments, convnet).expand(2) / 2,
+    }
+    for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 2.0, 3.0)):
+        objective = ClassifierObjective(**dict(zip(parts, weights, strict=True)), margin=5.0)
+        expected = sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
+        torch.testing.assert_close(objective(observation, rows, labels, convnet), expected)
+    assert all(part.abs().max() > 1e-4 for part in parts.values())

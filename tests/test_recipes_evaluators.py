@@ -1,0 +1,226 @@
+"""The evaluation recipes, run as a user runs them, at toy size."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import load_dataset
+from transformers import AutoModelForImageClassification
+
+from dsco_hf.configs import parse_config
+from dsco_hf.data import load_image_dataset
+from recipes import compare, train_classifier, train_evaluator
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "recipes" / "configs"
+TINY = ["--num_channels", "1", "--model_options", '{"width": 4}', "--steps", "6", "--mixed_precision", "no"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each recipe makes an accelerator of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A small dataset of 2 real digits per class, as parquet files with two budgets."""
+    digits = load_image_dataset("digits", split="train")
+    labels = torch.tensor(digits["label"])
+    for budget in (1, 2):
+        rows = [int(row) for label in range(10) for row in (labels == label).nonzero()[:budget, 0]]
+        digits.select(rows).to_parquet(tmp_path / f"small{budget}.parquet")
+    return tmp_path
+
+
+def launch(script, *options, processes=1, wait=True):
+    """Runs a recipe through accelerate on CPUs."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+    launcher += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # the former starts several processes, GPU or not
+    launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port)]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        [*launcher, str(ROOT / "recipes" / f"{script}.py"), *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    if not wait:
+        return process
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def results(folder):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "recipe"),
+    [
+        ("classifier", train_classifier.ClassifierRecipe),
+        ("evaluator", train_evaluator.EvaluatorRecipe),
+        ("compare", compare.ComparisonRecipe),
+    ],
+)
+def test_configs_load_and_say_how_they_are_launched(prefix, recipe):
+    paths = sorted(CONFIGS.glob(f"{prefix}_*.yaml"))
+    assert paths
+    for path in paths:
+        assert parse_config(recipe, ["--config", str(path)]).output_dir.startswith("outputs/")
+        assert "accelerate launch" in path.read_text() and f"configs/{path.name}" in path.read_text()
+
+
+def test_classifier_loads_as_any_other(tmp_path):
+    out = tmp_path / "out"
+    options = '{"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}'
+    train_classifier.main(
+        ["--output_dir", str(out), "--num_channels", "1", "--steps", "5", "--model_options", options]
+    )
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert type(model).__name__ == "ResNetForImageClassification"
+    assert model.config.image_size == 32 and model.config.num_channels == 1
+    assert model.config.id2label == {i: str(i) for i in range(10)}
+    written = results(out)
+    assert written["steps"] == 5 and 0 <= written["accuracy"] <= 1 and written["protocol"]["name"] == "quick*"
+    assert not (out / "checkpoint.safetensors").exists()
+
+
+def test_classifier_without_a_test_split(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("architecture: convnet-2\ntest_split: null\n")
+    train_classifier.main(["--config", str(path), "--output_dir", str(tmp_path / "out"), *TINY])
+    assert results(tmp_path / "out")["accuracy"] is None
+
+
+def test_evaluator_with_teacher_and_several_networks(small, tmp_path, capsys):
+    teacher, out = tmp_path / "teacher", tmp_path / "out"
+    train_classifier.main(["--architecture", "convnet-2", "--output_dir", str(teacher), *TINY])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = ["--dataset", str(small / "small2.parquet"), "--test_dataset", "digits", "--teacher", str(teacher)]
+    arguments += ["--architectures", "convnet-2", "resnetap-10", "--seeds", "2", "--best", "--save_models", *TINY]
+    train_evaluator.main([*arguments, "--output_dir", str(out)])
+    written = results(out)
+    assert [row["architecture"] for row in written["rows"]] == ["convnet-2", "resnetap-10"]
+    assert all(len(row["accuracies"]) == len(row["accuracies_best"]) == 2 for row in written["rows"])
+    assert written["images"] == 20 and written["images_per_class"] == 2 and written["test_images"] == 360
+    assert written["protocol"]["label_type"] == "teacher"
+    assert {"versions", "config", "dataset_fingerprint", "test_fingerprint", "processes"} <= set(written)
+    model = AutoModelForImageClassification.from_pretrained(out / "models" / "resnetap-10-seed1")
+    assert model.config.average_pool
+    assert "% over 2 seeds, best epoch" in capsys.readouterr().out
+
+
+def test_evaluator_refuses_what_does_not_fit(small, tmp_path):
+    out = ["--output_dir", str(tmp_path / "out"), *TINY]
+    with pytest.raises(ValueError, match="Unknown protocol 'rded'.*'rded-soft'"):
+        train_evaluator.main(["--protocol", "rded", *out])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="tensorboard, trackio or none"):
+        train_evaluator.main(["--report_to", "paper", *out])
+    letters = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
+    features = letters.features.copy()
+    features["label"].names = list("abcdefghij")
+    letters.cast(features).to_parquet(tmp_path / "letters.parquet")
+    with pytest.raises(ValueError, match=r"the test set has 10; only the training set has \['a'"):
+        train_evaluator.main(["--dataset", str(tmp_path / "letters.parquet"), "--test_dataset", "digits", *out])
+
+
+def test_compare_writes_tables_and_figure(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        "--datasets",
+        f"ours={small}/small{{budget}}.parquet",
+        "--budgets",
+        "1",
+        "2",
+        "--seeds",
+        "2",
+        "--full",
+    ]
+    arguments += ["--architectures", "convnet-2", "--output_dir", str(out), *TINY]
+    compare.main(arguments)
+    written = results(out)
+    cells = [(row["method"], row["images_per_class"], row["images"]) for row in written["rows"]]
+    assert cells == [(method, n, 10 * n) for n in (1, 2) for method in ("random", "herding", "ours")]
+    assert set(written["rows"][2]["against_random"]) == {"mean", "low", "high", "p"}
+    assert written["full"]["images"] == 1437
+    table = (out / "table.md").read_text()
+    assert "| random real | convnet-2 |" in table and "| ours | convnet-2 |" in table and "quick*" in table
+    latex = (out / "table.tex").read_text()
+    assert latex.count(r"\\") == 4 and r"\begin{tabular}{llrr}" in latex
+    assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--datasets", "ours={folder}/small2.parquet", "--budgets", "1"], "has 20 images, but 1 per class are 10"),
+        (["--datasets", "random=digits"], "name of its own, got 'random=digits'"),
+        (["--datasets", "digits"], "takes name=path"),
+        (["--label_type", "stored"], "label_type is 'stored'"),
+    ],
+)
+def test_compare_refuses_what_is_no_comparison(small, tmp_path, options, message):
+    options = [option.replace("{folder}", str(small)) for option in options]
+    with pytest.raises(ValueError, match=message):
+        compare.main([*options, "--output_dir", str(tmp_path / "out"), "--architectures", "convnet-2", *TINY])
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_seeds_and_change_nothing(small, tmp_path):
+    options = ["--dataset", str(small / "small2.parquet"), "--test_dataset", "digits", "--seeds", "2"]
+    options += ["--architectures", "convnet-2", *TINY]
+    launch("train_evaluator", *options, "--output_dir", str(tmp_path / "one"))
+    launch("train_evaluator", *options, "--output_dir", str(tmp_path / "two"), processes=2)
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["rows"][0]["accuracies"] == two["rows"][0]["accuracies"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_classifier(tmp_path):
+    out = tmp_path / "out"
+    output = launch("train_classifier", "--architecture", "convnet-2", "--output_dir", str(out), *TINY, processes=2)
+    assert output.count("Saved the classifier") == 1
+    assert results(out)["processes"] == 2
+    AutoModelForImageClassification.from_pretrained(out)
+
+
+@pytest.mark.slow
+def test_a_killed_classifier_resumes_to_the_same_weights(tmp_path):
+    options = ["--architecture", "convnet-2", "--num_channels", "1", "--model_options", '{"width": 4}']
+    options += ["--epochs", "60", "--checkpoint_seconds", "0"]
+    launch("train_classifier", *options, "--output_dir", str(tmp_path / "whole"))
+    process = launch("train_classifier", *options, "--output_dir", str(tmp_path / "killed"), wait=False)
+    checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.exists() and not (tmp_path / "killed" / "results.json").exists()
+    launch("train_classifier", *options, "--output_dir", str(tmp_path / "killed"), "--resume")
+    whole, killed = (AutoModelForImageClassification.from_pretrained(tmp_path / name) for name in ("whole", "killed"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), killed.parameters(), strict=True))
+    assert results(tmp_path / "whole")["accuracy"] == results(tmp_path / "killed")["accuracy"]

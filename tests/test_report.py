@@ -1,0 +1,193 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from dsco_hf import report
+
+
+ROOT = Path(__file__).parents[1]
+METHODS = ["random", "herding", "plain", "nopt", "nopt-data-free", "nopt-classifier-only", "nopt-quantile"]
+
+
+def row(method, budget, accuracy, **fields):
+    standard = {"images": 10 * budget, "accuracy_std": 0.01, "discrepancy": 0.1 / budget, "seconds": 2.0 * budget}
+    return {"method": method, "images_per_class": budget, "accuracy_mean": accuracy, **standard, **fields}
+
+
+@pytest.fixture
+def results():
+    rows = [row(m, b, 0.7 + 0.01 * i + 0.02 * b) for i, m in enumerate(METHODS) for b in (1, 3, 10)]
+    rows.append(row("nopt+doping", 43, 0.9972, discrepancy=None, seconds=None, accuracy_std=0.0))
+    rows.append(row("random", 43, 0.984, seconds=None))
+    full = {"accuracy_mean": 0.9979, "accuracy_std": 0.0014, "seeds": 3, "images": 1437}
+    return {"dataset": "digits", "full": full, "rows": rows}
+
+
+def picture(path):
+    with PIL.Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# --- samples
+
+
+def test_sample_grid_shows_every_image_whole_and_enlarged(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shades = torch.rand(2, 3, 1, 8, 8, generator=generator) * 1.8 - 0.9
+    path = report.sample_grid({"nopt": shades}, ["a", "b"], tmp_path / "new" / "samples.png", cell_size=48)
+    seen = {int(value) for value in np.unique(picture(path)[..., 0])}
+    wanted = {int(value) for value in ((shades + 1) / 2 * 255).flatten()}
+    assert len(wanted - seen) <= 0.02 * len(wanted) + 1  # nearest neighbour: no value is blended away
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sample_grid_grows_with_methods_and_takes_gray_and_colour(tmp_path, channels):
+    images = torch.zeros(3, 2, channels, 4, 4)
+    one = picture(report.sample_grid({"plain": images}, ["a", "b", "c"], tmp_path / "1.png"))
+    two = picture(
+        report.sample_grid({"plain": images, "anything": images[:, :1]}, ["a", "b", "c"], tmp_path / "2.png")
+    )
+    assert two.shape[0] > one.shape[0] and two.shape[1] == one.shape[1]
+
+
+def test_sample_grid_of_one_image_and_large_images(tmp_path):
+    for size in (1, 100):
+        assert report.sample_grid({"real": torch.zeros(1, 1, 3, size, size)}, ["x"], tmp_path / "s.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "message"),
+    [
+        ({}, ["a"], "nothing to draw"),
+        ({"plain": torch.zeros(2, 1, 1, 4, 4)}, ["a"], r"K = 1, the number of class names"),
+        ({"plain": torch.zeros(1, 1, 2, 4, 4)}, ["a"], "1 or 3 channels"),
+        ({"plain": torch.zeros(1, 0, 1, 4, 4)}, ["a"], "no image per class"),
+    ],
+)
+def test_sample_grid_refuses(tmp_path, rows, names, message):
+    with pytest.raises(ValueError, match=message):
+        report.sample_grid(rows, names, tmp_path / "samples.png")
+
+
+# --- accuracy
+
+
+def test_accuracy_figure_is_the_same_file_each_time(tmp_path, results):
+    first, again = (report.accuracy_figure(results, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert first == again and picture(tmp_path / "a.png").std() > 5
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.1, 0.5, 1.0])
+def test_accuracy_figure_of_one_point_at_any_height(tmp_path, accuracy):
+    rows = [row("nopt", 1, accuracy, accuracy_std=None)]
+    assert report.accuracy_figure({"rows": rows}, tmp_path / "accuracy.png").is_file()
+    full = {"accuracy_mean": 1.0, "accuracy_std": 0.0}
+    assert report.accuracy_figure({"rows": rows, "full": full}, tmp_path / "accuracy.png").is_file()
+
+
+def test_no_rows_no_figure(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        report.accuracy_figure({"rows": []}, tmp_path / "accuracy.png")
+    with pytest.raises(ValueError, match="no rows"):
+        report.results_table({})
+
+
+def test_styles_are_told_apart_without_colour():
+    styles = report._STYLES.values()
+    assert len({(style.marker, style.emphasis) for style in styles}) == len({style.color for style in styles})
+
+
+# --- features
+
+
+def features(rows, classes, shift=0.0, dimensions=6):
+    generator = torch.Generator().manual_seed(rows)
+    labels = torch.arange(rows) % classes
+    return torch.randn(rows, dimensions, generator=generator) + 3 * labels[:, None] + shift, labels
+
+
+def test_feature_figure(tmp_path):
+    sets = {"plain": features(9, 3, shift=1.0), "nopt": features(9, 3)}
+    path = report.feature_figure(features(60, 3), sets, ["a", "b", "c"], tmp_path / "features.png")
+    assert picture(path).std() > 5
+    assert report.feature_figure(features(60, 3), sets, ["a", "b", "c"], path, classes=[1]).is_file()
+
+
+def test_feature_figure_of_one_class_and_few_images(tmp_path):
+    path = tmp_path / "features.png"
+    assert report.feature_figure(features(3, 1), {"nopt": features(1, 1)}, ["only"], path).is_file()
+    real = (torch.randn(4, 6), torch.tensor([0, 0, 0, 1]))  # one class of a single image
+    assert report.feature_figure(real, {"nopt": features(2, 2)}, ["a", "b"], path).is_file()
+
+
+def test_projection_finds_the_long_axes_with_fixed_signs():
+    values = torch.zeros(4, 3)
+    values[:, 1] = torch.tensor([-3.0, 3.0, 0.0, 0.0])
+    values[:, 2] = torch.tensor([0.0, 0.0, 1.0, -1.0])
+    center, axes, shares = report._projection(values + 5)
+    torch.testing.assert_close(center, torch.full((3,), 5.0))
+    torch.testing.assert_close(axes, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    assert shares == pytest.approx([0.9, 0.1])
+
+
+def test_feature_figure_refuses(tmp_path):
+    with pytest.raises(ValueError, match="At least three real images"):
+        report.feature_figure(features(2, 1), {}, ["a"], tmp_path / "f.png")
+    with pytest.raises(ValueError, match=r"Features of 'nopt' have shape \(3, 5\).*\(N, 6\)"):
+        report.feature_figure(features(9, 1), {"nopt": features(3, 1, dimensions=5)}, ["a"], tmp_path / "f.png")
+
+
+def test_figures_leave_pyplot_alone(tmp_path, results):
+    code = (
+        "import sys, json, dsco_hf.report as r; "
+        f"r.accuracy_figure(json.load(open({str(tmp_path / 'r.json')!r})), {str(tmp_path / 'a.png')!r}); "
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# --- tables
+
+
+def test_results_table_is_complete_and_in_order(results):
+    lines = report.results_table(results).splitlines()
+    assert lines[0] == "| method | 1 per class | 3 per class | 10 per class | 43 per class | synthesis |"
+    table = [line for line in lines if line.startswith("|")]
+    assert all(line.count("|") == 7 for line in table) and len(table) == 2 + 8
+    assert [line.split("|")[1].strip() for line in table[2:]][-2:] == ["**DsCo**", "**DsCo + doping**"]
+    assert "| 72.00 ± 1.00 (0.1) | 76.00 ± 1.00 (0.033) | 90.00 ± 1.00 (0.01) | 98.40 ± 1.00 (0.0023) |" in table[2]
+    assert table[-1].endswith("| – | – | – | 99.72 ± 0.00 | – |")
+    assert "20.0 s at 10" in table[4]
+    assert "All training data (1,437 images): 99.79 ± 0.14 %." in lines
+
+
+def test_results_table_of_one_unknown_method():
+    table = report.results_table({"rows": [{"method": "new", "images_per_class": 5, "accuracy_mean": 0.5}]})
+    assert "| new | 50.00 | – |" in table and "All training data" not in table
+
+
+def test_readme_table_is_written_between_marks_and_checked(tmp_path, results):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- results:begin -->\nold\n<!-- results:end -->\nend\n")
+
+    def run(*options):
+        command = [sys.executable, str(ROOT / "recipes" / "readme_table.py"), "--results", "results.json", *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert run("--check").returncode == 1 and "old" in readme.read_text()
+    assert run().returncode == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("<!-- results:end -->\nend\n") and "old" not in text
+    assert report.results_table(results).strip() in text
+    assert run("--check").returncode == 0
+    readme.write_text("no marks")
+    failed = run()
+    assert failed.returncode == 1 and "<!-- results:begin -->" in failed.stderr
