@@ -43,8 +43,6 @@ def check_call(
     check_choice("lookahead", plan.lookahead, LOOKAHEADS)
     check_whole("num_inference_steps", num_inference_steps, 1)
     check_whole("optimization_steps", plan.optimization_steps, 0)
-    if optimize_from > optimize_until:
-        raise ValueError(f"`optimize_from={optimize_from}` must not exceed `optimize_until={optimize_until}`.")
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
     for name, value, low, high in (
@@ -53,9 +51,12 @@ def check_call(
         ("optimize_until", optimize_until, 0, 1),
         ("guidance_scale", guidance_scale, 0, math.inf),
         ("step_size", plan.step_size, 0, math.inf),
+        ("step_decay", plan.step_decay, 0, 1),
     ):
         if not low <= value <= high or not math.isfinite(value):
             raise ValueError(f"`{name}` must be a number from {low} to {high}, got {value!r}.")
+    if optimize_from > optimize_until:
+        raise ValueError(f"`optimize_from={optimize_from}` must not exceed `optimize_until={optimize_until}`.")
     if isinstance(generator, list | tuple) and len(generator) != len(ids):
         raise ValueError(
             f"Got {len(generator)} generators for {len(ids)} images: pass one per image, or a single one."

@@ -295,7 +295,7 @@ class DsCoPipeline(DiffusionPipeline):
                     "classifier's weights, or load them in float32 or bfloat16 instead of float16."
                 )
             self._discrepancies.append(losses.float().cpu())
-            noise = shell_step(noise, gradient, plan.step_size)
+            noise = shell_step(noise, gradient, plan.step_size_at(i))
         return noise
 
     def _optimize_noise_quantile(
@@ -335,8 +335,9 @@ class DsCoPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         eta: float = 1.0,
         optimization_steps: int | None = None,
-        step_size: float = 0.5,
-        optimize_from: float = 0.5,
+        step_size: float = 1.0,
+        step_decay: float = 0.25,
+        optimize_from: float = 0.6,
         optimize_until: float = 1.0,
         lookahead: str = "conditional",
         classifier_objective: ClassifierObjective | None = None,
@@ -362,10 +363,12 @@ class DsCoPipeline(DiffusionPipeline):
             eta (`float`): 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
             optimization_steps (`int`, *optional*): noise updates per sampling step; 1 if None (200 for "quantile"). 0
                 is plain sampling.
-            step_size (`float`): η, length of an update in units of the noise's norm.
-            optimize_from (`float`): where in the sampling steps noise begins to be optimised, as a fraction of their
-                number. The late half does nearly all of the work.
-            optimize_until (`float`): where that ends; the last step has no noise.
+            step_size (`float`): η, length of the first update in units of the noise's norm.
+            step_decay (`float`): the last optimised step's update is this times `step_size`, in between it falls
+                evenly: coarse moves first, fine ones at the end.
+            optimize_from (`float`): where noise optimisation begins, as a fraction of the sampling steps. Late steps
+                do nearly all of the work.
+            optimize_until (`float`): where it ends, likewise; the last step has no noise.
             lookahead (`str`): how the images are predicted from x_{t-1}: "conditional" asks the denoiser again without
                 guidance, "guided" with, "none" reuses its last answer, at no cost.
             classifier_objective ([`ClassifierObjective`], *optional*): weights of the "classifier" objective.
@@ -401,6 +404,7 @@ class DsCoPipeline(DiffusionPipeline):
             lookahead,
             classifier_objective or ClassifierObjective(),
             previous,
+            step_decay,
         )
         self.check_inputs(
             ids=ids, plan=plan, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, eta=eta,
@@ -417,18 +421,16 @@ class DsCoPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        optimized = range(0)
-        if plan.active:
+        if plan.active and eta > 0:
             plan.prepare(self, ids)
-            # without variance, no noise enters the images
-            optimized = optimized_steps(len(timesteps), optimize_from, optimize_until) if eta > 0 else range(0)
+            plan.steps = optimized_steps(len(timesteps), optimize_from, optimize_until)
         latents = self.prepare_latents(len(ids), generator, latents)
 
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 noise_pred = self.predict_noise(latents, t, labels, guidance_scale)
                 noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=latents.dtype)
-                if i in optimized:
+                if i in plan.steps:
                     noise = self.optimize_noise(i, latents, noise_pred, noise, labels)
                 latents = self.scheduler.step(
                     noise_pred, t, latents, eta=eta, use_clipped_model_output=True, variance_noise=noise

@@ -78,11 +78,11 @@ class Quickstart:
     small: bool = False
     fresh: bool = False
     doped_share: float = 0.3
-    generator_steps: int = 4500
+    generator_steps: int = 5000
     templates_per_class: int = 200
-    synthesis_seeds: int = 3
+    synthesis_seeds: int = 2
     training_seeds: int = 3
-    quantile_iterations: int = 50
+    quantile_iterations: int = 30
 
     def at_size(self) -> Quickstart:
         """The settings that are run: those of `--small` if it was asked for."""

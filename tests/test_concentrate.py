@@ -12,7 +12,7 @@ from dsco_hf.kernels import mmd2
 from dsco_hf.seeds import image_seed
 
 
-OPTIONS = {"num_inference_steps": 5, "guidance_scale": 1.0, "step_size": 0.1, "progress": False}
+OPTIONS = {"num_inference_steps": 5, "guidance_scale": 1.0, "step_size": 0.1, "optimize_from": 0.5, "progress": False}
 
 
 def pixels_of(dataset):
@@ -100,7 +100,7 @@ def test_optimised_images_are_nearer_than_plain_ones(pipe, targets):
     options = {**OPTIONS, "num_inference_steps": 10}
     _, plain = concentrate_and_report(pipe, None, 3, measure_by=targets, **options)
     _, optimised = concentrate_and_report(
-        pipe, targets, 3, optimize_from=0.0, optimization_steps=3, measure_by=None, **options
+        pipe, targets, 3, optimization_steps=3, measure_by=None, **{**options, "optimize_from": 0.0}
     )
     assert set(plain.discrepancy_by_class) == set(optimised.discrepancy_by_class) == {"circle", "square", "triangle"}
     assert all(optimised.discrepancy_by_class[k] < plain.discrepancy_by_class[k] for k in plain.discrepancy_by_class)

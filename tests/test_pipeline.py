@@ -54,7 +54,9 @@ def test_plain_sampling_is_ancestral_ddim(pipe, make):
     assert found.discrepancies.shape == (0, 2)
 
 
-@pytest.mark.parametrize("options", [{"optimization_steps": 0}, {"optimize_from": 1.0}, {"optimize_until": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"optimization_steps": 0}, {"optimize_from": 1.0}, {"optimize_from": 0.0, "optimize_until": 0.0}]
+)
 def test_no_optimisation_is_plain_sampling_bit_for_bit(pipe, targets, make, options):
     plain = draw(pipe, make)
     nothing = draw(pipe, make, targets=targets, **options)
