@@ -421,7 +421,9 @@ def write_dataset(
     doped = run.doped_per_class
     keys = {f"ipc{budget}": ("nopt", f"nopt-ipc{budget}-seed0") for budget in BUDGETS}
     keys["doped"] = ("nopt+doping", f"nopt+doping-ipc{doped}-seed0")
-    configs, records = {}, {}
+    shared = ("source", "targets", "generator", "classifier", "versions")
+    configs: dict[str, Dataset] = {}
+    records: dict[str, dict[str, Any]] = {}
     for name, (method, key) in keys.items():
         configs[name] = sets[key]
         report = {field.name: value for field in dataclasses.fields(ConcentrationReport)
@@ -436,6 +438,8 @@ def write_dataset(
             pipe, targets["nopt"], ConcentrationReport(**report), method=method, seed=0, parameters=parameters,
             source={"dataset": "scikit-learn digits", "split": "train"},
         )  # fmt: skip
+        for model in ("generator", "classifier"):  # not a path of this machine, which would mean nothing elsewhere
+            records[name][model] = {"id": f"trained by recipes/quickstart.py ({model})"}
     save_dataset_folder(
         configs,
         run.output / "dataset",
@@ -444,7 +448,10 @@ def write_dataset(
             pretty_name="Digits, concentrated", source_license="cc-by-4.0", generator_license="cc-by-4.0"
         ),
         results=results,
-        concentration={"configs": records},
+        concentration={key: records["doped"][key] for key in shared if key in records["doped"]}
+        | {
+            "configs": {name: {k: v for k, v in record.items() if k not in shared} for name, record in records.items()}
+        },
         figures=[run.output / name for name in ("samples.png", "accuracy.png", "features.png")],
     )
 

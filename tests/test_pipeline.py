@@ -1,4 +1,7 @@
 import copy
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -579,3 +582,21 @@ def test_classifier_registered_later_gets_its_preprocessing(make, real_images, t
     pipe.register_modules(classifier=resnet)
     targets = MatchingTargets.from_dataset(real_images, pipe, embedding_dim=16, progress=False)
     assert resnet.config.image_size == 224 and targets.feature_dim == 6
+
+
+def test_the_older_class_name_of_published_checkpoints_loads(dit_folder, tmp_path):
+    """facebook/DiT-XL-2-256 was saved when the transformer was called Transformer2DModel."""
+    folder = Path(shutil.copytree(dit_folder, tmp_path / "older"))
+    for path, change in (
+        (folder / "model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
+        (folder / "transformer" / "config.json", {"_class_name": "Transformer2DModel"}),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    pipe = DsCoPipeline.from_pretrained(folder)
+    assert isinstance(pipe.transformer, DiTTransformer2DModel)
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    older = pipe([0, 1], generator=torch.Generator().manual_seed(0), **options).images
+    newer = DsCoPipeline.from_pretrained(dit_folder)(
+        [0, 1], generator=torch.Generator().manual_seed(0), **options
+    ).images
+    assert torch.equal(older, newer)
