@@ -25,6 +25,8 @@ def nothing_ran(pipe):
         ({"eta": -0.1}, "`eta` must be"),
         ({"optimize_from": 1.1}, "`optimize_from` must be a number from 0 to 1"),
         ({"optimize_until": -1}, "`optimize_until` must be a number from 0 to 1"),
+        ({"optimize_from": 0.8, "optimize_until": 0.5}, "`optimize_from=0.8` must not exceed `optimize_until=0.5`"),
+        ({"step_decay": 1.5}, "`step_decay` must be a number from 0 to 1"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be a number from 0 to inf"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ({"step_size": float("inf")}, "`step_size` must be"),

@@ -1,3 +1,4 @@
+import dataclasses
 import statistics
 
 import numpy as np
@@ -206,3 +207,9 @@ def test_progress_bar_counts_images(pipe, targets, capsys):
     assert "Concentrating" in shown and "9/9" in shown
     concentrate(pipe, targets, 1, **OPTIONS)
     assert capsys.readouterr().err == ""
+
+
+def test_two_classes_cannot_share_one_of_the_generator(pipe, targets):
+    shared = dataclasses.replace(targets, class_labels=[0, 0, 2])
+    with pytest.raises(ValueError, match=r"drawn from the same class\(es\) \[0\] of the generator"):
+        concentrate(pipe, shared, 1, **OPTIONS)

@@ -77,11 +77,11 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, mon
     undisturbed = train(log_every=2)
     calls, draw = [], generator_training.draw_batch
 
-    def dies_at_step_nine(data, step, *rest):
+    def dies_at_step_nine(data, step, *rest, **options):
         calls.append(step)
         if step == 9 and len(calls) <= 10:
             raise KeyboardInterrupt
-        return draw(data, step, *rest)
+        return draw(data, step, *rest, **options)
 
     monkeypatch.setattr(generator_training, "draw_batch", dies_at_step_nine)
     options = {"checkpoint_dir": tmp_path, "checkpoint_every": checkpoint_every, "log_every": 2}
@@ -138,8 +138,8 @@ def test_time_slices_add_up_to_one_run(tmp_path):
 def test_nan_loss_names_the_step(tmp_path, monkeypatch):
     draw = generator_training.draw_batch
 
-    def spoils_step_seven(data, step, *rest):
-        batch = draw(data, step, *rest)
+    def spoils_step_seven(data, step, *rest, **options):
+        batch = draw(data, step, *rest, **options)
         return dataclasses.replace(batch, clean=batch.clean * torch.nan) if step == 7 else batch
 
     monkeypatch.setattr(generator_training, "draw_batch", spoils_step_seven)
@@ -253,3 +253,9 @@ def test_bad_data_is_refused(change, message):
     pixels, labels = problem()
     with pytest.raises(ValueError, match=message):
         train(data=(change.get("pixels", pixels), change.get("labels", labels)))
+
+
+def test_training_alone_gives_the_same_weights_and_keeps_no_checkpoints(tmp_path):
+    assert torch.equal(weights(train(distributed=False)), weights(train()))
+    with pytest.raises(ValueError, match="`distributed=False` keeps no checkpoints"):
+        train(distributed=False, checkpoint_dir=tmp_path)
