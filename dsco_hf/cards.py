@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import PIL.Image
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Features, Image
 from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.metadata import MetadataConfigs
@@ -28,21 +27,16 @@ from .markdown import (
     parameter_rows,
     render,
 )
+from .methods import find_method, in_order
 
 
 TAGS = ("dataset-concentration", "dataset-distillation", "synthetic", "dsco_hf")
 # What their model cards on the Hub say; others are asked for, or warned about.
 KNOWN_GENERATOR_LICENSES = {"facebook/DiT-XL-2-256": "cc-by-nc-4.0", "facebook/DiT-XL-2-512": "cc-by-nc-4.0"}
-METHODS = {
-    "random": "random real",
-    "herding": "herded real",
-    "plain": "plain generator",
-    "nopt": "DsCo",
-    "nopt-data-free": "DsCo, data-free",
-    "nopt-classifier-only": "DsCo, classifier only",
-    "nopt-quantile": "released objective",
-    "nopt+doping": "DsCo + doping",
-}
+DIT_WARNING = (
+    "Many class-conditional generators derive from DiT weights (`facebook/DiT-XL-2-256`, `-512`), which are "
+    "CC-BY-NC-4.0: not for commercial use, nor is what is made with them."
+)
 COLUMNS = {
     "image": "the image",
     "label": "the class, with the source dataset's names and order",
@@ -52,8 +46,19 @@ COLUMNS = {
     "real_index": "row of the image in the source dataset; -1 for a synthetic image",
     "soft_label": "class probabilities of the teacher",
 }
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+PARTS = {
+    "source": "source data",
+    "generator": "generator",
+    "classifier": "classifier",
+    "classifier_2": "second classifier",
+    "preview_vae": "preview decoder",
+    "targets": "targets",
+    "environment": "computed on",
+    "doping": "doping",
+}
 CAPTIONS = {
-    "samples": "Samples, one row per class",
+    "samples": "Samples",
     "accuracy": "Test accuracy against images per class",
     "features": "Features of the whole class and of the concentrated images",
     "cost": "Synthesis cost against images per class",
@@ -102,14 +107,13 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
     if not results:
         return []
     full = results.get("full") or {}
-    order = list(METHODS)
+    order = in_order(str(row.get("method")) for row in results.get("rows") or [])
     rows = sorted(
         results.get("rows") or [],
         key=lambda row: (
             row.get("images_per_class") or 0,
             row.get("images") or 0,
-            order.index(row.get("method")) if row.get("method") in order else len(order),
-            str(row.get("method")),
+            order.index(str(row.get("method"))),
         ),
     )
     if full:
@@ -125,7 +129,7 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
         runs = (row.get("synthesis_seeds") or 1) * (row.get("training_seeds") or 0)
         table.append(
             {
-                "method": METHODS.get(row.get("method"), row.get("method")),
+                "method": find_method(str(row.get("method"))).label,
                 "images_per_class": format_number(row.get("images_per_class")),
                 "images": format_number(row.get("images")),
                 "accuracy": f"{format_number(mean, scale=100)} ± {format_number(row.get('accuracy_std'), scale=100)}",
@@ -179,9 +183,10 @@ def _license_warnings(source_license: str | None, generator_license: str | None)
     warnings = []
     for what, license in (("generator's weights", generator_license), ("source data", source_license)):
         if not license or license in ("unknown", "other"):
-            warnings.append(
-                f"**Licence of the {what} not known.** Find it out before you use this dataset or pass it on."
-            )
+            warning = f"**Licence of the {what} not known.** Find it out before you use this dataset or pass it on."
+            if what == "generator's weights":
+                warning += f" {DIT_WARNING}"
+            warnings.append(warning)
         elif is_non_commercial(license):
             warnings.append(
                 f"**Not for commercial use.** The licence of the {what} ({escape_markdown(license)}) does not allow "
@@ -238,7 +243,7 @@ def dataset_metadata(
         task_categories=["image-classification"],
         size_categories=[size_category(total)],
         tags=sorted({*TAGS, *fields.tags}),
-        source_datasets=[source] if source and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) else None,
+        source_datasets=[source] if source and REPOSITORY.fullmatch(str(source)) else None,
     )
     DatasetInfosDict(infos).to_dataset_card_data(data)
     MetadataConfigs(configs).to_dataset_card_data(data)
@@ -303,7 +308,7 @@ def _template_values(
             config_rows.append(
                 {
                     "config": Trusted(name),
-                    "method": METHODS.get(method, method) if (method := _method(concentration, entry)) else "–",
+                    "method": find_method(method).label if (method := _method(concentration, entry)) else "–",
                     "split": Trusted(split),
                     "default": name == default,
                     "rows": info["rows"],
@@ -333,6 +338,7 @@ def _template_values(
         "seeds_sentence": Trusted(_seeds_sentence(results)),
         "protocol": parameter_rows((results or {}).get("config")),
         "provenance": _provenance(concentration),
+        "can_be_remade": _can_be_remade(concentration, default),
         "parameters": parameter_rows(_recorded(concentration, "parameters")),
         "cost": _cost(_recorded(concentration, "cost")),
         "has_real": any(
@@ -361,13 +367,23 @@ def _caption(path: str) -> str:
     return CAPTIONS.get(stem, stem.replace("_", " "))
 
 
+def _can_be_remade(concentration: Mapping[str, Any], config: str) -> bool:
+    """Whether the records of a config name all that others need: a repository, targets, and parameters."""
+    record = {**concentration, **concentration["configs"][config]}
+    generator, targets = record.get("generator"), record.get("targets")
+    published = isinstance(generator, Mapping) and REPOSITORY.fullmatch(str(generator.get("id")))
+    matched = not targets or isinstance(targets, Mapping) and ("path" in targets or "id" in targets)
+    return bool(published and matched and isinstance(record.get("parameters"), Mapping))
+
+
 def _provenance(concentration: Mapping[str, Any]) -> list[tuple[str, Trusted]]:
     rows = [("method", concentration.get("method")), ("seed", concentration.get("seed"))]
-    for key, title in (("source", "source data"), ("generator", "generator"), ("classifier", "classifier")):
+    for key, title in PARTS.items():
         entry = concentration.get(key)
         if isinstance(entry, Mapping):
-            rows.append((title, entry.get("dataset") or entry.get("id")))
-            rows += [(f"{title}: {k}", v) for k, v in entry.items() if k not in ("dataset", "id", "license", "names")]
+            main = "dataset" if key == "source" else "id"
+            rows.append((title, entry.get(main)))
+            rows += [(f"{title}: {k}", v) for k, v in entry.items() if k not in (main, "license", "names")]
     versions = concentration.get("versions")
     if isinstance(versions, Mapping):
         rows.append(("made with", ", ".join(f"{name} {version}" for name, version in versions.items())))
@@ -415,33 +431,3 @@ def render_dataset_card(
     metadata = dataset_metadata(concentration, fields=fields)
     body = render("dataset_card.md.jinja", **_template_values(concentration, fields, results, list(figures)))
     return join_card(metadata, f"{BEGIN_MARK}\n\n{body}\n{END_MARK}\n")
-
-
-def draw_samples(
-    dataset: Dataset, *, max_classes: int = 10, per_class: int = 10, max_side: int = 96
-) -> PIL.Image.Image:
-    """Draws the first images of the first classes, one row per class.
-
-    Args:
-        dataset: Dataset with `image` and `label`.
-        max_classes: Rows at most.
-        per_class: Images in a row at most.
-        max_side: Side of a tile in pixels; smaller images are enlarged by whole factors, without smoothing.
-    """
-    labels = list(dataset["label"])
-    chosen: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        if len(members := chosen.setdefault(label, [])) < per_class:
-            members.append(index)
-    rows = [chosen[label] for label in sorted(chosen)[:max_classes]]
-    tiles = [[dataset[i]["image"].convert("RGB") for i in row] for row in rows]
-    side = max(max(tile.size) for row in tiles for tile in row)
-    side = side * max(1, 48 // side) if side < max_side else max_side
-    grid = PIL.Image.new("RGB", ((side + 2) * max(map(len, tiles)) - 2, (side + 2) * len(tiles) - 2), "white")
-    for y, row in enumerate(tiles):
-        for x, tile in enumerate(row):
-            resample = PIL.Image.Resampling.NEAREST if side >= max(tile.size) else PIL.Image.Resampling.LANCZOS
-            scale = side / max(tile.size)
-            size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
-            grid.paste(tile.resize(size, resample), ((side + 2) * x, (side + 2) * y))
-    return grid

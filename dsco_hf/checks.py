@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from .components import cannot_run, check_sizes, side_of
 from .objectives import OBJECTIVES
 from .quantile import QuantileTargets
 from .schema import nearest
@@ -64,12 +66,24 @@ def check_call(
     for name in tensor_inputs or []:
         check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
     if latents is not None:
-        config = pipe.transformer.config
-        shape = (len(ids), config.in_channels, config.sample_size, config.sample_size)
+        side = side_of(pipe.denoiser)
+        shape = (len(ids), pipe.denoiser.config.in_channels, side, side)
         if tuple(latents.shape) != shape:
             raise ValueError(
                 f"`latents` must have shape {shape} (images, channels, height, width), got {tuple(latents.shape)}."
             )
+    if guidance_scale > 1 and pipe.null_class is None:
+        raise ValueError(
+            f"`guidance_scale={guidance_scale}` needs a null class, which the generator does not have: its "
+            f"`num_class_embeds={pipe.denoiser.config.num_class_embeds}` are {pipe.num_classes} classes. Pass "
+            "`guidance_scale=1.0`, or if its last embedding is the null class, name the other classes in `id2label`."
+        )
+    channels = pipe.denoiser.config.in_channels
+    if pipe.vae is None and channels not in (1, 3) and output_type != "latent":
+        raise ValueError(
+            f"The generator draws {channels} channels, which is no image, and there is no VAE: pass `vae=...`, "
+            "the AutoencoderKL that it was trained with, or `output_type='latent'`."
+        )
     check_components(pipe, uses_classifier=plan.active and plan.objective != "quantile")
     if plan.active:
         check_targets(pipe, plan)
@@ -82,7 +96,7 @@ def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
             f"The scheduler is a {type(pipe.scheduler).__name__}; noise from outside needs a DDIMScheduler: set "
             "`pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
         )
-    names = ["transformer", "vae", "preview_vae"] + ["classifier"] * uses_classifier
+    names = ["transformer", "unet", "vae", "preview_vae"] + ["classifier", "classifier_2"] * uses_classifier
     for name in names:
         component = getattr(pipe, name)
         if component is not None and component.training:
@@ -90,11 +104,24 @@ def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
                 f"`{name}` is in train mode, where dropout and batch statistics change its output: call "
                 f"`pipe.{name}.eval()` first."
             )
-    if pipe.vae is not None and pipe.vae.config.latent_channels != pipe.transformer.config.in_channels:
-        raise ValueError(
-            f"The VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes "
-            f"{pipe.transformer.config.in_channels}: load the VAE that the transformer was trained with."
-        )
+    check_sizes(pipe.denoiser)
+    for name in names:
+        component = getattr(pipe, name)
+        reason = None if component is None else cannot_run(component.dtype, pipe._execution_device)
+        if reason is not None:
+            raise ValueError(
+                f"The device {pipe._execution_device} cannot run `{name}` in {component.dtype} ({reason}): load the "
+                "pipeline with `dtype=torch.bfloat16` or in float32, `pipe.to(torch.float32)`."
+            )
+    kind, channels = "unet" if pipe.transformer is None else "transformer", pipe.denoiser.config.in_channels
+    for name in ("vae", "preview_vae"):
+        decoder = getattr(pipe, name)
+        if decoder is not None and decoder.config.latent_channels != channels:
+            label = "VAE" if name == "vae" else "preview VAE"
+            raise ValueError(
+                f"The {label} has {decoder.config.latent_channels} latent channels, the {kind} takes {channels}: load "
+                f"the VAE that the {kind} was trained with."
+            )
 
 
 def check_targets(pipe: DiffusionPipeline, plan: Any) -> None:
@@ -114,7 +141,7 @@ def check_targets(pipe: DiffusionPipeline, plan: Any) -> None:
             f"`{wanted.__name__}.from_dataset(dataset, pipe)`."
         )
     if isinstance(plan.targets, MatchingTargets):
-        plan.targets.check_classifier(pipe.classifier)
+        plan.targets.check_pipeline(pipe)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -124,6 +151,6 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Raises ValueError unless `value` is a whole number (also one of numpy) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

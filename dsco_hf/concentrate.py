@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +19,21 @@ from tqdm.auto import tqdm
 
 from .checks import check_whole
 from .data import images_from_pixels
-from .features import features_and_logits
+from .failures import NonFiniteError
+from .feature_spec import FeatureSource
 from .kernels import mmd2
-from .objectives import class_means
+from .objectives import ClassifierObjective, class_means
 from .pipeline import DsCoPipeline, DsCoPipelineOutput
 from .quantile import QuantileTargets
+from .schema import nearest
 from .seeds import image_seed
 from .targets import MatchingTargets
 
 
 SOURCES = ("synthetic", "real")
+# arguments of a pipeline call that are no options of a run: it sets them itself, image by image
+_SET_BY_RUN = {"self", "class_labels", "targets", "previous", "generator", "latents", "output_type", "return_dict"}
+_CALLBACKS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 
 
 def row_features(class_names: Sequence[str]) -> Features:
@@ -48,8 +56,10 @@ class ConcentrationReport:
 
     Attributes:
         images (`int`): images drawn.
-        seconds (`float`): wall time of sampling, without loading or targets.
+        seconds (`float`): time of sampling, without loading or targets; of several processes, the sum of theirs.
         denoiser_calls, decoder_calls, classifier_calls (`int`): images that passed through each model.
+        peak_memory_bytes (`int`): the most memory that a process held: of the accelerator, or else of the whole
+            process.
         discrepancy (`float`, *optional*): MMD² of the finished images, mean over classes; None without targets to
             measure by.
         discrepancy_by_class (`dict[str, float]`): the same per class.
@@ -60,8 +70,161 @@ class ConcentrationReport:
     denoiser_calls: int = 0
     decoder_calls: int = 0
     classifier_calls: int = 0
+    peak_memory_bytes: int = 0
     discrepancy: float | None = None
     discrepancy_by_class: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def images_per_second(self) -> float:
+        """Images by seconds of sampling."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What is drawn in one call and never divided: one block of images of each class of a group.
+
+    Attributes:
+        group, block (`int`): its place; the blocks of a group are drawn one after the other.
+        rows (`range`): the group's classes, by their label in the dataset.
+        indices (`range`): the block's images of every class.
+    """
+
+    group: int
+    block: int
+    rows: range
+    indices: range
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.rows) * len(self.indices)
+
+
+def plan_units(
+    num_classes: int, images_per_class: int, *, block_size: int = 10, images_per_call: int = 128
+) -> list[Unit]:
+    """Divides a run into units, block after block.
+
+    The units depend on nothing else, so that a run on any number of processes makes the same calls. Groups are of
+    nearly the same size, at most `images_per_call` images a call, but never less than one class.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+    for name, value in (
+        ("images_per_class", images_per_class), ("block_size", block_size), ("images_per_call", images_per_call)
+    ):  # fmt: skip
+        check_whole(name, value, 1)
+    classes = max(1, images_per_call // min(block_size, images_per_class))
+    groups = -(-num_classes // classes)
+    return [
+        Unit(
+            group,
+            block,
+            range(num_classes * group // groups, num_classes * (group + 1) // groups),
+            range(first, min(first + block_size, images_per_class)),
+        )
+        for block, first in enumerate(range(0, images_per_class, block_size))
+        for group in range(groups)
+    ]
+
+
+def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of [`DsCoPipeline.__call__`] that shape the images, defaults filled in, as plain JSON values.
+
+    Raises:
+        TypeError: for an option that a pipeline call does not have, or one that cannot be recorded.
+    """
+    check_options(options)
+    if given := _CALLBACKS & options.keys():
+        raise TypeError(f"{sorted(given)} cannot be recorded, and so not be given to a run that is continued.")
+    known = {name: default for name, default in _call_defaults().items() if name not in _CALLBACKS}
+    values = {**known, **options}
+    if values["optimization_steps"] is None:
+        values["optimization_steps"] = 200 if values["objective"] == "quantile" else 1
+    if values["objective"] != "classifier":
+        values.pop("classifier_objective")
+    elif not isinstance(values["classifier_objective"], Mapping):
+        weights = values["classifier_objective"] or ClassifierObjective()
+        values["classifier_objective"] = dataclasses.asdict(weights)
+    return values
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises TypeError for an option that [`DsCoPipeline.__call__`] does not have; the nearest are suggested."""
+    known = _call_defaults()
+    for name in options:
+        if name not in known:
+            raise TypeError(f"There is no option `{name}`.{nearest(name, known)} The options are {list(known)}.")
+
+
+def _call_defaults() -> dict[str, Any]:
+    parameters = inspect.signature(DsCoPipeline.__call__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in _SET_BY_RUN}
+
+
+class UnitSampler:
+    """Draws the units of one run: what all of them share, and what is finished of each class.
+
+    Args:
+        pipe (`DsCoPipeline`): the generator, and the classifier that the targets were made with.
+        targets (`MatchingTargets`, `QuantileTargets` or None): what to match.
+        seed (`int`): of the run.
+        class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes.
+        options: of [`DsCoPipeline.__call__`].
+    """
+
+    def __init__(
+        self,
+        pipe: DsCoPipeline,
+        targets: MatchingTargets | QuantileTargets | None,
+        *,
+        seed: int = 0,
+        class_labels: Sequence[int | str] | None = None,
+        **options: Any,
+    ) -> None:
+        check_options(options)
+        if isinstance(weights := options.get("classifier_objective"), Mapping):
+            options["classifier_objective"] = ClassifierObjective(**weights)
+        self.pipe, self.targets, self.seed, self.options = pipe, targets, seed, options
+        self.class_labels, self.class_names = _classes(pipe, targets, class_labels)
+        matches = isinstance(targets, MatchingTargets) and options.get("objective", "rkhs") == "rkhs"
+        self.previous = PreviousBlocks(targets) if matches else None  # type: ignore[arg-type]
+
+    def draw(self, unit: Unit) -> tuple[list[dict[str, Any]], DsCoPipelineOutput]:
+        """Draws a unit; all earlier blocks of its classes must have been given to `add`.
+
+        Returns:
+            `tuple`: rows by class and index (`image`, `label`, `seed`, `block`), and what the pipeline returned.
+
+        Raises:
+            NonFiniteError: if an image or a gradient is not finite; classes, block and step are named.
+        """
+        batch = [(row, index) for row in unit.rows for index in unit.indices]
+        seeds = [image_seed(self.seed, self.class_labels[row], index) for row, index in batch]
+        options = dict(self.options)
+        if unit.block and self.previous is not None:
+            device = self.pipe._execution_device  # where the images are; the targets may lie elsewhere
+            options["previous"] = tuple(tensor.to(device) for tensor in self.previous.statistics)
+        labels = [self.class_labels[row] for row, _ in batch]
+        try:
+            output = self.pipe.sample(labels, self.targets, seeds=seeds, **options)
+        except NonFiniteError as error:
+            names = [self.class_names[row] for row in unit.rows if self.class_labels[row] in error.class_labels]
+            where = f"Class(es) {names[:10]}, block {unit.block}, step {error.step}"
+            raise NonFiniteError(f"{where}: {error}", step=error.step, class_labels=error.class_labels) from error
+        images = images_from_pixels(output.images * 2 - 1)
+        rows = [
+            {"image": image, "label": row, "seed": drawn_from, "block": unit.block}
+            for (row, _), drawn_from, image in zip(batch, seeds, images, strict=True)
+        ]
+        return rows, output
+
+    def add(self, unit: Unit, images: Sequence[PIL.Image.Image]) -> None:
+        """Takes a unit's finished images, drawn or stored, into account for the later blocks of its classes."""
+        if self.previous is not None:
+            self.previous.add(images, [row for row in unit.rows for _ in unit.indices], self.pipe)
 
 
 def concentrate(
@@ -84,12 +247,12 @@ def concentrate_and_report(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Dataset, ConcentrationReport]:
-    """Draws a small dataset whose class means match the targets.
+    """Draws a small dataset whose class means match the targets, in memory and by this process alone.
 
     The images of a class are drawn in blocks; a block is optimised jointly, and matches what the finished blocks of
     its class leave unmatched. So the first k blocks are a good smaller set, and a set can be extended. Block and seed
     fix an image: with the same `block_size` and `images_per_call` on the same kind of device, a run gives the same
-    images.
+    images. `dsco_hf.runs.concentrate_to_folder` does the same with any number of processes, and survives being killed.
 
     Args:
         pipe (`DsCoPipeline`): the generator, and the classifier that the targets were made with.
@@ -100,7 +263,7 @@ def concentrate_and_report(
         class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes to draw; all if
             None.
         block_size (`int`): images of a class that are optimised jointly.
-        images_per_call (`int`): several small classes are drawn in one call of about this many images.
+        images_per_call (`int`): several small classes are drawn in one call of at most this many images.
         measure_by (`MatchingTargets`, *optional*): targets to measure the discrepancy by; `targets` if None.
         progress (`bool`): show a progress bar.
         options: of [`DsCoPipeline.__call__`], such as `guidance_scale`, `num_inference_steps`, `objective`.
@@ -110,44 +273,35 @@ def concentrate_and_report(
             `block`, `real_index` (-1).
 
     Raises:
+        TypeError: for an option that the pipeline does not have.
         ValueError: for a number of images below 1, or anything that the pipeline refuses.
+        NonFiniteError: if an image or a gradient is not finite.
     """
-    for name, value in (
-        ("images_per_class", images_per_class), ("block_size", block_size), ("images_per_call", images_per_call)
-    ):  # fmt: skip
-        check_whole(name, value, 1)
-    labels, names = _classes(pipe, targets, class_labels)
-    judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)
-    matched = targets if isinstance(targets, MatchingTargets) and options.get("objective", "rkhs") == "rkhs" else None
+    sampler = UnitSampler(pipe, targets, seed=seed, class_labels=class_labels, **options)
+    units = plan_units(
+        len(sampler.class_names), images_per_class, block_size=block_size, images_per_call=images_per_call
+    )
     finished: list[dict[str, Any]] = []
     report = ConcentrationReport()
-    previous = PreviousBlocks(matched) if matched is not None and images_per_class > block_size else None
     start = time.perf_counter()
-    with tqdm(total=images_per_class * len(labels), desc="Concentrating", unit="img", disable=not progress) as bar:
-        for block, first in enumerate(range(0, images_per_class, block_size)):
-            indices = range(first, min(first + block_size, images_per_class))
-            group = max(1, images_per_call // len(indices))
-            for rows in torch.arange(len(labels)).split(group):
-                batch = [(row, index) for row in rows.tolist() for index in indices]
-                seeds = [image_seed(seed, labels[row], index) for row, index in batch]
-                if previous is not None:
-                    options["previous"] = previous.statistics
-                output = pipe.sample([labels[row] for row, _ in batch], targets, seeds=seeds, **options)
-                images = images_from_pixels(output.images * 2 - 1)
-                _count(report, output)
-                if previous is not None:
-                    previous.add(images, [row for row, _ in batch], pipe)
-                for (row, index), drawn_from, image in zip(batch, seeds, images, strict=True):
-                    finished.append({"image": image, "label": row, "seed": drawn_from, "block": block, "index": index})
-                bar.update(len(batch))
+    total = images_per_class * len(sampler.class_names)
+    with tqdm(total=total, desc="Concentrating", unit="img", disable=not progress) as bar:
+        for unit in units:
+            rows, output = sampler.draw(unit)
+            if unit.block < units[-1].block:
+                sampler.add(unit, [row["image"] for row in rows])
+            count_calls(report, output)
+            finished += rows
+            bar.update(unit.images)
     report.seconds = time.perf_counter() - start
-    finished.sort(key=lambda row: (row["label"], row["index"]))
-    dataset = _to_dataset(finished, names)
+    report.peak_memory_bytes = peak_memory_bytes(pipe)
+    finished.sort(key=lambda row: row["label"])  # stable: within a class they come block after block
+    judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)
     if judge is not None:
-        pixels, rows = pixels_from_images([row["image"] for row in finished]), [row["label"] for row in finished]
-        report.discrepancy_by_class = measure_discrepancy(pixels, torch.tensor(rows), pipe, judge)
+        pixels, labels = pixels_from_images([row["image"] for row in finished]), [row["label"] for row in finished]
+        report.discrepancy_by_class = measure_discrepancy(pixels, torch.tensor(labels), pipe, judge)
         report.discrepancy = statistics.fmean(report.discrepancy_by_class.values())
-    return dataset, report
+    return to_dataset(finished, sampler.class_names), report
 
 
 class PreviousBlocks:
@@ -170,17 +324,18 @@ class PreviousBlocks:
         self.sums.index_add_(0, index, psi)
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
 
+    def discrepancies(self, rows: Sequence[int]) -> list[float]:
+        """MMD² of the images so far from the targets, for each of these classes."""
+        index = torch.tensor(rows, device=self.sums.device)
+        means = self.sums[index] / self.counts[index, None]
+        return mmd2(means, self.targets.embeddings[index]).tolist()
+
 
 @torch.no_grad()
 def embed_pixels(pixels: torch.Tensor, pipe: DsCoPipeline, targets: MatchingTargets) -> torch.Tensor:
     """ψ(φ(x)) `(B, D)` of pixels `(B, C, H, W)` in [-1, 1], on the device of the targets."""
-    device = targets.embeddings.device
-    return torch.cat(
-        [
-            targets.embed(features_and_logits(pipe.classifier, part.to(pipe.classifier.device))[0].to(device))
-            for part in pixels.split(256)
-        ]
-    )
+    device, source = targets.embeddings.device, FeatureSource(pipe, targets.features)
+    return torch.cat([targets.embed(source.of_pixels(part).features.to(device)) for part in pixels.split(256)])
 
 
 def measure_discrepancy(
@@ -194,7 +349,7 @@ def measure_discrepancy(
         pipe (`DsCoPipeline`): has the classifier that the targets were made with.
         targets (`MatchingTargets`): the class means.
     """
-    targets.check_classifier(pipe.classifier)
+    targets.check_pipeline(pipe)
     psi = embed_pixels(pixels, pipe, targets)
     present, index = rows.to(psi.device).unique(return_inverse=True)
     values = mmd2(class_means(psi, index, len(present)), targets.embeddings[present])
@@ -228,14 +383,24 @@ def _classes(
     return labels, list(targets.class_names)
 
 
-def _count(report: ConcentrationReport, output: DsCoPipelineOutput) -> None:
+def count_calls(report: ConcentrationReport, output: DsCoPipelineOutput) -> None:
+    """Adds what one call of the pipeline cost."""
     report.images += len(output.class_labels)
     report.denoiser_calls += output.denoiser_calls
     report.decoder_calls += output.decoder_calls
     report.classifier_calls += output.classifier_calls
 
 
-def _to_dataset(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:
+def peak_memory_bytes(pipe: DsCoPipeline) -> int:
+    """The most memory held so far: of the pipeline's GPU, or else of this process."""
+    if pipe.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(pipe.device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux kilobytes
+
+
+def to_dataset(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:
+    """Rows that were drawn (`image`, `label`, `seed`, `block`) as a concentrated dataset."""
     columns = {name: [row[name] for row in rows] for name in ("image", "label", "seed", "block")}
     columns |= {"source": [SOURCES.index("synthetic")] * len(rows), "real_index": [-1] * len(rows)}
     features = row_features(names)

@@ -20,6 +20,7 @@ from .evaluators.evaluation import ImageSet, evaluator_builder
 from .evaluators.protocols import Protocol, get_protocol
 from .evaluators.training import train_evaluator
 from .kernels import herd
+from .labels import class_mapping
 from .pipeline import DsCoPipeline
 from .schema import class_names, find_columns
 from .targets import MatchingTargets
@@ -76,8 +77,8 @@ def dope(
         `Dataset`: the rows of `small`, then the chosen real images as they are, with their row in `real_index`.
 
     Raises:
-        ValueError: for class names that differ, a budget smaller than `small` or larger than the data, or a missing
-            classifier.
+        ValueError: for class names that differ, a budget smaller than `small` or larger than the data, a missing
+            classifier, or for "clarity" one that was trained on other classes.
     """
     check_choice("strategy", strategy, STRATEGIES)
     if (images_per_class is None) == (total is None):
@@ -147,12 +148,26 @@ def clarity(
 
 
 def _teacher(pipe: DsCoPipeline | None, names: Sequence[str]) -> PreTrainedModel | None:
-    """The pipeline's classifier if it knows the classes of the dataset by the same labels; hard labels otherwise."""
+    """The pipeline's classifier if it knows the classes of the dataset by the same labels; hard labels otherwise.
+
+    Raises:
+        ValueError: if it was trained on other classes, so that its features may be matched but says nothing of these.
+    """
     classifier = None if pipe is None else pipe.classifier
-    if classifier is not None and [classifier.config.id2label.get(i) for i in range(len(names))] == list(names):
-        return classifier
+    if classifier is not None:
+        config = classifier.config
+        if [config.id2label.get(i) for i in range(len(names))] == list(names) and config.num_labels == len(names):
+            return classifier
+        try:
+            class_mapping(names, config.id2label, config.num_labels)
+        except ValueError as error:
+            raise ValueError(
+                f"The pipeline's classifier was trained on other classes than the dataset, and cannot teach a student "
+                f"whose clarity is to be measured: {error} Or pass a `student` of the dataset's classes, leave `pipe` "
+                "out to train one on hard labels, or choose strategy='herding', which needs features only."
+            ) from error
     logger.warning(
-        "There is no classifier of the dataset's classes: the student for clarity is trained on hard labels."
+        "There is no classifier of the dataset's classes alone: the student for clarity is trained on hard labels."
     )
     return None
 
@@ -212,7 +227,7 @@ def _herded(
             "strategy='herding' needs `pipe`, whose classifier gives the features, or choose another strategy."
         )
     targets = targets or MatchingTargets.from_dataset(real, pipe, progress=progress)
-    targets.check_classifier(pipe.classifier)
+    targets.check_pipeline(pipe)
     options: dict[str, Any] = {"image_size": pipe.image_size, "num_channels": pipe.num_channels, "progress": progress}
     small_pixels, small_labels, _ = load_pixels(small, **options)
     real_pixels, _, indices = load_pixels(real, **options)

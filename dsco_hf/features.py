@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from .schema import nearest
+
 
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD, IMAGENET_SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
+POOLINGS = ("average", "grid2", "mean_std", "cls")
+DEFAULT_LAYERS = (("pooled", "average"),)
+
+_HIDDEN = re.compile(r"hidden_\d+")
 
 
 def ensure_preprocessing(classifier: PreTrainedModel, *, token: str | bool | None = None) -> PreTrainedModel:
@@ -71,6 +80,11 @@ def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tenso
     """
     config = ensure_preprocessing(classifier).config  # a classifier may have been put into a pipeline by hand
     channels = getattr(config, "num_channels", 3)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{type(classifier).__name__} takes {channels} channels, images have 1 or 3. Features of a classifier "
+            "that was trained on latents are matched with `FeatureSpec(space='latents')`."
+        )
     if pixels.shape[1] != channels:
         pixels = pixels.expand(-1, channels, -1, -1) if pixels.shape[1] == 1 else pixels.mean(dim=1, keepdim=True)
     size = config.image_size
@@ -124,39 +138,196 @@ def batchnorm_layers(classifier: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
 
 
-def observe(classifier: PreTrainedModel, pixels: torch.Tensor, *, moments: bool = False) -> Observation:
+def observe(
+    classifier: PreTrainedModel,
+    pixels: torch.Tensor,
+    *,
+    moments: bool = False,
+    layers: Sequence[tuple[str, str]] = DEFAULT_LAYERS,
+) -> Observation:
     """One forward pass; gradients reach the pixels.
 
-    φ is the input of the classifier's linear head, which is the pooled feature of every image classifier in
+    φ is by default the input of the classifier's linear head, which is the pooled feature of every image classifier in
     transformers (ResNet, ConvNeXt, ViT, Swin, MobileNet, …), whatever its parts are called.
 
     Args:
         classifier (`PreTrainedModel`): in eval mode.
         pixels (`torch.Tensor` of shape `(B, C, H, W)`, range [-1, 1]): the images.
         moments (`bool`): also record the moments at the BatchNorm layers.
+        layers (sequence of `(layer, pooling)`): what φ consists of, one after the other; see [`observe_layers`].
     """
-    pooled: list[torch.Tensor] = []
+    # resized in float32: on CPU there is no antialiased resizing in half precision
+    pixels = pixels.float() if pixels.dtype in (torch.float16, torch.bfloat16) else pixels
+    inputs = preprocess(pixels, classifier).to(classifier.dtype)
+    blocks, logits, seen = observe_layers(classifier, inputs, layers, moments=moments)
+    return Observation(torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0], logits, seen)
+
+
+def observe_layers(
+    classifier: PreTrainedModel,
+    inputs: torch.Tensor,
+    layers: Sequence[tuple[str, str]],
+    *,
+    moments: bool = False,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """One forward pass of a classifier's own input, pooled at several layers.
+
+    Args:
+        classifier (`PreTrainedModel`): in eval mode.
+        inputs (`torch.Tensor` of shape `(B, C, H, W)`): its `pixel_values`.
+        layers (sequence of `(layer, pooling)`): a layer is "pooled" (the input of the linear head), "logits",
+            "hidden_0", "hidden_1", … (the `hidden_states` of transformers) or the name of a module, whose output is
+            taken; a pooling is one of `POOLINGS`, see [`pool`].
+        moments (`bool`): also record the moments at the BatchNorm layers.
+
+    Returns:
+        `tuple`: features `(B, d_l)` of every entry, float32; logits `(B, num_labels)`, float32; moments `(B, M, 2)`,
+            see [`Observation`].
+
+    Raises:
+        ValueError: for a layer that the classifier does not have, or a pooling that does not fit it.
+    """
+    found: dict[str, Any] = {}
     seen: list[torch.Tensor] = []
 
-    def record(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].float().flatten(2) if inputs[0].ndim > 2 else inputs[0].float()[:, :, None]  # (B, M_l, HW)
+    def record(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        x = arguments[0].float()
+        x = x.flatten(2) if x.ndim > 2 else x[:, :, None]  # (B, M_l, HW)
         seen.append(torch.stack([x.mean(dim=2), x.square().mean(dim=2)], dim=2))
 
+    def keep(name: str) -> Callable:
+        return lambda _, __, output: found.update({name: _first_tensor(output)})
+
     head = classification_head(classifier)
-    handles = [head.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))]
+    names = {layer for layer, _ in layers}
+    modules = {name: _module(classifier, name) for name in names if not _is_reserved(name)}
+    states = any(_HIDDEN.fullmatch(name) for name in names)
+    handles = [head.register_forward_pre_hook(lambda _, given: found.update(pooled=given[0].flatten(1)))]
+    handles += [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     if moments:
         handles += [layer.register_forward_pre_hook(record) for layer in batchnorm_layers(classifier)]
     try:
-        # resized in float32: on CPU there is no antialiased resizing in half precision
-        pixels = pixels.float() if pixels.dtype in (torch.float16, torch.bfloat16) else pixels
-        logits = classifier(preprocess(pixels, classifier).to(classifier.dtype)).logits
+        output = classifier(inputs, **({"output_hidden_states": True} if states else {}))
     finally:
         for handle in handles:
             handle.remove()
-    features = pooled[-1].flatten(1).float()
-    return Observation(
-        features, logits.float(), torch.cat(seen, dim=1) if seen else features.new_zeros(len(features), 0, 2)
+    logits = output.logits.float()
+    found["logits"] = logits
+    found |= _hidden_states(classifier, output) if states else {}
+    blocks = []
+    for name, pooling in layers:
+        if name not in found:
+            raise unknown_layer(name, classifier, found)
+        blocks.append(pool(found[name].float(), pooling, layer=name, grid=(inputs.shape[-2], inputs.shape[-1])))
+    return blocks, logits, torch.cat(seen, dim=1) if seen else logits.new_zeros(len(logits), 0, 2)
+
+
+def layer_names(classifier: PreTrainedModel) -> list[str]:
+    """A classifier's layers but its hidden states, which take a pass to count: "pooled", "logits" and its modules."""
+    return ["pooled", "logits"] + [name for name, _ in classifier.named_modules() if name]
+
+
+def check_layer(classifier: PreTrainedModel, layer: str) -> None:
+    """Raises ValueError for a layer name that cannot be one of the classifier's; hidden states are counted later."""
+    if not _is_reserved(layer):
+        _module(classifier, layer)
+
+
+def unknown_layer(layer: str, classifier: PreTrainedModel, found: Iterable[str] = ()) -> ValueError:
+    """The error for a layer that a classifier does not have: it lists those that there are."""
+    names = layer_names(classifier)
+    states = [name for name in found if _HIDDEN.fullmatch(name)] or ['"hidden_0" and on, if it returns hidden states']
+    modules = [name for name in names[2:] if name.count(".") <= 2 and not name.startswith(("classifier", "dropout"))]
+    return ValueError(
+        f"{type(classifier).__name__} has no layer {layer!r}.{nearest(layer, [*names, *found])} It has 'pooled', "
+        f"'logits', {', '.join(states)}, and its modules: {', '.join(modules[:20])}{', …' * (len(modules) > 20)}."
     )
+
+
+def pool(hidden: torch.Tensor, pooling: str, *, layer: str, grid: tuple[int, int]) -> torch.Tensor:
+    """What is kept of the positions of a layer: `(B, C, h, w)` maps or `(B, N, C)` tokens → `(B, d)`.
+
+    Vectors `(B, d)` are left as they are. Poolings: "average" over positions (without class tokens), d = C; "grid2",
+    the averages of the four quarters, d = 4 C; "mean_std", mean and standard deviation over positions, d = 2 C; "cls",
+    the class token, d = C.
+
+    Args:
+        hidden (`torch.Tensor`): the output of a layer.
+        pooling (`str`): one of `POOLINGS`.
+        layer (`str`): its name, for errors.
+        grid (`tuple[int, int]`): height and width of the classifier's input, to whose shape tokens are laid out.
+
+    Raises:
+        ValueError: for a pooling that does not fit the layer.
+    """
+    if hidden.ndim == 2:
+        return hidden
+    if hidden.ndim not in (3, 4):
+        raise ValueError(f"Layer {layer!r} has shape {tuple(hidden.shape)}: choose one with tokens or feature maps.")
+    if hidden.ndim == 3:
+        extra, size = _token_grid(hidden.shape[1], grid)
+        if pooling == "cls":
+            if not extra:
+                raise ValueError(
+                    f"pooling='cls' takes the class token, and layer {layer!r} has none among its {hidden.shape[1]} "
+                    "tokens: choose 'average', 'mean_std' or 'grid2'."
+                )
+            return hidden[:, 0]
+        hidden = hidden[:, extra:].transpose(1, 2).unflatten(2, size)
+    elif pooling == "cls":
+        raise ValueError(
+            f"pooling='cls' takes the class token of a vision transformer, and layer {layer!r} is a feature map: "
+            "choose 'average', 'mean_std' or 'grid2'."
+        )
+    if pooling == "mean_std":
+        flat = hidden.flatten(2)
+        return torch.cat([flat.mean(dim=2), (flat.var(dim=2, unbiased=False) + 1e-6).sqrt()], dim=1)
+    if pooling == "grid2":
+        if min(hidden.shape[-2:]) < 2:
+            raise ValueError(
+                f"pooling='grid2' needs a map of at least 2x2 positions, and layer {layer!r} has "
+                f"{hidden.shape[-2]}x{hidden.shape[-1]}: choose 'average' or an earlier layer."
+            )
+        return F.adaptive_avg_pool2d(hidden, 2).flatten(1)
+    return hidden.mean(dim=(2, 3))
+
+
+def _token_grid(count: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Tokens that stand before the patches (class, distillation, registers), and the patches' height and width."""
+    for extra in range(min(count, 9)):
+        h = round(math.sqrt((count - extra) * size[0] / size[1]))
+        if h and (count - extra) % h == 0 and h * size[1] == (count - extra) // h * size[0]:
+            return extra, (h, (count - extra) // h)
+    return 0, (1, count)
+
+
+def _hidden_states(classifier: PreTrainedModel, output: Any) -> dict[str, torch.Tensor]:
+    states = output.get("reshaped_hidden_states") or output.get("hidden_states")
+    if not states:
+        modules = [name for name in layer_names(classifier)[2:] if name.count(".") <= 2]
+        raise ValueError(
+            f"{type(classifier).__name__} returns no hidden states: choose 'pooled', 'logits' or one of its modules, "
+            f"{', '.join(modules[:20])}{', …' * (len(modules) > 20)}."
+        )
+    return {f"hidden_{i}": state for i, state in enumerate(states)}
+
+
+def _is_reserved(layer: str) -> bool:
+    return layer in ("pooled", "logits") or _HIDDEN.fullmatch(layer) is not None
+
+
+def _module(classifier: PreTrainedModel, name: str) -> nn.Module:
+    modules = dict(classifier.named_modules())
+    if not name or name not in modules:
+        raise unknown_layer(name, classifier)
+    return modules[name]
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    """The main tensor that a module returned; models return it first in a tuple or an output object."""
+    while not torch.is_tensor(output):
+        output = output[0]
+    return output
 
 
 def features_and_logits(classifier: PreTrainedModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,33 +17,30 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features
 
-from .cards import DatasetCardFields, draw_samples, render_dataset_card
+from .cards import DatasetCardFields, render_dataset_card
 from .markdown import merge_cards
+from .records import concentration_record as concentration_record
+from .records import targets_record
+from .safety import safe_path
+from .samples import draw_samples
 from .shards import CONFIG_NAME, DatasetLike, as_configs, describe_split, file_sha256, read_split, write_shards
-
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from .targets import MatchingTargets
+from .targets import MatchingTargets
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CARD, CONCENTRATION, RESULTS = "README.md", "concentration.json", "results.json"
-OWN_ENTRIES = {CARD, CONCENTRATION, RESULTS, "data", "figures", ".gitattributes"}
-COSTS = ("images", "seconds", "denoiser_calls", "decoder_calls", "classifier_calls", "peak_memory_bytes")
-LIBRARIES = ("torch", "diffusers", "transformers", "datasets")
+OWN_ENTRIES = {CARD, CONCENTRATION, RESULTS, "data", "figures", "targets", ".gitattributes"}
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
+
+TargetsLike = MatchingTargets | Mapping[str, MatchingTargets] | None
 
 
 def to_json(values: object) -> str:
@@ -180,6 +177,7 @@ def save_dataset_folder(
     results: Mapping[str, Any] | None = None,
     concentration: Mapping[str, Any] | None = None,
     figures: Sequence[Path | str] = (),
+    targets: TargetsLike = None,
 ) -> Path:
     """Writes a dataset as it is published: plain `load_dataset(folder, "ipc10", split="train")` reads it.
 
@@ -195,6 +193,8 @@ def save_dataset_folder(
         results: Content of `results.json`, the source of the accuracy table.
         concentration: How the dataset was made (see the head of this file).
         figures: Images for the card; a sample grid is drawn if there is none named `samples`.
+        targets: What the images were matched to, to be stored along, so that they can be made again without the data;
+            one for all configs, or by config.
 
     Returns:
         The folder.
@@ -212,61 +212,39 @@ def save_dataset_folder(
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
     with atomic_folder(folder) as new:
         described = write_configs(checked, new)
+        concentration = with_targets(concentration, targets, new, names=list(checked))
         paths = write_figures(figures, new, dataset=next(iter(checked[default].values())))
         record = build_concentration(concentration, described, default_config=default, card=card)
         write_records(new, record, card=card, results=results, figures=paths, existing_card=existing)
     return folder
 
 
-def concentration_record(
-    pipe: DiffusionPipeline,
-    targets: MatchingTargets | None = None,
-    report: object = None,
-    *,
-    method: str,
-    seed: int,
-    parameters: Mapping[str, Any],
-    source: Mapping[str, Any] | None = None,
-    generator_revision: str | None = None,
-) -> dict[str, Any]:
-    """Records how a dataset was made, for the `concentration` argument of `publish` and `save_dataset_folder`.
+def with_targets(
+    concentration: Mapping[str, Any] | None, targets: TargetsLike, folder: Path, *, names: Sequence[str]
+) -> Mapping[str, Any] | None:
+    """Stores targets below `folder/targets`, by their content, and returns the records with their place.
 
-    Args:
-        pipe: The pipeline that drew the images.
-        targets: What they were matched to; their own record is taken over.
-        report: The `ConcentrationReport` of the run, for its cost.
-        method: As in `results.json`: `"nopt"`, `"nopt-data-free"`, ...
-        seed: Seed of the run.
-        parameters: Further arguments of `concentrate`: `images_per_class`, `num_inference_steps`, ...
-        source: What is known of the source data beyond the targets' record: `dataset` (its id), `revision`, `split`,
-            `license`, `rows`, ...
-        generator_revision: Commit that the pipeline was loaded from.
+    Raises:
+        ValueError: If they are given for a config that is not published.
     """
-    population = dict(getattr(targets, "provenance", None) or {})
-    origin: dict[str, Any] = {}
-    if population.get("population") == "data":
-        origin = {key: population.get(key) for key in ("dataset", "fingerprint")} | {"rows": population.get("images")}
-    origin = {key: value for key, value in {**origin, **(source or {})}.items() if value is not None}
-    classifier = getattr(pipe, "classifier", None)
-    cost = {key: value for key, value in vars(report).items() if key in COSTS} if report is not None else None
-    record = {
-        "method": method,
-        "seed": seed,
-        "parameters": dict(parameters),
-        "source": origin or None,
-        "targets": population or None,
-        "generator": _model_id(pipe, generator_revision),
-        "classifier": _model_id(classifier, getattr(getattr(classifier, "config", None), "_commit_hash", None)),
-        "versions": {name: metadata.version(name) for name in LIBRARIES if find_spec(name) is not None},
-        "cost": cost,
-    }
-    return {key: value for key, value in record.items() if value is not None}
+    if targets is None:
+        return concentration
+    record = dict(concentration or {})
+    if isinstance(targets, MatchingTargets):
+        return {**record, "targets": _store_targets(targets, folder)}
+    if unknown := sorted(set(targets) - set(names)):
+        raise ValueError(f"There are targets for a config {unknown[0]!r}, but the configs are {list(names)}.")
+    configs = {name: dict(entry) for name, entry in (record.get("configs") or {}).items()}
+    for name, own in targets.items():
+        configs[name] = {**configs.get(name, {}), "targets": _store_targets(own, folder)}
+    return {**record, "configs": configs}
 
 
-def _model_id(model: Any, revision: str | None) -> dict[str, str] | None:
-    name = getattr(model, "name_or_path", None) or None
-    known = {"id": name, "revision": revision}
-    return {key: str(value) for key, value in known.items() if value} or None
+def _store_targets(targets: MatchingTargets, folder: Path) -> dict[str, Any]:
+    record = targets_record(targets)
+    path = f"targets/{record['sha256'][:12]}"
+    targets.save_pretrained(folder / path)
+    return {**record, "path": path}
 
 
 def parse_record(text: str, name: str) -> dict[str, Any]:
@@ -430,22 +408,20 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
         "concentration": {**record, "configs": recorded},
         "results": json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
         "figures": sorted((folder / "figures").glob("*")),
+        "targets": _read_targets(folder, record),
     }
+
+
+def _read_targets(folder: Path, record: Mapping[str, Any]) -> dict[str, MatchingTargets] | None:
+    """The targets in a folder, by config."""
+    found: dict[str, MatchingTargets] = {}
+    for name, entry in record["configs"].items():
+        place = (entry.get("targets") or record.get("targets") or {}).get("path")
+        if place is not None:
+            found[name] = MatchingTargets.from_pretrained(safe_path(folder, place))
+    return found or None
 
 
 def recorded_only(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the caller recorded of a config, without the description of its files."""
     return {key: value for key, value in entry.items() if key not in ("features", "splits")}
-
-
-def safe_path(folder: Path, path: object) -> Path:
-    """Joins a path that came from a repository to a folder.
-
-    Raises:
-        ValueError: If it could leave the folder.
-    """
-    text = str(path)
-    parts = PurePosixPath(text).parts
-    if not isinstance(path, str) or not parts or text.startswith("/") or ".." in parts or set(text) & set("\\:\0"):
-        raise ValueError(f"The path {text!r} leaves the folder of the dataset. Do not trust this repository.")
-    return folder / text

@@ -1,16 +1,18 @@
-"""Trains a class-conditional DiT on the user's own images, in pixels or in the latents of an autoencoder.
+"""Trains a class-conditional DiT or UNet on the user's own images, in pixels or in the latents of an autoencoder.
 
-The training follows DiT (Peebles and Xie, https://arxiv.org/abs/2212.09748): noise prediction, label dropout for
-classifier-free guidance, averaged weights. A resumed run ends with the weights of an undisturbed one.
+The training follows DiT (Peebles and Xie, https://arxiv.org/abs/2212.09748): noise or velocity prediction, label
+dropout for classifier-free guidance, averaged weights. A resumed run ends with the weights of an undisturbed one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .data import check_classes
+from .fine_tuning import set_trainable
+from .generator_data import TrainingData, draw_batch, encode_latents
 from .generators import (
+    Denoiser,
     GeneratorTrainingConfig,
-    TrainingData,
+    build_denoiser,
     build_scheduler,
-    build_transformer,
-    draw_batch,
-    encode_latents,
+    component_name,
+    denoising_loss,
     learning_rate_at,
-    noise_prediction_loss,
+    null_class,
 )
 
 
@@ -45,18 +49,26 @@ class GeneratorTrainingResult:
     """What [`train_generator`] gives back.
 
     Attributes:
-        transformer (`DiTTransformer2DModel`): the averaged weights, in float32 and eval mode, on the CPU.
+        denoiser (`DiTTransformer2DModel` or `UNet2DModel`): the averaged weights, in float32 and eval mode, on the
+            CPU.
         finished (`bool`): False if the time limit came first; resume from the checkpoint then.
         step (`int`): optimiser steps taken, those before a resume included.
         seconds (`float`): training time, that before a resume included.
         losses (`list[dict]`): mean loss of every logging interval: `{"step", "loss", "learning_rate"}`.
+        evaluations (`list[dict]`): `{"step", ...}` with what `evaluate` returned.
     """
 
-    transformer: DiTTransformer2DModel
+    denoiser: Denoiser
     finished: bool
     step: int
     seconds: float
     losses: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def components(self) -> dict[str, Denoiser]:
+        """The denoiser under the name that a pipeline gives it: `DsCoPipeline(**result.components, scheduler=...)`."""
+        return {component_name(self.denoiser): self.denoiser}
 
 
 @dataclass
@@ -66,6 +78,11 @@ class _Progress:
     step: int = 0
     seconds: float = 0.0
     losses: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+# What a checkpoint of an older version, which did not know a setting, was trained with.
+_UNSET: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(GeneratorTrainingConfig)}
 
 
 class _Checkpoints:
@@ -108,9 +125,9 @@ class _Checkpoints:
         state = json.loads((path / "progress.json").read_text())
         theirs = state["identity"]
         changed = [
-            f"{name} (checkpoint {theirs.get(name)!r}, now {value!r})"
+            f"{name} (checkpoint {theirs.get(name, _UNSET.get(name))!r}, now {value!r})"
             for name, value in self.identity.items()
-            if theirs.get(name) != value
+            if theirs.get(name, _UNSET.get(name)) != value
         ]
         if changed:
             raise ValueError(
@@ -136,8 +153,11 @@ def train_generator(
     log_every: int = 20,
     distributed: bool = True,
     progress: bool = True,
+    denoiser: Denoiser | None = None,
+    evaluate: Callable[[int, Denoiser], dict[str, Any]] | None = None,
+    evaluate_every: int = 1000,
 ) -> GeneratorTrainingResult:
-    """Trains a class-conditional `DiTTransformer2DModel` on images; source: https://arxiv.org/abs/2212.09748.
+    """Trains a class-conditional denoiser on images; source: https://arxiv.org/abs/2212.09748.
 
     Args:
         pixels (`torch.Tensor` of shape `(N, C, H, H)`, range [-1, 1]): the images, the same on every process.
@@ -156,6 +176,11 @@ def train_generator(
         distributed (`bool`): all processes train this one model together; otherwise the calling process trains it
             alone, while others may do something else. No checkpoints then.
         progress (`bool`): show a progress bar.
+        denoiser (`DiTTransformer2DModel` or `UNet2DModel`, *optional*): what to train further, in place; a new one of
+            the configured architecture otherwise. `dsco_hf.fine_tuning.adapt_transformer` fits one to new classes.
+        evaluate (`Callable`, *optional*): called by the main process as `f(step, averaged)` with the averaged
+            denoiser, on the device and in eval mode; what it returns is kept with the step.
+        evaluate_every (`int`): steps between calls of `evaluate`, which is also called at the end.
 
     Raises:
         ValueError: for shapes, labels or batch sizes that do not fit, a class without images, or a checkpoint of
@@ -173,26 +198,54 @@ def train_generator(
             "`max_minutes` needs a `checkpoint_dir` to continue from; without one the work would be lost."
         )
     data = _prepare_data(pixels, labels, config, vae, progress=progress and accelerator.is_local_main_process)
-    transformer = build_transformer(
-        config, num_classes=num_classes, sample_size=data.clean.shape[-1], num_channels=data.clean.shape[1]
-    )
+    identity = dataclasses.asdict(config) | {
+        "data": data.fingerprint,
+        "mixed_precision": accelerator.mixed_precision,
+        "denoiser": None if denoiser is None else weights_fingerprint(denoiser),
+    }
+    if denoiser is None:
+        if config.trainable != "all":
+            raise ValueError(f"`trainable={config.trainable!r}` is for fine-tuning: a new model learns all weights.")
+        denoiser = build_denoiser(
+            config, num_classes=num_classes, sample_size=data.clean.shape[-1], num_channels=data.clean.shape[1]
+        )
+    _check_denoiser(denoiser, data, num_classes)
     checkpoints = None
     if checkpoint_dir is not None:
-        identity = dataclasses.asdict(config) | {
-            "data": data.fingerprint,
-            "mixed_precision": accelerator.mixed_precision,
-        }
         checkpoints = _Checkpoints(Path(checkpoint_dir), accelerator, identity)
         if not resume and (found := checkpoints.newest()) is not None:
             raise FileExistsError(
                 f"There is a checkpoint, {found}. Pass `resume=True` (`--resume`) to continue it, or delete it."
             )
     try:
-        return _Trainer(
-            transformer, data, config, accelerator, checkpoints, latents=vae is not None, distributed=distributed
-        ).run(checkpoint_every=checkpoint_every, max_minutes=max_minutes, log_every=log_every, progress=progress)
+        trainer = _Trainer(
+            denoiser, data, config, accelerator, checkpoints, latents=vae is not None, distributed=distributed
+        )
+        trainer.evaluate, trainer.evaluate_every = evaluate, evaluate_every
+        return trainer.run(
+            checkpoint_every=checkpoint_every, max_minutes=max_minutes, log_every=log_every, progress=progress
+        )
     finally:
         accelerator.free_memory()
+
+
+def weights_fingerprint(denoiser: Denoiser) -> str:
+    """A hash of all weights."""
+    digest = hashlib.sha256()
+    for name, value in denoiser.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_denoiser(denoiser: Denoiser, data: TrainingData, num_classes: int) -> None:
+    expected = (data.clean.shape[1], data.clean.shape[2], num_classes)
+    found = (denoiser.config.in_channels, denoiser.config.sample_size, null_class(denoiser))
+    if found != expected:
+        raise ValueError(
+            f"The denoiser takes (channels, size, classes) = {found}, the data has {expected}. "
+            "`adapt_transformer` changes the classes; bring the images to the size with `image_size`."
+        )
 
 
 def _check_training_inputs(
@@ -254,7 +307,7 @@ class _Trainer:
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel,
+        denoiser: Denoiser,
         data: TrainingData,
         config: GeneratorTrainingConfig,
         accelerator: Accelerator,
@@ -266,33 +319,39 @@ class _Trainer:
         self.data, self.config, self.accelerator, self.checkpoints = data, config, accelerator, checkpoints
         self.distributed = distributed
         self.scheduler = build_scheduler(config, latents=latents)
-        transformer.to(accelerator.device).train()
-        for module in transformer.modules():
+        # For convolutions on a GPU; on a CPU, group norms of this layout in bf16 cost more than the convolutions gain.
+        fast = isinstance(denoiser, UNet2DModel) and accelerator.device.type == "cuda"
+        self.memory_format = torch.channels_last if fast else torch.contiguous_format
+        set_trainable(denoiser, config.trainable)
+        denoiser.to(accelerator.device, memory_format=self.memory_format).train()
+        for module in denoiser.modules():
             # In train mode every block of diffusers' DiT drops labels on its own, so that hardly ever the whole model
             # is unconditional. We drop them for all blocks at once instead, as DiT does.
             if isinstance(module, LabelEmbedding):
                 module.eval()
-        self.transformer = transformer
-        self.names = [name for name, _ in transformer.named_parameters()]
+        self.denoiser, self.null_class = denoiser, null_class(denoiser)
+        self.names = [name for name, _ in denoiser.named_parameters()]
         self.ema = EMAModel(
-            transformer.parameters(),
+            denoiser.parameters(),
             decay=config.ema_decay,
             use_ema_warmup=True,
             power=config.ema_power,
             foreach=True,
         )
         optimizer = torch.optim.AdamW(
-            transformer.parameters(),
+            [parameter for parameter in denoiser.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
             fused=True,
         )
         # evaluation_mode keeps the precision but does not tie the processes together
-        self.model = accelerator.prepare_model(transformer, evaluation_mode=not distributed)
+        self.model = accelerator.prepare_model(denoiser, evaluation_mode=not distributed)
         self.optimizer = accelerator.prepare(optimizer)
         self.progress = _Progress()
         self.unlogged: list[torch.Tensor] = []
+        self.evaluate: Callable[[int, Denoiser], dict[str, Any]] | None = None
+        self.evaluate_every = 1000
 
     def run(
         self, *, checkpoint_every: int, max_minutes: float | None, log_every: int, progress: bool
@@ -318,30 +377,33 @@ class _Trainer:
                     bar.set_postfix(loss=f"{self._log():.4f}")
                     self.progress.seconds = before + time.monotonic() - started
                     out_of_time = self._is_out_of_time(started, max_minutes) and not last
+                if self.evaluate is not None and (last or step % self.evaluate_every == 0):
+                    self._evaluate(self.evaluate)
                 if self.checkpoints is not None and (due or last or out_of_time):
                     self.checkpoints.save(self.progress, self._ema_state())
         return self._result()
 
     def _step(self) -> None:
         step = self.progress.step
-        null_class = self.transformer.config.num_embeds_ada_norm
-        batch = draw_batch(self.data, step, self.config, null_class, self.accelerator, distributed=self.distributed)
+        batch = draw_batch(
+            self.data, step, self.config, self.null_class, self.accelerator, distributed=self.distributed
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.config)
-        loss = noise_prediction_loss(
+        loss = denoising_loss(
             self.model,
             self.scheduler,
-            batch.clean,
+            batch.clean.contiguous(memory_format=self.memory_format),
             batch.labels,
             batch.timesteps,
-            batch.noise,
+            batch.noise.contiguous(memory_format=self.memory_format),
             min_snr_gamma=self.config.min_snr_gamma,
         )
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.transformer.parameters())
+        self.ema.step(self.denoiser.parameters())
         self.unlogged.append(loss.detach())
         self.progress.step += 1
 
@@ -385,13 +447,23 @@ class _Trainer:
     def _ema_state(self) -> dict[str, torch.Tensor]:
         return {name: value.cpu().contiguous() for name, value in zip(self.names, self.ema.shadow_params, strict=True)}
 
-    def _result(self) -> GeneratorTrainingResult:
-        averaged = DiTTransformer2DModel.from_config(self.transformer.config)
+    def _averaged(self) -> Denoiser:
+        averaged = type(self.denoiser).from_config(self.denoiser.config)
         self.ema.copy_to(averaged.parameters())
+        return averaged.eval()
+
+    def _evaluate(self, evaluate: Callable[[int, Denoiser], dict[str, Any]]) -> None:
+        step = self.progress.step
+        if self.accelerator.is_main_process and all(entry["step"] != step for entry in self.progress.evaluations):
+            averaged = self._averaged().to(self.accelerator.device)
+            self.progress.evaluations.append({"step": step, **evaluate(step, averaged)})
+
+    def _result(self) -> GeneratorTrainingResult:
         return GeneratorTrainingResult(
-            transformer=averaged.eval(),
+            denoiser=self._averaged(),
             finished=self.progress.step >= self.config.train_steps,
             step=self.progress.step,
             seconds=self.progress.seconds,
             losses=self.progress.losses,
+            evaluations=self.progress.evaluations,
         )

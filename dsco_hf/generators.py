@@ -1,27 +1,28 @@
-"""What a generator is made of and learns from: the DiT, its scheduler, its loss, and the batch of every training step.
-
-All randomness of step i comes from (seed, i): nothing has to be remembered to resume a training, and the number of
-processes only changes how a batch is split.
-"""
+"""What a generator is made of: its denoiser (a DiT or a UNet), its scheduler and its loss."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from tqdm.auto import tqdm
 
 from .schema import nearest
 
 
+Denoiser: TypeAlias = DiTTransformer2DModel | UNet2DModel
+
 _CHOICES = {
+    "architecture": ("dit", "unet"),
+    "activation_fn": ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "trainable": ("all", "bias_and_norm"),
     "lr_schedule": ("cosine", "constant"),
     "timestep_sampling": ("stratified", "uniform"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -34,10 +35,20 @@ class GeneratorTrainingConfig:
     """How a generator is built and trained. The defaults fit the 8x8 digits in a few minutes on two CPU cores.
 
     Attributes:
-        num_layers (`int`): transformer blocks.
-        num_attention_heads (`int`): heads per block.
-        attention_head_dim (`int`): channels per head; the width of the model is heads times this.
-        patch_size (`int`): pixels (or latents) per token side; must divide the sample size.
+        architecture (`str`): "dit", a `DiTTransformer2DModel`; or "unet", a class-conditional `UNet2DModel`, whose
+            convolutions learn small natural images from fewer of them.
+        num_layers (`int`): transformer blocks (DiT).
+        num_attention_heads (`int`): heads per block (DiT).
+        attention_head_dim (`int`): channels per head; the width of a DiT is heads times this.
+        patch_size (`int`): pixels (or latents) per token side; must divide the sample size (DiT).
+        activation_fn (`str`): of a DiT's feed-forward layers, see `diffusers.models.attention.FeedForward`;
+            "linear-silu" is cheaper on a CPU than the usual "gelu-approximate".
+        block_out_channels (`str`): channels of a UNet's levels, finest first, as in "64,128,256". Each level halves
+            the sample size of the one before.
+        layers_per_block (`int`): residual blocks per level on the way down, one more on the way up (UNet).
+        attention_levels (`int`): how many of the coarsest levels have self-attention (UNet).
+        trainable (`str`): when an existing DiT is fine-tuned: "all" weights, or "bias_and_norm": biases, norms and the
+            table of classes only, as in DiffFit (https://arxiv.org/abs/2304.06648), without its scale factors.
         class_dropout_prob (`float`): share of labels replaced by the null class, in [0, 1).
         num_train_timesteps (`int`): T, the number of noise levels.
         beta_start, beta_end, beta_schedule: the noise schedule, as in `DDIMScheduler`.
@@ -45,7 +56,11 @@ class GeneratorTrainingConfig:
             spends no step on t = 0, where nothing is left to remove (https://arxiv.org/abs/2305.08891).
         timestep_sampling (`str`): "stratified" spreads a batch's timesteps evenly over 0..T-1 (one random offset),
             which makes the gradient less noisy; "uniform" draws each on its own.
-        min_snr_gamma (`float`, *optional*): weigh the loss by min(SNR, gamma) / SNR (https://arxiv.org/abs/2303.09556).
+        prediction_type (`str`): what the denoiser predicts: "epsilon", the noise, or "v_prediction", the velocity
+            √ᾱ ε - √(1 - ᾱ) x (https://arxiv.org/abs/2202.00512).
+        min_snr_gamma (`float`, *optional*): weigh the loss by min(SNR, gamma) / SNR, or for velocities by
+            min(SNR, gamma) / (SNR + 1), which is the same weight on the clean image
+            (https://arxiv.org/abs/2303.09556).
         train_steps (`int`): optimiser steps.
         batch_size (`int`): images per step over all processes.
         learning_rate (`float`): peak of the schedule.
@@ -59,10 +74,16 @@ class GeneratorTrainingConfig:
         seed (`int`): of initial weights, order of the data, noise and timesteps.
     """
 
+    architecture: str = "dit"
     num_layers: int = 4
     num_attention_heads: int = 4
     attention_head_dim: int = 32
     patch_size: int = 2
+    activation_fn: str = "gelu-approximate"
+    block_out_channels: str = "64,128,256"
+    layers_per_block: int = 1
+    attention_levels: int = 1
+    trainable: str = "all"
     class_dropout_prob: float = 0.1
     num_train_timesteps: int = 1000
     beta_start: float = 1e-4
@@ -70,6 +91,7 @@ class GeneratorTrainingConfig:
     beta_schedule: str = "linear"
     timestep_spacing: str = "trailing"
     timestep_sampling: str = "stratified"
+    prediction_type: str = "epsilon"
     min_snr_gamma: float | None = None
     train_steps: int = 2000
     batch_size: int = 128
@@ -93,15 +115,37 @@ class GeneratorTrainingConfig:
                 raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(value, allowed)}")
         for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "num_train_timesteps"):
             _check_at_least(name, getattr(self, name), 1)
-        for name in ("train_steps", "batch_size"):
+        for name in ("train_steps", "batch_size", "layers_per_block"):
             _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("warmup_steps", self.warmup_steps, 0)
+        for name in ("warmup_steps", "attention_levels"):
+            _check_at_least(name, getattr(self, name), 0)
+        if self.attention_levels > len(self.channels):
+            raise ValueError(
+                f"`attention_levels` must be at most {len(self.channels)}, the levels of "
+                f"`block_out_channels={self.block_out_channels!r}`, got {self.attention_levels}."
+            )
         for name in ("class_dropout_prob", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"`min_snr_gamma` must be positive or left out, got {self.min_snr_gamma}.")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """`block_out_channels` as numbers."""
+        try:
+            channels = tuple(int(part) for part in self.block_out_channels.split(","))
+        except ValueError:
+            channels = ()
+        if not channels or min(channels) < 1:
+            raise ValueError(
+                "`block_out_channels` must be whole numbers of at least 1 with commas between them, for example "
+                f"'64,128', got {self.block_out_channels!r}."
+            )
+        return channels
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
@@ -133,12 +177,76 @@ def build_transformer(
             patch_size=config.patch_size,
             num_embeds_ada_norm=num_classes,
             norm_type="ada_norm_zero",
+            activation_fn=config.activation_fn,
         )
     zeroed = [block.norm1.linear for block in transformer.transformer_blocks]
     for linear in (*zeroed, transformer.proj_out_1, transformer.proj_out_2):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     return transformer
+
+
+def build_unet(
+    config: GeneratorTrainingConfig, *, num_classes: int, sample_size: int, num_channels: int
+) -> UNet2DModel:
+    """A new UNet with one class embedding more than there are classes: the last is the null class of guidance.
+
+    Timestep and class scale and shift every norm, and every residual block starts as the identity, as in ADM
+    (https://arxiv.org/abs/2105.05233). The weights depend on `config.seed` only; the global random state is left as it
+    is.
+    """
+    channels, levels = config.channels, len(config.channels)
+    if sample_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"A UNet of {levels} levels (`block_out_channels={config.block_out_channels!r}`) halves its input "
+            f"{levels - 1} times; the sample size {sample_size} cannot be. Choose fewer levels, or another "
+            "`image_size` for the data."
+        )
+    attends = [level >= levels - config.attention_levels for level in range(levels)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        unet = UNet2DModel(
+            sample_size=sample_size,
+            in_channels=num_channels,
+            out_channels=num_channels,
+            block_out_channels=channels,
+            layers_per_block=config.layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+            up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+            add_attention=config.attention_levels > 0,
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=math.gcd(8, *channels),
+            resnet_time_scale_shift="scale_shift",
+            time_embedding_dim=channels[-1],
+            num_class_embeds=num_classes + 1,
+        )
+    zeroed: list[nn.Module] = [unet.conv_out]
+    zeroed += [module.conv2 for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    zeroed += [module.to_out[0] for module in unet.modules() if isinstance(module, Attention)]
+    for module in zeroed:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+    return unet
+
+
+def build_denoiser(
+    config: GeneratorTrainingConfig, *, num_classes: int, sample_size: int, num_channels: int
+) -> Denoiser:
+    """A new denoiser of the configured architecture; see [`build_transformer`] and [`build_unet`]."""
+    build = build_unet if config.architecture == "unet" else build_transformer
+    return build(config, num_classes=num_classes, sample_size=sample_size, num_channels=num_channels)
+
+
+def null_class(denoiser: Denoiser) -> int:
+    """Index of the embedding that stands for "no class": the last of the table."""
+    if isinstance(denoiser, UNet2DModel):
+        return denoiser.config.num_class_embeds - 1
+    return denoiser.config.num_embeds_ada_norm
+
+
+def component_name(denoiser: Denoiser) -> str:
+    """The name of a denoiser among the components of a pipeline."""
+    return "unet" if isinstance(denoiser, UNet2DModel) else "transformer"
 
 
 def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> DDIMScheduler:
@@ -155,7 +263,7 @@ def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> DDIMSc
         clip_sample=not latents,
         set_alpha_to_one=True,
         steps_offset=0,
-        prediction_type="epsilon",
+        prediction_type=config.prediction_type,
     )
 
 
@@ -170,8 +278,8 @@ def learning_rate_at(step: int, config: GeneratorTrainingConfig) -> float:
     return rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def noise_prediction_loss(
-    transformer: nn.Module,
+def denoising_loss(
+    denoiser: nn.Module,
     scheduler: DDIMScheduler,
     clean: torch.Tensor,
     labels: torch.Tensor,
@@ -180,142 +288,37 @@ def noise_prediction_loss(
     *,
     min_snr_gamma: float | None = None,
 ) -> torch.Tensor:
-    """Mean of ||noise - predicted noise||² / size; DDPM's simple loss (https://arxiv.org/abs/2006.11239).
+    """Mean of ||target - predicted||² / size; the target is the noise or the velocity, as the scheduler says.
+
+    Sources: DDPM's simple loss (https://arxiv.org/abs/2006.11239), velocity (https://arxiv.org/abs/2202.00512).
 
     Args:
-        transformer (`nn.Module`): predicts noise from `(B, C, H, W)`; extra channels (learned sigma) are ignored.
-        scheduler (`DDIMScheduler`): adds the noise.
+        denoiser (`nn.Module`): takes `(B, C, H, W)`; extra channels of its answer (learned sigma) are ignored.
+        scheduler (`DDIMScheduler`): adds the noise; its `prediction_type` decides on the target.
         clean (`torch.Tensor` of shape `(B, C, H, W)`): images in [-1, 1] or scaled latents.
         labels (`torch.Tensor` of shape `(B,)`): classes, or the null class.
         timesteps (`torch.Tensor` of shape `(B,)`, int64): noise levels in [0, T).
         noise (`torch.Tensor` of shape `(B, C, H, W)`): standard normal.
         min_snr_gamma (`float`, *optional*): see [`GeneratorTrainingConfig`].
     """
+    velocity = scheduler.config.prediction_type == "v_prediction"
     noisy = scheduler.add_noise(clean, noise, timesteps)
-    predicted = transformer(noisy, timestep=timesteps, class_labels=labels).sample[:, : clean.shape[1]]
-    losses = F.mse_loss(predicted.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
+    target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
+    predicted = denoiser(noisy, timesteps, class_labels=labels).sample[:, : clean.shape[1]]
+    losses = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
     if min_snr_gamma is not None:
         alphas = scheduler.alphas_cumprod.to(losses.device)[timesteps]
-        snr = alphas / (1 - alphas)
-        losses = losses * snr.clamp(max=min_snr_gamma) / snr
+        losses = losses * min_snr_weights(alphas, min_snr_gamma, scheduler.config.prediction_type)
     return losses.mean()
 
 
-@torch.no_grad()
-def encode_latents(
-    pixels: torch.Tensor, vae: AutoencoderKL, *, batch_size: int = 32, progress: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the scaled latents of images, on the CPU.
+def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """Weights min(SNR, γ) / SNR for noise and min(SNR, γ) / (SNR + 1) for velocity (https://arxiv.org/abs/2303.09556).
 
     Args:
-        pixels (`torch.Tensor` of shape `(N, 3, H, W)`, range [-1, 1]): the images.
-        vae (`AutoencoderKL`): on the device to use; frozen.
-        batch_size (`int`): images encoded at once.
-        progress (`bool`): show a progress bar.
-
-    Returns:
-        `tuple`: two tensors of shape `(N, latent channels, H / f, W / f)`.
+        alphas_cumprod (`torch.Tensor` of shape `(B,)`, in (0, 1)): ᾱ of each image's timestep; SNR = ᾱ / (1 - ᾱ).
+        gamma (`float`): γ, above which the signal-to-noise ratio counts no more; 5 in the paper.
+        prediction_type (`str`): "epsilon" or "v_prediction".
     """
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-    means, stds = [], []
-    for part in tqdm(pixels.split(batch_size), desc="Encoding images", unit="batch", disable=not progress):
-        posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        means.append(((posterior.mean.float() - shift) * scale).cpu())
-        stds.append((posterior.std.float() * scale).cpu())
-    return torch.cat(means), torch.cat(stds)
-
-
-@dataclass
-class TrainingData:
-    """The samples in memory: clean images, or latent means with their deviations; mirrored copies for latents."""
-
-    clean: torch.Tensor  # (N, C, H, W)
-    labels: torch.Tensor  # (N,)
-    std: torch.Tensor | None = None
-    mirrored: TrainingData | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of shapes, labels and up to 256 images."""
-        digest = hashlib.sha256(repr(tuple(self.clean.shape)).encode())
-        digest.update(self.labels.numpy().tobytes())
-        digest.update(self.clean[:: max(1, len(self.clean) // 256)].contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-@dataclass
-class Batch:
-    """What the loss of one step needs, on the device."""
-
-    clean: torch.Tensor
-    labels: torch.Tensor
-    timesteps: torch.Tensor
-    noise: torch.Tensor
-
-
-def draw_batch(
-    data: TrainingData,
-    step: int,
-    config: GeneratorTrainingConfig,
-    null_class: int,
-    accelerator: Accelerator,
-    *,
-    distributed: bool = True,
-) -> Batch:
-    """This process's part of the batch of a step.
-
-    Every process draws the randomness of the whole batch and takes its own rows of it; all rows if not `distributed`.
-    """
-    size, device = config.batch_size, accelerator.device
-    rows = _rows_of_step(step, len(data.labels), config)
-    host = _generator("cpu", config.seed, "levels", step)
-    local = _generator(device, config.seed, "noise", step)
-    if config.timestep_sampling == "stratified":
-        levels = (torch.arange(size) + torch.rand(size, generator=host)) / size
-    else:
-        levels = torch.rand(size, generator=host)
-    timesteps = (levels * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)
-    timesteps = timesteps[torch.randperm(size, generator=host)]
-    dropped = torch.rand(size, generator=host) < config.class_dropout_prob
-    flipped = torch.rand(size, generator=host) < (0.5 if config.horizontal_flip else 0.0)
-    mine = slice(accelerator.process_index, None, accelerator.num_processes) if distributed else slice(None)
-    shape = (size, *data.clean.shape[1:])
-    noise = torch.randn(shape, generator=local, device=device)[mine]
-    clean = _select(data, rows[mine], flipped[mine]).to(device)
-    if data.std is not None:
-        source = data.mirrored if data.mirrored is not None else data
-        other = data.std if source.std is None else source.std
-        std = torch.where(flipped[mine, None, None, None], other[rows[mine]], data.std[rows[mine]])
-        clean = clean + std.to(device) * torch.randn(shape, generator=local, device=device)[mine]
-    labels = torch.where(dropped, null_class, data.labels[rows])[mine]
-    return Batch(clean, labels.to(device), timesteps[mine].to(device), noise)
-
-
-def _select(data: TrainingData, rows: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
-    clean = data.clean[rows]
-    if not flipped.any():
-        return clean
-    mirrored = data.mirrored.clean[rows] if data.mirrored is not None else clean.flip(-1)
-    return torch.where(flipped[:, None, None, None], mirrored, clean)
-
-
-def _rows_of_step(step: int, rows: int, config: GeneratorTrainingConfig) -> torch.Tensor:
-    """Rows of a step's batch: consecutive places in an endless sequence of shuffled epochs."""
-    places = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
-    epochs = torch.div(places, rows, rounding_mode="floor")
-    chosen = torch.empty_like(places)
-    for epoch in epochs.unique().tolist():
-        inside = epochs == epoch
-        chosen[inside] = _order_of_epoch(config.seed, epoch, rows)[places[inside] % rows]
-    return chosen
-
-
-@functools.lru_cache(maxsize=2)
-def _order_of_epoch(seed: int, epoch: int, rows: int) -> torch.Tensor:
-    return torch.randperm(rows, generator=_generator("cpu", seed, "order", epoch))
-
-
-def _generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator for one purpose; hashing its key keeps the streams of neighbouring seeds and steps apart."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)

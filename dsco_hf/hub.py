@@ -6,51 +6,46 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 from accelerate import PartialState
 from datasets import Dataset, Features
 from datasets.info import DatasetInfosDict
 from huggingface_hub import HfApi
-from huggingface_hub import errors as hub_errors
 
 from .cards import DatasetCardFields
 from .folder import (
     CARD,
     CONCENTRATION,
     RESULTS,
+    TargetsLike,
     merged_record,
     parse_record,
     read_folder,
+    with_targets,
     write_configs,
     write_figures,
     write_records,
 )
 from .folder import save_dataset_folder as save_dataset_folder
-from .markdown import merge_cards, split_card
-from .model_cards import render_evaluator_card, render_pipeline_card
-from .push import PublishResult, Remote, Token, explained, make_target, push, with_retries
+from .markdown import split_card
+from .model_hub import publish_evaluator as publish_evaluator
+from .model_hub import publish_pipeline as publish_pipeline
+from .push import PublishResult, Remote, make_target, push, with_retries
+from .remake import load_recorded as load_recorded
+from .remake import read_concentration as read_concentration
+from .safety import Token, explained, is_pickle
 from .shards import DatasetLike, as_configs, compact_soft_labels
-from .verification import is_pickle, verify_folder
-
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-    from transformers import PreTrainedModel
-
-    from .targets import MatchingTargets
+from .verification import verify_folder
 
 
 logger = logging.getLogger(__name__)
 
 SHARD = re.compile(r"[\w.]+-\d{5}-of-\d{5}\.parquet")
-# What a repository needs so that diffusers finds the installed class: nothing is copied, so nothing can grow stale.
-SHIM = "from dsco_hf import DsCoPipeline as DsCoPipeline\n"
 
 
 def publish(
@@ -63,6 +58,7 @@ def publish(
     results: Mapping[str, Any] | None = None,
     concentration: Mapping[str, Any] | None = None,
     figures: Sequence[Path | str] = (),
+    targets: TargetsLike = None,
     soft_label_top_k: int | None = None,
     token: Token = None,
     private: bool | None = None,
@@ -91,6 +87,8 @@ def publish(
         concentration: How the dataset was made (see `dsco_hf.folder`); the repository's records stay if `None` and the
             rows are the same.
         figures: Images for the card; a sample grid is drawn if there is none named `samples`.
+        targets: What the images were matched to, to be sent along, so that anybody can make them again without the
+            data; one for all configs, or by config.
         soft_label_top_k: Keep this many classes of each soft label; all of them, in half precision, if `None`.
         token: Token with write permission; the one of `hf auth login` if `None`.
         private: Whether a new repository is private; an existing one stays as it is.
@@ -114,7 +112,9 @@ def publish(
     """
     if not PartialState().is_main_process:
         return None
-    content = _gather(dataset, config_name, default_config, card, results, concentration, figures, soft_label_top_k)
+    content = _gather(
+        dataset, config_name, default_config, card, results, concentration, figures, targets, soft_label_top_k
+    )
     with explained(repo_id, token=token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
         target = make_target(repo_id, "dataset", token=token, private=private, revision=revision, create_pr=create_pr)
         described = write_configs(content.configs, Path(scratch))
@@ -143,11 +143,13 @@ class _Content:
     results: Mapping[str, Any] | None
     concentration: Mapping[str, Any] | None
     figures: Sequence[Path | str]
+    targets: TargetsLike
 
     def write(self, folder: Path, remote: Remote, described: Mapping[str, Mapping[str, Any]], repo_id: str) -> None:
         """Writes records, figures and the card, joined with what is in the repository."""
         before = _read_json(remote, CONCENTRATION) or {}
-        record = merged_record(self.concentration, described, before, self.default_config, self.card)
+        concentration = with_targets(self.concentration, self.targets, folder, names=list(self.configs))
+        record = merged_record(concentration, described, before, self.default_config, self.card)
         shown = self.configs.get(record["default_config"])
         if shown is None and not any(path.startswith("figures/samples.") for path in remote.files):
             shown = next(iter(self.configs.values()))
@@ -176,6 +178,7 @@ def _gather(
     results: Mapping[str, Any] | None,
     concentration: Mapping[str, Any] | None,
     figures: Sequence[Path | str],
+    targets: TargetsLike,
     top_k: int | None,
 ) -> _Content:
     if isinstance(dataset, str | Path):
@@ -183,13 +186,14 @@ def _gather(
         dataset, default_config = stored["configs"], default_config or stored["default_config"]
         results, figures = results or stored["results"], figures or stored["figures"]
         concentration = concentration or stored["concentration"]
+        targets = targets or stored["targets"]
     configs = as_configs(dataset, config_name=config_name)
     for splits in configs.values():
         for split, rows in splits.items():
             if "soft_label" in rows.features:
                 splits[split] = compact_soft_labels(rows, top_k=top_k)
     _warn_of_local_parts(concentration)
-    return _Content(configs, default_config, card, results, concentration, figures)
+    return _Content(configs, default_config, card, results, concentration, figures, targets)
 
 
 def _warn_of_local_parts(concentration: Mapping[str, Any] | None) -> None:
@@ -295,7 +299,7 @@ def verify(
             repo_type="dataset",
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=[CARD, CONCENTRATION, RESULTS, "*.parquet"],
+            allow_patterns=[CARD, CONCENTRATION, RESULTS, "*.parquet", "targets/*"],
         )
         # The names are enough to refuse pickle files; they are not downloaded.
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -305,193 +309,3 @@ def verify(
                     f"{name} holds a pickle file, {pickles[0]}, which can run code when loaded. Do not trust it."
                 )
     return verify_folder(folder, name=name)
-
-
-def read_concentration(
-    repo_or_folder: str | Path, *, revision: str | None = None, token: Token = None
-) -> dict[str, Any]:
-    """Reads how a published dataset was made: the content of its `concentration.json`, without the images.
-
-    Args:
-        repo_or_folder: `"user/name"`, or the folder of a published dataset.
-        revision: Branch, tag or commit of the repository.
-        token: Token for a private repository.
-
-    Raises:
-        FileNotFoundError: If there is no such repository, revision or folder, or it has no `concentration.json`.
-        PermissionError: If it is gated or the token is not valid.
-        ValueError: If the file is damaged.
-        ConnectionError: If the Hub cannot be reached.
-    """
-    name = str(repo_or_folder)
-    path = Path(repo_or_folder) / CONCENTRATION
-    if not Path(repo_or_folder).is_dir():
-        api = HfApi(token=token, library_name="dsco_hf")
-        with explained(name, token=token, action="read"), suppress(hub_errors.RemoteEntryNotFoundError):
-            path = Path(api.hf_hub_download(name, CONCENTRATION, repo_type="dataset", revision=revision))
-    if not path.is_file():
-        raise FileNotFoundError(f"{name} has no {CONCENTRATION}: it was not published with `publish`.")
-    return parse_record(path.read_text(encoding="utf-8"), f"{CONCENTRATION} of {name}")
-
-
-def publish_pipeline(
-    pipeline: DiffusionPipeline,
-    repo_id: str,
-    *,
-    targets: MatchingTargets | None = None,
-    dataset_id: str | None = None,
-    license: str | None = None,
-    token: Token = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    dry_run: bool = False,
-    max_retries: int = 5,
-) -> PublishResult | None:
-    """Publishes a pipeline: components, targets, card, and the one-line `pipeline.py` that finds the installed class.
-
-    Both `DsCoPipeline.from_pretrained(repo_id)` and `DiffusionPipeline.from_pretrained(repo_id,
-    custom_pipeline="pipeline", trust_remote_code=True)` then load it, and `MatchingTargets.from_pretrained(repo_id)`
-    the targets, without the data.
-
-    Args:
-        pipeline: The pipeline; saved as safetensors.
-        repo_id: `"user/name"`.
-        targets: Targets to send along.
-        dataset_id: Dataset that the generator was trained on or the targets were made of, linked on the card.
-        license: Licence identifier of the weights.
-        token: See `publish`, as for all arguments below.
-        private: Whether a new repository is private.
-        revision: Branch to push to.
-        create_pr: Whether to open a pull request.
-        commit_message: Title of the commit.
-        dry_run: Whether to stop before anything is sent.
-        max_retries: Further attempts after a conflict or a passing error.
-
-    Returns:
-        What was sent; `None` on all processes but the main one.
-
-    Raises:
-        TypeError: If `pipeline` or `targets` cannot be saved.
-        ValueError: If a component is of neither diffusers nor transformers; further see `publish`.
-        PermissionError: See `publish`.
-        ConnectionError: See `publish`.
-    """
-    if not hasattr(pipeline, "save_pretrained") or not hasattr(pipeline, "components"):
-        raise TypeError(f"Expected a DsCoPipeline, but got a {type(pipeline).__name__}.")
-    if targets is not None and not hasattr(targets, "save_pretrained"):
-        raise TypeError(f"Expected MatchingTargets, but got a {type(targets).__name__}.")
-    for name, component in pipeline.components.items():
-        library = type(component).__module__.split(".")[0]
-        if component is not None and library not in ("diffusers", "transformers"):
-            raise ValueError(
-                f"The component {name!r} is a {type(component).__name__} of {library!r}, which nobody could load from "
-                "the Hub without its code. Publish it with `publish_evaluator`, the pipeline without it "
-                f"(`pipeline.register_modules({name}=None)`), and pass `{name}=` to `from_pretrained`."
-            )
-
-    def save(folder: Path) -> None:
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        if targets is not None:
-            targets.save_pretrained(folder)
-        (folder / "pipeline.py").write_text(SHIM, encoding="utf-8")
-
-    def card(full_id: str) -> str:
-        return render_pipeline_card(
-            pipeline, repo_id=full_id, has_targets=targets is not None, dataset_id=dataset_id, license=license
-        )
-
-    return _publish_model(
-        save, card, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
-        commit_message=commit_message or "Publish a pipeline with dsco_hf", dry_run=dry_run, max_retries=max_retries,
-    )  # fmt: skip
-
-
-def publish_evaluator(
-    model: PreTrainedModel,
-    repo_id: str,
-    *,
-    dataset_id: str,
-    accuracy: float | None = None,
-    dataset_config: str | None = None,
-    dataset_revision: str | None = None,
-    test_dataset: str | None = None,
-    protocol: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    license: str | None = None,
-    token: Token = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    dry_run: bool = False,
-    max_retries: int = 5,
-) -> PublishResult | None:
-    """Publishes a trained evaluator, with a `model-index` result that links the dataset it was trained on.
-
-    Args:
-        model: The model; saved as safetensors.
-        repo_id: `"user/name"`.
-        dataset_id: Repository of the (concentrated) dataset it was trained on.
-        accuracy: Test accuracy of the last epoch, a fraction in [0, 1].
-        dataset_config: Config it was trained on, such as `"ipc10"`.
-        dataset_revision: Commit of the dataset.
-        test_dataset: Dataset whose test split the accuracy is of; `dataset_id` if `None`.
-        protocol: Training settings, for the card.
-        seed: Training seed.
-        license: Licence identifier of the weights.
-        token: See `publish`, as for all arguments below.
-        private: Whether a new repository is private.
-        revision: Branch to push to.
-        create_pr: Whether to open a pull request.
-        commit_message: Title of the commit.
-        dry_run: Whether to stop before anything is sent.
-        max_retries: Further attempts after a conflict or a passing error.
-
-    Returns:
-        What was sent; `None` on all processes but the main one.
-
-    Raises:
-        ValueError: If the accuracy is not a fraction; further see `publish`.
-        PermissionError: See `publish`.
-        ConnectionError: See `publish`.
-    """
-
-    def card(full_id: str) -> str:
-        return render_evaluator_card(
-            model, repo_id=full_id, dataset_id=dataset_id, accuracy=accuracy, dataset_config=dataset_config,
-            dataset_revision=dataset_revision, test_dataset=test_dataset, protocol=protocol, seed=seed,
-            license=license,
-        )  # fmt: skip
-
-    card("user/name")  # its errors come before anything is written
-    return _publish_model(
-        lambda folder: model.save_pretrained(folder), card, repo_id, token=token, private=private, revision=revision,
-        create_pr=create_pr, commit_message=commit_message or "Publish an evaluator with dsco_hf", dry_run=dry_run,
-        max_retries=max_retries,
-    )  # fmt: skip
-
-
-def _publish_model(
-    save: Any, card: Any, repo_id: str, *, token: Token, private: bool | None, revision: str | None, create_pr: bool,
-    commit_message: str, dry_run: bool, max_retries: int,
-) -> PublishResult | None:  # fmt: skip
-    if not PartialState().is_main_process:
-        return None
-    with explained(repo_id, token=token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
-        target = make_target(repo_id, "model", token=token, private=private, revision=revision, create_pr=create_pr)
-        folder = Path(scratch) / "model"
-        folder.mkdir()
-        save(folder)
-        text = card(target.repo_id)
-
-        def prepare(folder: Path, remote: Remote) -> list[str]:
-            (folder / CARD).write_text(merge_cards(remote.read(CARD), text), encoding="utf-8", newline="\n")
-            return []
-
-        return with_retries(
-            lambda: push(target, folder, prepare, commit_message, None, dry_run=dry_run),
-            max_retries=max_retries,
-            what=f"Publishing to {target.repo_id}",
-        )

@@ -98,6 +98,38 @@ def mmd2(mu_p: torch.Tensor, mu_q: torch.Tensor) -> torch.Tensor:
     return (mu_p - mu_q).square().sum(dim=-1)
 
 
+def frechet_distance(mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tensor, cov2: torch.Tensor) -> torch.Tensor:
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson & Landau 1982): the formula of the FID.
+
+    ‖m₁ - m₂‖² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), in float64. The last trace is that of (C₁^½ C₂ C₁^½)^½, which is symmetric
+    and has the same eigenvalues (Heusel et al. 2017 use the unsymmetric product). Covariances may be singular, as
+    those of fewer samples than dimensions are.
+
+    Args:
+        mean1 (`torch.Tensor` of shape `(d,)`): m₁.
+        cov1 (`torch.Tensor` of shape `(d, d)`): C₁, symmetric positive semi-definite.
+        mean2 (`torch.Tensor` of shape `(d,)`): m₂.
+        cov2 (`torch.Tensor` of shape `(d, d)`): C₂, likewise.
+
+    Returns:
+        `torch.Tensor`: a float64 scalar, at least 0, in squared units of the features; 0 for equal Gaussians.
+        Estimated from n samples it is biased upwards, so compare figures of the same n.
+    """
+    dims = mean1.shape[0]
+    if not mean1.shape == mean2.shape == (dims,) or not cov1.shape == cov2.shape == (dims, dims):
+        raise ValueError(
+            "Expected means of shape (d,) and covariances of shape (d, d) with one d, got "
+            f"{[tuple(value.shape) for value in (mean1, cov1, mean2, cov2)]}."
+        )
+    mean1, cov1, mean2, cov2 = (value.double() for value in (mean1, cov1, mean2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # C₁^½
+    product = root @ cov2 @ root
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return distance.clamp_min(0)
+
+
 def herd(
     psi: torch.Tensor,
     mu: torch.Tensor,

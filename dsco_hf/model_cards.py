@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
-from .cards import KNOWN_GENERATOR_LICENSES, is_non_commercial
+from .cards import DIT_WARNING, KNOWN_GENERATOR_LICENSES, is_non_commercial
 from .markdown import (
     BEGIN_MARK,
     END_MARK,
@@ -38,6 +38,8 @@ ROLES = {
     "vae": "decodes latents",
     "classifier": "its pooled features define the discrepancy",
     "preview_vae": "cheap decoder for the look-ahead",
+    "unet": "predicts the noise, given step and class",
+    "classifier_2": "a second classifier, whose features are matched as well",
 }
 
 
@@ -129,7 +131,10 @@ def _targets_text(repo_id: str, has_targets: bool) -> str:
 
 def _license_text(license: str | None) -> str:
     if not license or license == "unknown":
-        return "**The licence of these weights is not known.** Find it out before you use them or what they draw."
+        return (
+            "**The licence of these weights is not known.** Find it out before you use them or what they draw. "
+            f"{DIT_WARNING}"
+        )
     text = f"Licence of the weights: {escape_markdown(license)}."
     if is_non_commercial(license):
         text += " **Not for commercial use**, which also binds what is made with them."

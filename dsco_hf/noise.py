@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -61,6 +61,7 @@ def joint_gradient(
     objective: Callable[[tuple[torch.Tensor, ...]], torch.Tensor],
     *,
     batch_size: int,
+    rescale: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact gradient of a loss over all images in the memory of one micro-batch, in two passes.
 
@@ -74,26 +75,45 @@ def joint_gradient(
             another.
         objective (`Callable`): the observations of all B images → losses.
         batch_size (`int`): images per micro-batch.
+        rescale (`bool`): for models in float16, whose gradients of single images would vanish below 6e-8: what is
+            carried back is scaled per image. Then the gradient's direction is exact, its length has no meaning.
 
     Returns:
         `tuple`: the losses, detached, and the gradient, shaped like `noise`.
     """
     parts = [slice(first, first + batch_size) for first in range(0, len(noise), batch_size)]
-    if len(parts) == 1:
+    at_once = len(parts) == 1
+    if at_once and not rescale:
         return loss_gradient(noise, lambda z: objective(observe(z, parts[0])))
-    with torch.no_grad():
-        observed = [observe(noise[part], part) for part in parts]
     with torch.enable_grad():
-        leaves = tuple(torch.cat(tensors).requires_grad_(True) for tensors in zip(*observed, strict=True))
+        leaf = noise.detach().requires_grad_(True)
+        with torch.set_grad_enabled(at_once):  # a graph only if there is no second pass
+            seen = [observe(leaf[part], part) for part in parts]
+        leaves = tuple(torch.cat(tensors).detach().requires_grad_(True) for tensors in zip(*seen, strict=True))
         losses = objective(leaves)
-        upstream = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        upstream: Sequence[torch.Tensor | None] = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        if rescale:
+            upstream = rescale_rows(upstream)
         gradients: list[torch.Tensor] = []
         for part in parts:
-            leaf = noise[part].detach().requires_grad_(True)
-            used = [(o, g[part]) for o, g in zip(observe(leaf, part), upstream, strict=True) if g is not None]
+            if not at_once:
+                leaf = noise[part].detach().requires_grad_(True)
+                seen = [observe(leaf, part)]
+            used = [(o, g[part]) for o, g in zip(seen[0], upstream, strict=True) if g is not None]
             outputs, weights = zip(*used, strict=True)
             gradients += torch.autograd.grad(outputs, leaf, weights)
     return losses.detach(), torch.cat(gradients)
+
+
+def rescale_rows(gradients: Sequence[torch.Tensor | None], largest: float = 256.0) -> tuple[torch.Tensor | None, ...]:
+    """Scales the gradients `(B, ...)` of each image so that the largest entry of all its tensors is `largest`.
+
+    float16 ends at 65504 and at 6e-8: that leaves a factor of about 10^2 upwards and of 10^9 downwards.
+    """
+    present = [g.flatten(1).abs().amax(dim=1) for g in gradients if g is not None and g.numel()]
+    length = torch.stack(present).amax(dim=0)
+    factor = torch.where(length > 0, largest / length.clamp_min(torch.finfo(length.dtype).tiny), 1.0)
+    return tuple(g if g is None else g * factor.view(-1, *[1] * (g.ndim - 1)) for g in gradients)
 
 
 def momentum_descent(

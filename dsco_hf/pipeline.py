@@ -8,20 +8,31 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import PIL.Image
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
 from .checks import check_call
-from .features import Observation, ensure_preprocessing, observe
-from .noise import joint_gradient, momentum_descent, shell_step
+from .components import classes_of, null_class_of, refuse_incomplete, side_of
+from .failures import FiniteWatch, explained_out_of_memory, refuse_nonfinite
+from .features import ensure_preprocessing
+from .labels import ClassLookup, class_mapping
+from .latents import decode, encode, to_output
 from .objectives import ClassifierObjective
+from .optimization import NoiseOptimizationMixin
+from .pipeline_loading import StoredPipeline
 from .plan import NoisePlan, optimized_steps
-from .quantile import QuantileTargets, quantile_loss, shell_penalty
-from .schema import class_mapping, nearest
+from .quantile import QuantileTargets
+from .schema import nearest
 from .targets import MatchingTargets
 
 
@@ -50,7 +61,7 @@ class DsCoPipelineOutput(BaseOutput):
     classifier_calls: int
 
 
-class DsCoPipeline(DiffusionPipeline):
+class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
     r"""Pipeline for dataset concentration: draws images of given classes whose features match those of whole classes.
 
     Noise optimisation (NOpt) follows "Beyond Dataset Distillation: Lossless Dataset Concentration via
@@ -61,46 +72,80 @@ class DsCoPipeline(DiffusionPipeline):
     (downloading, saving, running on a particular device, etc.).
 
     Parameters:
-        transformer ([`DiTTransformer2DModel`]): class-conditional noise predictor; learned variances are ignored.
+        transformer ([`DiTTransformer2DModel`], *optional*): class-conditional noise predictor; learned variances are
+            ignored. Either this or `unet`.
         scheduler ([`DDIMScheduler`]): the only scheduler that takes its noise from outside and predicts the clean
-        sample. vae ([`AutoencoderKL`], *optional*): decodes latents; None for a generator in pixel space.
+            sample.
+        vae ([`AutoencoderKL`], *optional*): decodes latents; None for a generator in pixel space.
         classifier ([`PreTrainedModel`], *optional*): any image classifier of transformers; its features are matched.
         id2label (`dict[int, str]`, *optional*): names of the generator's classes.
         preview_vae ([`AutoencoderTiny`], *optional*): a cheap decoder of the same latents, used while noise is
             optimised.
+        unet ([`UNet2DModel`], *optional*): a class-conditional noise predictor in place of `transformer`. With one
+            embedding (`num_class_embeds`) more than `id2label` has names, the last is the null class.
+        classifier_2 ([`PreTrainedModel`], *optional*): a second classifier, whose features are matched together with
+            those of the first by targets that name it (`FeatureSpec(network="classifier_2")`).
+
+    Speed and memory, by what diffusers has:
+
+    - `pipe.to(torch.bfloat16)`: latents, noise, features and objective stay in float32.
+    - `pipe.denoiser.compile()`: compiled in place; saved and loaded as if it were not.
+    - `batch_size` of a call bounds the memory of the gradient; `pipe.vae.enable_slicing()` and
+      `pipe.vae.enable_tiling()` (also of `preview_vae`) bound that of decoding.
+    - `pipe.enable_model_cpu_offload()`: the classifiers and the preview decoder stay on the device, as they are asked
+      in every optimised step. Without a preview decoder, denoiser and VAE change places in each: right, but slow.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae", "classifier", "preview_vae"]
-    _exclude_from_cpu_offload = ["classifier", "preview_vae"]
+    model_cpu_offload_seq = "transformer->unet->vae"
+    # the first three are optional to diffusers only: with its own error for a missing one, nobody could tell the fix
+    _optional_components = ["transformer", "unet", "scheduler", "vae", "classifier", "preview_vae", "classifier_2"]
+    _exclude_from_cpu_offload = ["classifier", "classifier_2", "preview_vae"]
     _callback_tensor_inputs = ["latents", "noise"]
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel,
-        scheduler: DDIMScheduler,
-        vae: AutoencoderKL | None = None,
+        transformer: DiTTransformer2DModel | None = None,
+        scheduler: DDIMScheduler | None = None,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
         classifier: PreTrainedModel | None = None,
         id2label: dict[str, str] | dict[int, str] | None = None,
-        preview_vae: AutoencoderTiny | None = None,
+        preview_vae: AutoencoderTiny | AutoencoderKL | None = None,
+        unet: UNet2DModel | None = None,
+        classifier_2: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
+        refuse_incomplete(transformer, unet, scheduler)
         self.register_modules(
-            transformer=transformer, scheduler=scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae
-        )
+            transformer=transformer, scheduler=scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae,
+            unet=unet, classifier_2=classifier_2,
+        )  # fmt: skip
         self.register_to_config(id2label={str(key): value for key, value in (id2label or {}).items()})
         self.id2label = {int(key): value for key, value in (id2label or {}).items()}
         self.labels = {
             name.strip(): key for key, value in self.id2label.items() for name in (value, *value.split(","))
         }
-        if classifier is not None:
-            ensure_preprocessing(classifier)
+        for model in (classifier, classifier_2):
+            if model is not None:
+                ensure_preprocessing(model)
         self._batch_size, self._calls = sys.maxsize, dict.fromkeys(("denoiser", "decoder", "classifier"), 0)
+        self._plan: Any = None
+        self._callback: Callable | None = None
+        self._watch: FiniteWatch | None = None
+
+    @property
+    def denoiser(self) -> DiTTransformer2DModel | UNet2DModel:
+        """The noise predictor: `transformer` or `unet`."""
+        return self.unet if self.transformer is None else self.transformer
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the generator, which is also the index of its null class."""
-        return self.transformer.config.num_embeds_ada_norm
+        """Number of classes of the generator, without the null class."""
+        return classes_of(self.denoiser, len(self.id2label))
+
+    @property
+    def null_class(self) -> int | None:
+        """Index of the class that stands for none, the one after the last; None if the generator has none."""
+        return null_class_of(self.denoiser, len(self.id2label))
 
     @property
     def vae_scale_factor(self) -> int:
@@ -110,12 +155,12 @@ class DsCoPipeline(DiffusionPipeline):
     @property
     def image_size(self) -> int:
         """Height and width of the images, in pixels."""
-        return self.transformer.config.sample_size * self.vae_scale_factor
+        return side_of(self.denoiser) * self.vae_scale_factor
 
     @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return self.transformer.config.in_channels if self.vae is None else self.vae.config.out_channels
+        return self.denoiser.config.in_channels if self.vae is None else self.vae.config.out_channels
 
     @property
     def num_timesteps(self) -> int:
@@ -123,19 +168,26 @@ class DsCoPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     def get_label_ids(self, class_labels: Sequence[int | str]) -> list[int]:
-        """Indices of classes given by index or by name (any of ImageNet's comma-separated synonyms).
+        """Indices of classes given by index, by name (any of ImageNet's comma-separated synonyms) or by WordNet id.
 
         Raises:
-            ValueError: for a class that the generator does not know; the nearest names are suggested.
+            ValueError: for a class that the generator does not know, with the nearest names, or a name that fits
+                several, with the choices.
         """
         if isinstance(class_labels, str):
             raise ValueError(f"`class_labels` must be a list, got {class_labels!r}: pass `[{class_labels!r}]`.")
+        lookup = ClassLookup(self.id2label, self.num_classes)
         ids = []
         for label in class_labels:
-            index = self.labels.get(label) if isinstance(label, str) else int(label)
-            if index is None:
+            found = lookup.find(label)
+            if not found:
                 known = "" if self.labels else " It has no class names (`id2label`): pass indices."
                 raise ValueError(f"The generator has no class {label!r}.{nearest(str(label), self.labels)}{known}")
+            if len(found) > 1:
+                raise ValueError(
+                    f"Class {label!r} fits several: {lookup.describe(found)}. Pass an index or WordNet id."
+                )
+            index = found.pop()
             if not 0 <= index < self.num_classes:
                 raise ValueError(
                     f"Class {label!r} is outside the generator's {self.num_classes} classes: pass 0 to "
@@ -150,11 +202,12 @@ class DsCoPipeline(DiffusionPipeline):
         Raises:
             ValueError: if the classifier was trained on other classes.
         """
-        names = [self.id2label.get(index, str(index)) for index in ids]
-        distinct = list(dict.fromkeys(names))
-        config = self.classifier.config
-        found = dict(zip(distinct, class_mapping(distinct, config.id2label, config.num_labels), strict=True))
-        return [found[name] for name in names]
+        distinct, config = list(dict.fromkeys(ids)), self.classifier.config
+        names = [self.id2label.get(index, str(index)) for index in distinct]
+        # names that occur twice are settled by the usual order, if the classifier has it too
+        labels = class_mapping(names, config.id2label, config.num_labels, own_labels=distinct)
+        found = dict(zip(distinct, labels, strict=True))
+        return [found[index] for index in ids]
 
     def check_inputs(self, **inputs: Any) -> None:
         """Refuses arguments that cannot work, see `dsco_hf.checks.check_call`."""
@@ -166,14 +219,16 @@ class DsCoPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Initial noise `(B, C, h, w)`, or `latents` moved to the pipeline's device and dtype."""
-        config = self.transformer.config
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        """Initial noise `(B, C, h, w)`, or `latents`, on the pipeline's device.
+
+        Latents and noise are float32 whatever the models run in: the steps add what bfloat16 would round away, and a
+        seed draws the same noise for all.
+        """
+        side, dtype = side_of(self.denoiser), torch.promote_types(self.denoiser.dtype, torch.float32)
+        shape = (batch_size, self.denoiser.config.in_channels, side, side)
         if latents is None:
-            latents = randn_tensor(
-                shape, generator=generator, device=self._execution_device, dtype=self.transformer.dtype
-            )
-        return latents.to(self._execution_device, self.transformer.dtype) * self.scheduler.init_noise_sigma
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
     def predict_noise(
@@ -181,7 +236,7 @@ class DsCoPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """ε_θ(x_t, t, c) `(B, C, h, w)`, with classifier-free guidance if `guidance_scale` > 1 (one batched call).
 
-        The null class is the one after the generator's last. Passes of at most the call's `batch_size` images.
+        Passes of at most the call's `batch_size` images.
         """
         if len(latents) > self._batch_size:
             pieces = zip(latents.split(self._batch_size), labels.split(self._batch_size), strict=True)
@@ -191,13 +246,14 @@ class DsCoPipeline(DiffusionPipeline):
         if guided:
             inputs, classes = (
                 torch.cat([latents, latents]),
-                torch.cat([labels, torch.full_like(labels, self.num_classes)]),
+                torch.cat([labels, torch.full_like(labels, cast(int, self.null_class))]),
             )
         self._calls["denoiser"] += len(inputs)
         times = torch.as_tensor(timestep, device=latents.device).expand(len(inputs))
-        predicted = self.transformer(
-            self.scheduler.scale_model_input(inputs, timestep), timestep=times, class_labels=classes
-        ).sample[:, : latents.shape[1]]  # a learned variance, if there is one, fills the other half of the channels
+        inputs = self.scheduler.scale_model_input(inputs, timestep).to(self.denoiser.dtype)
+        predicted = self.denoiser(inputs, timestep=times, class_labels=classes).sample
+        # a learned variance, if there is one, fills the other half of the channels
+        predicted = predicted[:, : latents.shape[1]].to(latents.dtype)
         if guided:
             conditional, unconditional = predicted.chunk(2)
             predicted = unconditional + guidance_scale * (conditional - unconditional)
@@ -209,15 +265,33 @@ class DsCoPipeline(DiffusionPipeline):
         if decoder is None:
             return latents
         self._calls["decoder"] += len(latents)
-        return decoder.decode(latents.to(decoder.dtype) / decoder.config.scaling_factor).sample
+        return decode(decoder, latents)
 
     @torch.no_grad()
-    def encode_pixels(self, pixels: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Pixels `(B, C, H, W)` in [-1, 1] → latents; the pixels themselves for a generator in pixel space."""
+    def encode_pixels(
+        self, pixels: torch.Tensor, *, generator: torch.Generator | None = None, sample_posterior: bool = True
+    ) -> torch.Tensor:
+        """Pixels `(B, C, H, W)` in [-1, 1] → latents; the pixels themselves for a generator in pixel space.
+
+        Args:
+            pixels (`torch.Tensor`): of the generator's size and channels.
+            generator (`torch.Generator`, *optional*): of the draw from the posterior.
+            sample_posterior (`bool`): draw from the VAE's posterior, or take its mode.
+
+        Raises:
+            ValueError: for images of another size than the generator's.
+        """
+        shape = (self.num_channels, self.image_size, self.image_size)
+        if pixels.shape[1:] != shape:
+            raise ValueError(
+                f"The generator takes images of shape {shape} (channels, height, width), got "
+                f"{tuple(pixels.shape[1:])}: resize them to {self.image_size} pixels."
+            )
         if self.vae is None:
             return pixels
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return posterior.sample(generator) * self.vae.config.scaling_factor
+        # not `vae.device`: an offloaded VAE waits on the CPU until it is called
+        pixels = pixels.to(self._execution_device)
+        return encode(self.vae, pixels, generator=generator, sample_posterior=sample_posterior)
 
     def sample(
         self,
@@ -236,93 +310,6 @@ class DsCoPipeline(DiffusionPipeline):
             return cast(DsCoPipelineOutput, output)
         finally:
             self.set_progress_bar_config(**shown)
-
-    def _preview(
-        self,
-        i: int,
-        latents: torch.Tensor,
-        noise_pred: torch.Tensor,
-        noise: torch.Tensor,
-        labels: torch.Tensor,
-        lookahead: str,
-    ) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-        """The predicted clean latents as a function of step i's noise z, with everything but z held fixed.
-
-        With look-ahead the denoiser is asked once, at the x_{t-1} that `noise` leads to; without, the current
-        prediction is taken to move with z as x_{t-1} does.
-        """
-        step = self.scheduler.step
-        t, t_next = self.scheduler.timesteps[i], self.scheduler.timesteps[i + 1]
-        options = {"eta": self._eta, "use_clipped_model_output": True}
-
-        def advance(z: torch.Tensor, part: slice) -> torch.Tensor:
-            return step(noise_pred[part], t, latents[part], variance_noise=z, **options).prev_sample
-
-        everything = slice(None)
-        if lookahead == "none":
-            level = self.scheduler.alphas_cumprod[t_next].to(latents)
-            predicted = step(noise_pred, t, latents, variance_noise=noise, **options).pred_original_sample
-            base = advance(noise, everything)
-            return lambda z, part: predicted[part] + (advance(z, part) - base[part]) / level.sqrt()
-        scale = self._guidance_scale if lookahead == "guided" else 1.0
-        ahead = self.predict_noise(advance(noise, everything), t_next, labels, scale)
-        return lambda z, part: step(ahead[part], t_next, advance(z, part)).pred_original_sample
-
-    def optimize_noise(
-        self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Moves step i's noise `(B, C, h, w)` so that the predicted images lower the objective (NOpt)."""
-        plan: NoisePlan = self._plan
-        if plan.objective == "quantile":
-            return self._optimize_noise_quantile(i, latents, noise_pred, noise)
-        moments = plan.objective == "classifier" and plan.classifier_objective.batchnorm > 0
-
-        for _ in range(plan.optimization_steps):
-            preview = self._preview(i, latents, noise_pred, noise, labels, plan.lookahead)
-
-            def observe_noise(z: torch.Tensor, part: slice, preview: Callable = preview) -> Observation:
-                self._calls["classifier"] += len(z)
-                pixels = self.decode_latents(preview(z, part), preview=True).clamp(-1, 1)
-                return observe(self.classifier, pixels, moments=moments)
-
-            losses, gradient = joint_gradient(
-                noise, observe_noise, lambda seen: plan.loss(Observation(*seen)), batch_size=self._batch_size
-            )
-            if not (losses.isfinite().all() & gradient.isfinite().all()):
-                raise FloatingPointError(
-                    f"The objective or its gradient is not finite at step {i} "
-                    f"(t = {int(self.scheduler.timesteps[i])}). Check the generator's and "
-                    "classifier's weights, or load them in float32 or bfloat16 instead of float16."
-                )
-            self._discrepancies.append(losses.float().cpu())
-            noise = shell_step(noise, gradient, plan.step_size_at(i))
-        return noise
-
-    def _optimize_noise_quantile(
-        self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """The released algorithm: features of x_{t-1} itself against those of real latents at the level of t.
-
-        The classes of a call share their passes through the network; their losses do not touch each other.
-        """
-        plan, t = self._plan, self.scheduler.timesteps[i]
-        members = [(plan.rows == row).nonzero()[:, 0] for row in plan.rows.unique()]
-        pivots = [
-            plan.targets.pivots(int(plan.rows[index[0]]), len(index), int(t), plan.extractor, self.scheduler)
-            for index in members
-        ]
-        options = {"eta": self._eta, "use_clipped_model_output": True}
-
-        def losses(z: torch.Tensor) -> torch.Tensor:
-            self._calls["classifier"] += len(z)
-            ahead = self.scheduler.step(noise_pred, t, latents, variance_noise=z, **options).prev_sample
-            features = plan.extractor(ahead)
-            pairs = zip(members, pivots, strict=True)
-            return torch.stack([quantile_loss(features[index], p) + shell_penalty(z[index]) for index, p in pairs])
-
-        noise, first = momentum_descent(noise, losses, iterations=plan.optimization_steps)
-        self._discrepancies.append(first.float().cpu())
-        return noise
 
     @torch.no_grad()
     def __call__(
@@ -391,81 +378,77 @@ class DsCoPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for arguments that cannot work; the message says what is allowed.
-            FloatingPointError: if a gradient or an image is not finite.
+            NonFiniteError: if the denoiser, the gradient or an image is not finite; names the step and the classes.
         """
         ids = self.get_label_ids(class_labels)
         if optimization_steps is None:
             optimization_steps = 200 if objective == "quantile" else 1
         plan = NoisePlan(
-            objective,
-            targets,
-            optimization_steps,
-            step_size,
-            lookahead,
-            classifier_objective or ClassifierObjective(),
-            previous,
-            step_decay,
-        )
+            objective, targets, optimization_steps, step_size, lookahead,
+            classifier_objective or ClassifierObjective(), previous, step_decay,
+        )  # fmt: skip
         self.check_inputs(
             ids=ids, plan=plan, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, eta=eta,
             optimize_from=optimize_from, optimize_until=optimize_until, batch_size=batch_size, generator=generator,
             latents=latents, output_type=output_type, tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        device = self._execution_device
-        self._guidance_scale, self._eta = guidance_scale, eta
-        self._batch_size = batch_size or len(ids)
-        self._calls = {"denoiser": 0, "decoder": 0, "classifier": 0}
-        self._discrepancies: list[torch.Tensor] = []
-        self._plan: Any = plan
-        labels = torch.tensor(ids, device=device)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        if plan.active and eta > 0:
-            plan.prepare(self, ids)
-            plan.steps = optimized_steps(len(timesteps), optimize_from, optimize_until)
-        latents = self.prepare_latents(len(ids), generator, latents)
-
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for i, t in enumerate(timesteps):
-                noise_pred = self.predict_noise(latents, t, labels, guidance_scale)
-                noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=latents.dtype)
-                if i in plan.steps:
-                    noise = self.optimize_noise(i, latents, noise_pred, noise, labels)
-                latents = self.scheduler.step(
-                    noise_pred, t, latents, eta=eta, use_clipped_model_output=True, variance_noise=noise
-                ).prev_sample
-                if callback_on_step_end is not None:
-                    names = callback_on_step_end_tensor_inputs or ["latents"]
-                    tensors = {name: {"latents": latents, "noise": noise}[name] for name in names}
-                    latents = (callback_on_step_end(self, i, int(t), tensors) or {}).get("latents", latents)
-                bar.update()
-
-        images = self._finish(latents, ids, output_type)
+        self._batch_size, self._guidance_scale, self._eta = batch_size or len(ids), guidance_scale, eta
+        self._callback, self._callback_inputs = callback_on_step_end, callback_on_step_end_tensor_inputs or ["latents"]
+        with explained_out_of_memory(
+            len(ids), self._batch_size, latent=self.vae is not None, preview=self.preview_vae is not None
+        ):
+            self._begin(ids, plan, num_inference_steps, (optimize_from, optimize_until))
+            latents = self._denoise(self.prepare_latents(len(ids), generator, latents), ids, generator)
+            images = self._finish(latents, ids, output_type)
         discrepancies = torch.stack(self._discrepancies) if self._discrepancies else torch.empty(0, len(set(ids)))
-        self._plan = None
+        self._plan = self._watch = self._callback = None
         self.maybe_free_model_hooks()
         counts = (self._calls["denoiser"], self._calls["decoder"], self._calls["classifier"])
         if not return_dict:
             return images, ids, discrepancies, *counts
         return DsCoPipelineOutput(images, ids, discrepancies, *counts)
 
+    def _begin(self, ids: list[int], plan: NoisePlan, num_inference_steps: int, interval: tuple[float, float]) -> None:
+        """Sets the state of a call: the plan, the sampling steps and the counts."""
+        device = self._execution_device
+        self._calls = {"denoiser": 0, "decoder": 0, "classifier": 0}
+        self._discrepancies = []
+        self._plan = plan
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        self._watch = FiniteWatch(ids, self.scheduler.timesteps)
+        if plan.active and self._eta > 0:
+            plan.prepare(self, ids)
+            plan.steps = optimized_steps(self._num_timesteps, *interval)
+
+    def _denoise(
+        self, latents: torch.Tensor, ids: list[int], generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        """All sampling steps: noise `(B, C, h, w)` → clean latents of the same shape."""
+        labels, watch = torch.tensor(ids, device=latents.device), cast(FiniteWatch, self._watch)
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                noise_pred = self.predict_noise(latents, t, labels, self._guidance_scale)
+                watch.see(i, noise_pred)
+                noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+                if i in self._plan.steps:
+                    noise = self.optimize_noise(i, latents, noise_pred, noise, labels)
+                latents = self.scheduler.step(
+                    noise_pred, t, latents, eta=self._eta, use_clipped_model_output=True, variance_noise=noise
+                ).prev_sample
+                if self._callback is not None:
+                    tensors = {name: {"latents": latents, "noise": noise}[name] for name in self._callback_inputs}
+                    latents = (self._callback(self, i, int(t), tensors) or {}).get("latents", latents)
+                bar.update()
+        watch.check()
+        return latents
+
     def _finish(self, latents: torch.Tensor, ids: list[int], output_type: str) -> Any:
         """Decodes, refuses images that are not finite, and converts."""
         images = latents
         if output_type != "latent":
-            parts = [self.decode_latents(part) for part in latents.split(self._batch_size)]
-            images = (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
-        bad = (~images.flatten(1).isfinite()).any(dim=1).nonzero()[:, 0].tolist()
-        if bad:
-            raise FloatingPointError(
-                f"{len(bad)} of {len(ids)} images are not finite (class(es) {sorted({ids[j] for j in bad})[:10]}). "
-                "Check the generator's weights, or load it in float32 or bfloat16 instead of float16."
-            )
-        if output_type in ("pt", "latent"):
-            return images
-        arrays = images.cpu().permute(0, 2, 3, 1).numpy()
-        if output_type == "np":
-            return arrays
-        arrays = (arrays * 255).round().astype("uint8")
-        return [PIL.Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
+            decoded = (self.decode_latents(part) for part in latents.split(self._batch_size))
+            images = torch.cat([(pixels.float() / 2 + 0.5).clamp(0, 1) for pixels in decoded])
+        bad = ~images.flatten(1).isfinite().all(dim=1)
+        refuse_nonfinite(bad, ids, "The decoded image is", step=None, models="the VAE")
+        return to_output(images, output_type)

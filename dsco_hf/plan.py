@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from .feature_spec import DEFAULT_FEATURES, FeatureSource
 from .features import Observation
 from .objectives import ClassifierObjective, rkhs
 from .quantile import RandomExtractor
@@ -47,12 +48,14 @@ class NoisePlan:
         else:
             self.rows = self.targets.rows_of(ids).to(device)
         if self.objective == "quantile":
-            channels = pipe.transformer.config.in_channels
-            extractor = RandomExtractor(channels, seed=self.targets.seed).to(device, pipe.transformer.dtype)
+            channels = pipe.denoiser.config.in_channels
+            extractor = RandomExtractor(channels, seed=self.targets.seed).to(device, pipe.denoiser.dtype)
             # faster, on a CPU by a third
             self.extractor = extractor.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         elif self.targets is not None:
             self.targets = self.targets.to(device)
+        if self.objective != "quantile":
+            self.source = FeatureSource(pipe, DEFAULT_FEATURES if self.targets is None else self.targets.features)
 
     def loss(self, observation: Observation) -> torch.Tensor:
         """The losses of the classes, `(K,)`."""

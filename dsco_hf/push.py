@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
+from .safety import Token, ambient_token, hub_error, is_pickle, is_transport_error, status_of
 from .shards import file_sha256
-from .verification import is_pickle
 
 
 logger = logging.getLogger(__name__)
@@ -31,8 +30,6 @@ LARGEST_GIT_FILE = 10 * 2**20  # bytes; what is larger is always stored by LFS
 RETRIED = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 TEXT_SUFFIXES = (".md", ".json", ".py", ".txt", ".yaml")
-
-Token = str | bool | None
 
 
 @dataclass(frozen=True)
@@ -96,116 +93,20 @@ class Target:
     token: Token = field(repr=False)
 
 
-# What went wrong, in words.
-
-
-@contextmanager
-def explained(target_id: str, *, token: Token, action: str) -> Iterator[None]:
-    """Turns errors of the Hub's client into ones that say what to do, without the token."""
-    try:
-        yield
-    except Exception as error:
-        translated = _translate(error, target_id, action=action)
-        secrets = [secret for secret in (token, _ambient_token()) if isinstance(secret, str) and secret]
-        if translated is None:
-            if not any(secret in str(error) for secret in secrets):
-                raise
-            translated = RuntimeError(str(error))
-        message = str(translated)
-        for secret in secrets:
-            message = message.replace(secret, "[token]")
-        # `from None`: the chain would print what a server chose to answer, token and all.
-        raise type(translated)(message) from None
-
-
-def _translate(error: Exception, target_id: str, *, action: str) -> Exception | None:
-    found = _hub_error(error)
-    status = _status(found)
-    detail = " ".join(str(found).split())[:500]
-    if isinstance(found, hub_errors.OfflineModeIsEnabled):
-        return ConnectionError(
-            f"Cannot {action} {target_id}: offline mode is on (HF_HUB_OFFLINE). Unset it. What was downloaded "
-            f"before is in "
-            f"{huggingface_hub.constants.HF_HUB_CACHE}."
-        )
-    if isinstance(found, hub_errors.HFValidationError):
-        return ValueError(f"{target_id!r} is not a repository id such as 'user/name': {detail}")
-    if isinstance(found, hub_errors.LocalTokenNotFoundError):
-        return PermissionError(
-            f"Cannot {action} {target_id}: not logged in. Run `hf auth login`, set HF_TOKEN, or pass `token=`."
-        )
-    if isinstance(found, hub_errors.GatedRepoError):
-        return PermissionError(
-            f"Cannot {action} {target_id}: it is gated. Open its page on the Hub, accept its terms, and use that "
-            f"account's token."
-        )
-    if isinstance(found, hub_errors.RevisionNotFoundError):
-        return FileNotFoundError(f"Cannot {action} {target_id}: there is no such revision. {detail}")
-    if status == 401 and "credentials" in detail.lower():
-        return PermissionError(
-            f"Cannot {action} {target_id}: the token is not valid (401). Log in again with `hf auth login`. {detail}"
-        )
-    if isinstance(found, hub_errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"Cannot {action} {target_id}: there is no such repository, or it is private and this account may not "
-            f"see it. Check "
-            "the name; for a private one pass `token=`."
-        )
-    if status in (401, 403):
-        return PermissionError(
-            f"Cannot {action} {target_id}: the Hub refused ({status}). The token needs write permission for this "
-            f"namespace. {detail}"
-        )
-    if isinstance(found, hub_errors.LocalEntryNotFoundError | hub_errors.CacheNotFound):
-        return FileNotFoundError(
-            f"Cannot {action} {target_id}: the Hub cannot be reached, and it is not in the cache "
-            f"({huggingface_hub.constants.HF_HUB_CACHE}). {detail}"
-        )
-    if status is not None or _is_transport_error(found):
-        return ConnectionError(
-            f"Cannot {action} {target_id}: {detail or type(found).__name__}. Run it again: it goes on from here."
-        )
-    return None
-
-
-def _hub_error(error: BaseException) -> BaseException:
-    """The first error of the chain that tells about the Hub or the network; the client wraps some."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if _status(seen) is not None or _is_transport_error(seen) or isinstance(seen, hub_errors.HFValidationError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _is_transport_error(error: BaseException) -> bool:
-    # By name, because the client's HTTP library changed between its versions (httpx, httpx2).
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return "TransportError" in names or isinstance(error, ConnectionError | TimeoutError)
-
-
-def _ambient_token() -> str | None:
-    return huggingface_hub.get_token()
-
-
 def with_retries(attempt: Callable[[], PublishResult], *, max_retries: int, what: str) -> PublishResult:
     """Calls `attempt` again after a conflict or a passing error, with growing pauses; never after a refusal."""
     for retry in range(max_retries + 1):
         try:
             return attempt()
         except Exception as error:
-            found = _hub_error(error)
-            passing = _status(found) in RETRIED or (_status(found) is None and _is_transport_error(found))
+            found = hub_error(error)
+            passing = status_of(found) in RETRIED or (status_of(found) is None and is_transport_error(found))
             if not passing or isinstance(found, hub_errors.OfflineModeIsEnabled) or retry == max_retries:
                 raise
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**retry)
             stated = getattr(getattr(found, "response", None), "headers", {}).get("Retry-After", "")
             wait = min(LONGEST_WAIT, float(stated)) if str(stated).isdigit() else wait
-            reason = _status(found) or type(found).__name__
+            reason = status_of(found) or type(found).__name__
             logger.warning("%s: attempt %d failed (%s); again in %.1f s.", what, retry + 1, reason, wait)
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -328,7 +229,7 @@ def _plan(target: Target, folder: Path, remote: Remote, deleted: Sequence[str]) 
 
 def refuse_secrets(folder: Path, paths: Sequence[str], token: Token) -> None:
     """Raises if a text file to be sent contains an access token."""
-    secrets = [secret for secret in (token, _ambient_token()) if isinstance(secret, str) and len(secret) >= 8]
+    secrets = [secret for secret in (token, ambient_token()) if isinstance(secret, str) and len(secret) >= 8]
     for path in paths:
         if path.endswith(TEXT_SUFFIXES):
             text = (folder / path).read_text(encoding="utf-8", errors="replace")

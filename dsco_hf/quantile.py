@@ -7,7 +7,7 @@ describes another objective, the one in `dsco_hf.objectives.rkhs`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -15,8 +15,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from .data import iterate_pixels
+from .feature_spec import RandomExtractor as RandomExtractor
+from .labels import Mapped, class_mapping
 from .population import refuse_empty_classes
-from .schema import class_mapping, class_names
+from .schema import class_names
 from .seeds import image_seed
 from .targets import rows_of_labels
 
@@ -50,7 +52,7 @@ class QuantileTargets:
         dataset: Dataset | IterableDataset,
         pipe: DiffusionPipeline,
         *,
-        mapping: Mapping[str, int | str] | None = None,
+        mapping: Mapped = None,
         draws: int = 5,
         batch_size: int = 64,
         seed: int = 0,
@@ -131,34 +133,3 @@ def shell_penalty(noise: torch.Tensor) -> torch.Tensor:
     flat = noise.flatten(1)
     excess = flat.norm(dim=1) - flat.shape[1] ** 0.5
     return (excess.abs() + excess.square()).sum()
-
-
-class RandomExtractor(nn.Module):
-    """The random, untrained, frozen network of the released objective: latents `(B, C, H, W)` → features `(B, 2048)`.
-
-    Conv 3x3 to 256 channels, then three grouped (16) 4x4 convolutions of stride 2 to 512, 1024 and 2048 channels,
-    LeakyReLU in between, averaged over space.
-
-    Args:
-        in_channels (`int`): C.
-        seed (`int`): of the weights; the global random state is left as it is.
-    """
-
-    def __init__(self, in_channels: int, *, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.layers = nn.Sequential(
-                nn.Conv2d(in_channels, 256, 3, padding=1),
-                nn.LeakyReLU(),
-                nn.Conv2d(256, 512, 4, stride=2, padding=1, groups=16),
-                nn.LeakyReLU(),
-                nn.Conv2d(512, 1024, 4, stride=2, padding=1, groups=16),
-                nn.LeakyReLU(),
-                nn.Conv2d(1024, 2048, 4, stride=2, padding=1, groups=16),
-            )
-        self.requires_grad_(False)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Features `(B, 2048)` of latents `(B, C, H, W)` with H and W of at least 8."""
-        return self.layers(latents).mean(dim=(-2, -1))

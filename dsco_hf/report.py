@@ -1,15 +1,14 @@
 """Figures and tables of a run, made from `results.json` and tensors and never typed.
 
 Figures follow those of "Beyond Dataset Distillation" (arXiv 2603.27987): features in the RKHS (its figure 1), accuracy
-against images per class (3), samples side by side (5). Colours are those of Okabe and Ito, told apart by readers with
-any colour vision; every method has a marker of its own as well.
+against images per class (3), samples side by side (5). Colours and markers of the methods are those of
+`dsco_hf.methods`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
-
-@dataclass(frozen=True)
-class _Style:
-    label: str
-    color: str
-    marker: str
-    emphasis: bool = False
+from .methods import find_method, find_methods, in_order
 
 
-_STYLES = {
-    "random": _Style("random real", "#8c8c8c", "o"),
-    "herding": _Style("herded real", "#3d3d3d", "s"),
-    "plain": _Style("plain generator", "#56b4e9", "v"),
-    "nopt-quantile": _Style("released objective", "#0072b2", "P"),
-    "nopt-classifier-only": _Style("DsCo, classifier only", "#009e73", "X"),
-    "nopt-data-free": _Style("DsCo, data-free", "#cc79a7", "D", emphasis=True),
-    "nopt": _Style("DsCo", "#d55e00", "o", emphasis=True),
-    "nopt+doping": _Style("DsCo + doping", "#e69f00", "*", emphasis=True),
-}
 _INK, _FAINT = "#222222", "#d9d9d9"
 _PANEL_CLASSES = 4
-
-
-def _style(method: str) -> _Style:
-    return _STYLES.get(method, _Style(method, "#999933", "^"))
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
@@ -92,8 +71,10 @@ def sample_grid(
         axes.axis("off")
         middle = 1 - (offset + band.shape[0] / 2) / canvas_height
         text: dict[str, Any] = {"fontsize": 8.5, "color": _INK, "va": "center"}
-        weight = "bold" if _style(method).emphasis else "normal"
-        figure.text((left - 10) / canvas_width, middle, _wrap(_style(method).label), ha="right", weight=weight, **text)
+        weight = "bold" if find_method(method).emphasis else "normal"
+        figure.text(
+            (left - 10) / canvas_width, middle, _wrap(find_method(method).label), ha="right", weight=weight, **text
+        )
         offset += band.shape[0] + gap
     column = width / len(class_names)
     for index, name in enumerate(class_names):
@@ -162,9 +143,9 @@ def accuracy_figure(results: Mapping[str, Any], path: str | Path) -> Path:
     methods = _methods(rows)
     figure = Figure(figsize=(7.2, 4.6), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    for place, method in enumerate(methods):
+    styles = find_methods(methods)
+    for place, (method, style) in enumerate(styles.items()):
         points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["images_per_class"])
-        style = _style(method)
         shift = 1.018 ** (place - (len(methods) - 1) / 2)  # keeps error bars of neighbours apart
         axes.errorbar(
             [row["images_per_class"] * shift for row in points],
@@ -197,7 +178,7 @@ def accuracy_figure(results: Mapping[str, Any], path: str | Path) -> Path:
     )
     containers: Any = axes.containers
     lines = [container.lines[0] for container in containers]  # without error bars
-    labels = [_style(method).label for method in methods]
+    labels = [style.label for style in styles.values()]
     axes.legend(lines, labels, loc="lower right", fontsize=8.5, framealpha=0.95, edgecolor=_FAINT, handlelength=3)
     _tidy(axes)
     return _save(figure, path)
@@ -254,10 +235,7 @@ def _rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Methods in the order of all figures and tables; unknown ones come last."""
-    present = list(dict.fromkeys(row["method"] for row in rows))
-    order = list(_STYLES)
-    return sorted(present, key=lambda method: order.index(method) if method in order else len(order))
+    return in_order(row["method"] for row in rows)
 
 
 # --- features
@@ -353,7 +331,7 @@ def _draw_all_classes(
         for method, (features, own) in sets.items():
             if (own == label).any():
                 mean = ((features[own == label].mean(dim=0) - center) @ directions).cpu()
-                style = _style(method)
+                style = find_method(method)
                 axes.plot(
                     *zip(target.tolist(), mean.tolist(), strict=True), color=style.color, linewidth=1.4, zorder=3
                 )
@@ -387,7 +365,7 @@ def _draw_class(
     _scatter(axes, _subsample(points, 1500), s=9, color="#c4c4c4", linewidths=0, zorder=1, label="real images")
     numbers = []
     for method, (theirs, own) in sets.items():
-        style = _style(method)
+        style = find_method(method)
         chosen = theirs[own == label]
         discrepancy = float((chosen.mean(dim=0) - features.mean(dim=0)).square().sum())
         numbers.append(f"{style.label} {discrepancy:.2g}")
@@ -447,9 +425,9 @@ def results_table(results: Mapping[str, Any]) -> str:
     for method in _methods(rows):
         own = {row["images_per_class"]: row for row in rows if row["method"] == method}
         cells = [_cell(own[budget]) if budget in own else "–" for budget in budgets]
-        label = _style(method).label
+        label = find_method(method).label
         lines.append(
-            f"| {f'**{label}**' if _style(method).emphasis else label} | {' | '.join(cells)} | {_cost(own)} |"
+            f"| {f'**{label}**' if find_method(method).emphasis else label} | {' | '.join(cells)} | {_cost(own)} |"
         )
     if full := results.get("full"):
         spread = f" ± {100 * full['accuracy_std']:.2f}" if full.get("accuracy_std") is not None else ""

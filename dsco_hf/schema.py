@@ -1,11 +1,10 @@
-"""The columns and classes of a dataset: which they are, and which classes of a generator they correspond to."""
+"""The columns and classes of a dataset: which they are."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict
@@ -110,101 +109,6 @@ def _column_hint(features: Mapping[str, Any], kind: type) -> str:
                 f"`dataset.cast_column({key!r}, datasets.ClassLabel(names=[...]))`."
             )
     return ""
-
-
-def class_mapping(
-    names: Sequence[str],
-    id2label: Mapping[int, str] | None,
-    num_classes: int,
-    *,
-    mapping: Mapping[str, int | str] | None = None,
-) -> list[int]:
-    """Finds the generator's class for every class of a dataset.
-
-    Names are compared without case, `_` or `-`, and any one of several comma-separated synonyms is enough, as in
-    ImageNet's "chain saw, chainsaw". Where one side has no real names, classes are matched by index.
-
-    Args:
-        names (sequence of `str`): the dataset's classes, by label.
-        id2label (`dict[int, str]`, *optional*): the generator's class names.
-        num_classes (`int`): number of classes of the generator.
-        mapping (`dict`, *optional*): dataset class name to generator class (index or name), for the classes that
-            cannot be found, or whose match is wrong. Only here may two classes share one of the generator.
-
-    Returns:
-        `list[int]`: for dataset label i, a class in [0, num_classes).
-
-    Raises:
-        ValueError: if a class cannot be found or is ambiguous; all such classes are listed with the nearest names.
-    """
-    id2label = {int(key): str(value) for key, value in (id2label or {}).items()}
-    mapping = dict(mapping or {})
-    unknown = [key for key in mapping if key not in names]
-    if unknown:
-        raise ValueError(f"`mapping` names {unknown}, which the dataset has not.{nearest(str(unknown[0]), names)}")
-    by_index = len(names) == num_classes and (_are_generic(names) or _are_generic(list(id2label.values())))
-    lookup = _synonym_lookup(id2label)
-    resolved: list[int] = []
-    problems: list[str] = []
-    for label, name in enumerate(names):
-        if name in mapping:
-            candidates = _explicit_class(mapping[name], lookup)
-        else:
-            candidates = _candidates(name, lookup) or ({label} if by_index else set())
-        if label in candidates and len(names) == num_classes:
-            candidates = {label}  # the same label set on both sides settles names that occur twice
-        if len(candidates) == 1 and (choice := next(iter(candidates))) in range(num_classes):
-            resolved.append(choice)
-        elif len(candidates) > 1:
-            problems.append(f"{name!r} fits several: {sorted(candidates)}")
-        else:
-            given = f" (mapped to {mapping[name]!r})" if name in mapping else ""
-            problems.append(f"{name!r}{given}{nearest(name, id2label.values()).rstrip('.')}")
-    if problems:
-        raise ValueError(
-            f"{len(problems)} of {len(names)} dataset classes have no certain match among the {num_classes} "
-            f"classes of the generator: {'; '.join(problems)}. Pass `mapping={{dataset class name: generator class}}`."
-        )
-    _refuse_shared_classes(names, resolved, mapping)
-    return resolved
-
-
-def _refuse_shared_classes(names: Sequence[str], resolved: list[int], mapping: Mapping[str, Any]) -> None:
-    users = defaultdict(list)
-    for name, choice in zip(names, resolved, strict=True):
-        users[choice].append(name)
-    for choice, sharing in users.items():
-        if len(sharing) > 1 and not set(sharing) <= set(mapping):
-            raise ValueError(
-                f"Classes {sharing} would all be drawn from class {choice} of the generator. If that is what you "
-                "want, name each of them in `mapping`."
-            )
-
-
-def _normalise(name: str) -> str:
-    return re.sub(r"[\s_\-]+", " ", name).strip().casefold()
-
-
-def _synonym_lookup(id2label: Mapping[int, str]) -> dict[str, set[int]]:
-    lookup: dict[str, set[int]] = defaultdict(set)
-    for index, label in id2label.items():
-        for synonym in (label, *label.split(",")):
-            lookup[_normalise(synonym)].add(index)
-    return dict(lookup)
-
-
-def _candidates(name: str, lookup: Mapping[str, set[int]]) -> set[int]:
-    whole = lookup.get(_normalise(name), set())
-    return whole or set().union(*(lookup.get(_normalise(part), set()) for part in name.split(",")))
-
-
-def _explicit_class(choice: int | str, lookup: Mapping[str, set[int]]) -> set[int]:
-    return {int(choice)} if not isinstance(choice, str) else _candidates(choice, lookup)
-
-
-def _are_generic(labels: Sequence[str]) -> bool:
-    """Whether labels say nothing but their index: none at all, "7", "LABEL_7", "class 7"."""
-    return all(re.fullmatch(rf"(label|class)?\s*{i}", _normalise(label)) for i, label in enumerate(labels))
 
 
 def nearest(name: str, choices: Iterable[Any]) -> str:

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data import dataset_fingerprint, iterate_pixels
+from .data import dataset_fingerprint
+from .digests import model_sha256
+from .feature_spec import (
+    DEFAULT_FEATURES,
+    Features,
+    FeatureSource,
+    FeatureSpec,
+    check_finite,
+    check_probe,
+    feature_specs,
+)
 from .features import features_and_logits, probe_features
 from .kernels import fourier_embedding
-from .population import Population
-from .schema import class_mapping, class_names, nearest
+from .labels import Mapped, class_mapping, label_set_classes, label_set_named
+from .pixels import default_threads
+from .population import Population, Weighting, shared_batches, template_units
+from .schema import class_names
 from .seeds import image_seed
+from .target_files import CONFIG_NAME as CONFIG_NAME
+from .target_files import WEIGHTS_NAME as WEIGHTS_NAME
+from .target_files import check_shapes, find_targets, read_config, read_tensors, write_targets
 
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME, CONFIG_NAME = "targets.safetensors", "targets.json"
 _TENSORS = ("embeddings", "counts", "feature_mean", "feature_std", "frequencies", "probe")
 
 
@@ -52,6 +62,8 @@ class MatchingTargets:
         probe (`torch.Tensor` of shape `(2, d)`): what the classifier sees in two fixed noise images, by which it is
             known.
         provenance (`dict`): how the targets were made; plain JSON values.
+        features (`tuple[FeatureSpec, ...]`): what φ consists of. Several layers are concatenated, and weighted so that
+            each counts alike ([`~dsco_hf.feature_spec.layer_weights`]; the weights are part of `feature_std`).
     """
 
     class_names: list[str]
@@ -64,6 +76,7 @@ class MatchingTargets:
     bandwidth: float
     probe: torch.Tensor
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    features: tuple[FeatureSpec, ...] = DEFAULT_FEATURES
 
     @property
     def num_classes(self) -> int:
@@ -116,19 +129,21 @@ class MatchingTargets:
                 "Matching needs the classifier that the targets were made with, and the pipeline has none: pass "
                 f"`classifier=` to `DsCoPipeline.from_pretrained`. They were made with {made_with}."
             )
-        probe = probe_features(classifier)
-        if probe.shape != self.probe.shape:
-            raise ValueError(
-                f"The pipeline's classifier gives {probe.shape[1]} features, the targets are for {self.feature_dim}: "
-                f"they were made with another classifier ({made_with}). Load that one or make new targets."
-            )
-        expected = self.probe.cpu()
-        # bfloat16 features differ by about 1 %; another training of the same architecture by far more than 10 %
-        if not (probe - expected).norm() <= 0.1 * expected.norm() + 1e-6:
-            raise ValueError(
-                "The pipeline's classifier is not the one that the targets were made with: it has the same feature "
-                f"size but sees other features. They were made with {made_with}. Load that one or make new targets."
-            )
+        check_probe([probe_features(classifier)], self.probe, made_with)
+
+    def check_pipeline(self, pipe: DiffusionPipeline) -> FeatureSource:
+        """The networks of a pipeline that see what these targets match; refuses others than they were made with.
+
+        Raises:
+            ValueError: if the pipeline lacks one, or it sees other features in the probe images.
+        """
+        if self.features == DEFAULT_FEATURES:
+            self.check_classifier(pipe.classifier)
+            return FeatureSource(pipe, self.features)
+        source = FeatureSource(pipe, self.features)
+        made_with = self.provenance.get("classifier") or "networks whose names were not recorded"
+        check_probe(source.probe(), self.probe, made_with)
+        return source
 
     @classmethod
     def from_dataset(
@@ -136,7 +151,8 @@ class MatchingTargets:
         dataset: Dataset | IterableDataset,
         pipe: DiffusionPipeline,
         *,
-        mapping: Mapping[str, int | str] | None = None,
+        mapping: Mapped = None,
+        features: Features = None,
         image_column: str | None = None,
         label_column: str | None = None,
         embedding_dim: int = 2048,
@@ -144,17 +160,25 @@ class MatchingTargets:
         batch_size: int = 256,
         seed: int = 0,
         on_error: str = "raise",
+        accelerator: Accelerator | PartialState | None = None,
+        work_dir: str | Path | None = None,
+        decode_threads: int | None = None,
         progress: bool = True,
     ) -> MatchingTargets:
         """Targets of a real dataset, in one pass over its images.
 
-        The features wait in a temporary file (4·d bytes an image) until their mean, spread and bandwidth are known, so
-        memory does not grow with the dataset.
+        The features wait on disk (4·d bytes an image) until their mean, spread and bandwidth are known, so memory does
+        not grow with the dataset. Means and variances come from one stable pass in float64 (Chan, Golub & LeVeque
+        1983), embeddings from a second one over the stored features, summed in float64: any number of processes gives
+        the same targets within 1e-6. See `dsco_hf.population`.
 
         Args:
             dataset (`Dataset` or `IterableDataset`): one split with an `Image` and a `ClassLabel` column.
             pipe (`DsCoPipeline`): gives the classifier, the image size and the generator's classes.
-            mapping (`dict`, *optional*): dataset class name to generator class, where names do not settle it.
+            mapping (*optional*): where names do not settle it: a `dict` from dataset class name to generator class,
+                the name of a label set ("imagenette"), or a YAML file; see [`~dsco_hf.labels.class_mapping`].
+            features ([`FeatureSpec`], `dict` or list of them, *optional*): what to match; the classifier's pooled
+                features if None. See [`~dsco_hf.feature_spec.feature_specs`].
             image_column (`str`, *optional*): where there are several of the kind.
             label_column (`str`, *optional*): where there are several of the kind.
             embedding_dim (`int`): D.
@@ -162,48 +186,78 @@ class MatchingTargets:
             batch_size (`int`): images per pass through the classifier.
             seed (`int`): of the random Fourier features and of the sample behind the bandwidth.
             on_error (`str`): "raise" or "skip" images that cannot be decoded (counted in `provenance`).
+            accelerator (`Accelerator` or `PartialState`, *optional*): the processes that share the work; all of them
+                call this with the same arguments and get the same targets. One alone if None. Streams are divided by
+                `datasets.distributed.split_dataset_by_node`.
+            work_dir (`str` or `Path`, *optional*): keeps the features, in files that are whole or absent, on a file
+                system that all processes share. A killed pass that is run again continues there; so does one with
+                another `embedding_dim`, `bandwidth` or `seed`. Remove it afterwards. A temporary file if None. A
+                stream is read again from its beginning, without decoding, by the same number of processes; one that
+                is shuffled needs a fixed seed.
+            decode_threads (`int`, *optional*): threads that decode images while the classifier works; as many as the
+                process has cores to spare if None, none if 0.
             progress (`bool`): show a progress bar.
 
         Raises:
             ValueError: for a dataset without image or label column, a class without image, a class the generator does
-                not know, an unreadable image or features that are not finite.
+                not know, an unreadable image or features that are not finite; for a `work_dir` of another pass.
+            RunError: if another run is at work on `work_dir`, or it cannot be written to.
         """
-        classifier = _ready_classifier(pipe)
+        specs = feature_specs(features)
+        source = FeatureSource(pipe, specs)
         names = class_names(dataset, label_column=label_column)
         labels = class_mapping(names, pipe.id2label, pipe.num_classes, mapping=mapping)
-        batches = iterate_pixels(
-            dataset,
-            image_size=pipe.image_size,
-            num_channels=pipe.num_channels,
-            batch_size=batch_size,
-            image_column=image_column,
-            label_column=label_column,
-            on_error=on_error,
-            progress=progress,
-        )
-        with Population(names) as population:
-            for batch in batches:
-                features = _features(classifier, batch.pixels, where=f"image {int(batch.indices[0])} and following")
-                population.add(features, batch.labels)
-            statistics = population.embed(embedding_dim=embedding_dim, bandwidth=bandwidth, seed=seed)
+        source.warn_of_other_classes(names)
+        probe = source.probe()
+        columns = {"image_column": image_column, "label_column": label_column}
+        options = {"image_size": pipe.image_size, "num_channels": pipe.num_channels, **columns, "on_error": on_error}
+        mapped = isinstance(dataset, Dataset)
+        fingerprint = dataset_fingerprint(dataset, **columns) if mapped or work_dir is not None else None
+        identity = {
+            "population": "data",
+            "dataset_fingerprint": fingerprint,
+            "class_names": names,
+            **options,
+            "batch_size": batch_size,
+            "processes": None if mapped or accelerator is None else accelerator.num_processes,
+            "features": [dataclasses.asdict(spec) for spec in specs],
+            "networks": {} if work_dir is None else _digests(dict(enumerate(source.networks))),
+        }
+        shared: dict[str, Any] = {
+            "accelerator": accelerator,
+            "work_dir": work_dir,
+            "identity": identity,
+            "device": source.device,
+        }
+        options["threads"] = default_threads() if decode_threads is None else decode_threads
+        options["progress"] = progress and (accelerator is None or accelerator.is_main_process)
+        with Population(names, seed=seed, **shared) as population:
+            for unit, batch in shared_batches(dataset, population, batch_size=batch_size, **options):
+                seen = source.of_pixels(batch.pixels).features
+                check_finite(seen, f"image {int(batch.indices[0])} and following")
+                population.add(seen, batch.labels, keys=batch.keys, unit=unit)
+            sizes = [block.shape[1] for block in probe]
+            statistics = population.embed(embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes)
+        images = statistics.pop("images")
         provenance = {
             "population": "data",
             "dataset": _source_of(dataset),
-            "fingerprint": dataset_fingerprint(dataset) if isinstance(dataset, Dataset) else None,
-            "images": population.images,
-            "skipped": len(dataset) - population.images if isinstance(dataset, Dataset) else None,
-            "classifier": _name_of(classifier),
+            "fingerprint": fingerprint if mapped else None,
+            "images": images,
+            "skipped": len(dataset) - images if mapped else None,
+            **_classifiers(pipe, specs),
             "seed": seed,
         }
-        return cls(names, labels, **statistics, probe=probe_features(classifier), provenance=provenance)
+        return cls(names, labels, **statistics, probe=torch.cat(probe, dim=1), provenance=provenance, features=specs)
 
     @classmethod
     @torch.no_grad()
     def from_generator(
         cls,
         pipe: DiffusionPipeline,
-        class_labels: Sequence[int | str] | None = None,
+        class_labels: Sequence[int | str] | str | None = None,
         *,
+        features: Features = None,
         samples_per_class: int = 200,
         weighting: str = "confidence",
         num_inference_steps: int = 50,
@@ -213,6 +267,8 @@ class MatchingTargets:
         bandwidth: float | None = None,
         batch_size: int = 200,
         seed: int = 0,
+        accelerator: Accelerator | PartialState | None = None,
+        work_dir: str | Path | None = None,
         progress: bool = True,
     ) -> MatchingTargets:
         """Data-free targets: the population is plain samples of the generator, weighted by what the classifier says.
@@ -221,8 +277,9 @@ class MatchingTargets:
 
         Args:
             pipe (`DsCoPipeline`): the generator and the classifier.
-            class_labels (sequence of `int` or `str`, *optional*): the generator's classes, by index or name; all if
-                None.
+            class_labels (sequence of `int` or `str`, or a `str`, *optional*): the generator's classes, by index or
+                name, or those of a label set ("imagenette", see [`~dsco_hf.labels.label_set`]); all if None.
+            features (*optional*): what to match, see [`MatchingTargets.from_dataset`].
             samples_per_class (`int`): plain samples drawn per class.
             weighting (`str`): "confidence" weighs a sample by the probability that the classifier gives its class,
                 "agreement" drops samples that the classifier takes for another class, "none" weighs all alike. The
@@ -234,67 +291,87 @@ class MatchingTargets:
             bandwidth (`float`, *optional*): see [`MatchingTargets.from_dataset`].
             seed (`int`): of the samples, the random Fourier features and the sample behind the bandwidth.
             batch_size (`int`): samples drawn at a time.
+            accelerator (`Accelerator` or `PartialState`, *optional*): the processes that share the work, see
+                [`MatchingTargets.from_dataset`]. A sample's noise depends on its class and index only.
+            work_dir (`str` or `Path`, *optional*): keeps the features, so that a killed pass continues, likewise.
             progress (`bool`): show a progress bar.
 
         Raises:
-            ValueError: for an unknown class, fewer than one sample, a classifier of other classes, or no usable
-                sample.
+            ValueError: for an unknown class, fewer than one sample, a classifier of other classes, no usable sample,
+                or a `work_dir` of another pass.
+            RunError: if another run is at work on `work_dir`, or it cannot be written to.
         """
         if samples_per_class < 1:
             raise ValueError(f"`samples_per_class` must be at least 1, got {samples_per_class}; 200 is usual.")
-        classifier = _ready_classifier(pipe)
-        labels = pipe.get_label_ids(range(pipe.num_classes) if class_labels is None else class_labels)
-        names = [pipe.id2label.get(label, str(label)) for label in labels]
-        weigh = _Weighting(weighting, classifier, names)
-        bar = tqdm(total=samples_per_class * len(labels), desc="Template samples", unit="img", disable=not progress)
-        with Population(names) as population, bar:
-            for row, label in enumerate(labels):
-                for first in range(0, samples_per_class, batch_size):
-                    count = min(batch_size, samples_per_class - first)
-                    drawn = pipe.sample(
-                        [label] * count,
-                        seeds=[image_seed(seed, label, first + i, "template") for i in range(count)],
-                        num_inference_steps=num_inference_steps,
-                        guidance_scale=guidance_scale,
-                        eta=eta,
-                    )
-                    features, logits = features_and_logits(classifier, drawn.images * 2 - 1)
-                    _check_finite(features, f"template samples of class {names[row]!r}")
-                    rows = torch.full((count,), row)
-                    population.add(features, rows, weigh(logits, row))
-                    bar.update(count)
-            statistics = population.embed(embedding_dim=embedding_dim, bandwidth=bandwidth, seed=seed)
+        specs = feature_specs(features)
+        source = FeatureSource(pipe, specs)
+        if preset := label_set_named(class_labels):
+            names, labels = label_set_classes(preset, pipe.id2label, pipe.num_classes)
+        else:
+            labels = pipe.get_label_ids(range(pipe.num_classes) if class_labels is None else class_labels)
+            names = [pipe.id2label.get(label, str(label)) for label in labels]
+        weigh = Weighting(
+            weighting, pipe.classifier, [pipe.id2label.get(label, str(label)) for label in labels], labels
+        )
+        probe = source.probe()
+        sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
+        drawing = {"samples_per_class": samples_per_class, "weighting": weighting, **sampling}
+        identity = {
+            "population": "generator",
+            "class_labels": labels,
+            **drawing,
+            "features": [dataclasses.asdict(spec) for spec in specs],
+            "seed": seed,
+            "batch_size": batch_size,
+            "networks": {} if work_dir is None else _digests(pipe.components),
+        }
+        shared: dict[str, Any] = {
+            "accelerator": accelerator,
+            "work_dir": work_dir,
+            "identity": identity,
+            "device": source.device,
+        }
+        units = template_units(len(labels), samples_per_class, batch_size)
+        with Population(names, seed=seed, **shared) as population:
+            population.resume(population.finished)
+            mine = population.share(list(units))
+            total = sum(len(units[unit][1]) for unit in mine)
+            shown = progress and (accelerator is None or accelerator.is_main_process)
+            with tqdm(total=total, desc="Template samples", unit="img", disable=not shown) as bar:
+                for unit in mine:
+                    row, indices = units[unit]
+                    seeds = [image_seed(seed, labels[row], index, "template") for index in indices]
+                    drawn = pipe.sample([labels[row]] * len(seeds), seeds=seeds, **sampling)
+                    seen = source.of_pixels(drawn.images * 2 - 1)
+                    check_finite(seen.features, f"template samples of class {names[row]!r}")
+                    logits = seen.logits
+                    if weighting != "none" and not source.predicts:
+                        logits = features_and_logits(pipe.classifier, drawn.images * 2 - 1)[1]
+                    rows, keys = torch.full((len(seeds),), row), torch.tensor(seeds)
+                    population.add(seen.features, rows, weigh(logits, row), keys=keys, unit=unit)
+                    bar.update(len(seeds))
+            sizes = [block.shape[1] for block in probe]
+            statistics = population.embed(embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes)
+        del statistics["images"]
         provenance = {
             "population": "generator",
-            "samples_per_class": samples_per_class,
-            "weighting": weighting,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "eta": eta,
+            **drawing,
             "generator": _name_of(pipe),
-            "classifier": _name_of(classifier),
+            **_classifiers(pipe, specs),
             "seed": seed,
         }
-        return cls(names, labels, **statistics, probe=probe_features(classifier), provenance=provenance)
+        return cls(names, labels, **statistics, probe=torch.cat(probe, dim=1), provenance=provenance, features=specs)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `targets.safetensors` and `targets.json` into a folder, which is made if it is not there."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "class_names": self.class_names,
             "class_labels": self.class_labels,
             "bandwidth": self.bandwidth,
             "provenance": self.provenance,
+            "features": [dataclasses.asdict(spec) for spec in self.features],
         }
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
-        for name, write in (
-            (WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"})),
-            (CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")),
-        ):
-            partial = folder / f".{name}.partial"
-            write(partial)
-            partial.replace(folder / name)  # a file is whole or absent
+        write_targets(Path(folder), config, {name: getattr(self, name) for name in _TENSORS})
 
     @classmethod
     def from_pretrained(
@@ -310,37 +387,16 @@ class MatchingTargets:
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if a file is truncated or does not hold targets.
+            ValueError: if a file is truncated or does not hold targets, or the two do not belong together.
         """
-        text = str(name_or_path)
-        looks_local = isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
-        if looks_local and not Path(name_or_path).is_dir():
-            raise FileNotFoundError(f"There is no folder {name_or_path}: give one written by `save_pretrained`.")
-        paths = {}
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if Path(name_or_path).is_dir():
-                paths[name] = Path(name_or_path) / (subfolder or "") / name
-            else:
-                try:
-                    found = hf_hub_download(
-                        str(name_or_path),
-                        name,
-                        revision=revision,
-                        subfolder=subfolder,
-                        token=token,
-                        cache_dir=cache_dir,
-                    )
-                except EntryNotFoundError as error:
-                    raise FileNotFoundError(
-                        f"The repository {name_or_path} has no {name}: no targets are there."
-                    ) from error
-                paths[name] = Path(found)
-            if not paths[name].is_file():
-                raise FileNotFoundError(
-                    f"{paths[name]} is missing: targets are the two files {CONFIG_NAME} and {WEIGHTS_NAME}, as "
-                    "written by `MatchingTargets.save_pretrained`."
-                )
-        return cls(**_read_config(paths[CONFIG_NAME]), **_read_tensors(paths[WEIGHTS_NAME]))
+        config, weights = find_targets(
+            name_or_path, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir
+        )
+        fields = read_config(config, ("class_names", "class_labels", "bandwidth", "provenance"))
+        tensors = read_tensors(weights, _TENSORS)
+        check_shapes(fields, tensors, config.parent)
+        specs = feature_specs(read_config(config, ("features",), optional=True).get("features"))
+        return cls(**fields, **tensors, features=specs)
 
 
 def rows_of_labels(class_labels: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
@@ -355,61 +411,15 @@ def rows_of_labels(class_labels: Sequence[int], wanted: Sequence[int]) -> torch.
     return torch.tensor([rows[int(label)] for label in wanted], dtype=torch.int64)
 
 
-class _Weighting:
-    """Weight of a template sample by what the classifier says of it."""
-
-    def __init__(self, kind: str, classifier: PreTrainedModel, names: Sequence[str]) -> None:
-        kinds = ("confidence", "agreement", "none")
-        if kind not in kinds:
-            raise ValueError(f"`weighting` must be one of {list(kinds)}, got {kind!r}.{nearest(kind, kinds)}")
-        self.kind = kind
-        self.labels: list[int] = []
-        if kind != "none":
-            try:
-                self.labels = class_mapping(names, classifier.config.id2label, classifier.config.num_labels)
-            except ValueError as error:
-                raise ValueError(
-                    f"`weighting={kind!r}` asks the classifier for the generator's classes, but it was trained on "
-                    f"others: {error} Or pass `weighting='none'`, which uses its features only."
-                ) from error
-
-    def __call__(self, logits: torch.Tensor, row: int) -> torch.Tensor:
-        if self.kind == "none":
-            return torch.ones(len(logits))
-        if self.kind == "agreement":
-            return (logits.argmax(dim=1) == self.labels[row]).float()
-        return logits.softmax(dim=1)[:, self.labels[row]]
+def _classifiers(pipe: DiffusionPipeline, specs: Sequence[FeatureSpec]) -> dict[str, str | None]:
+    """Names of the classifiers that a pipeline's features come from."""
+    used = {"classifier"} | ({"classifier_2"} & {spec.network for spec in specs})
+    return {name: _name_of(getattr(pipe, name)) for name in sorted(used)}
 
 
-def _ready_classifier(pipe: DiffusionPipeline) -> PreTrainedModel:
-    classifier = pipe.classifier
-    if classifier is None:
-        raise ValueError(
-            "Targets are made from a classifier's features, and the pipeline has none: pass `classifier=` to "
-            "`DsCoPipeline.from_pretrained`, for example `AutoModelForImageClassification.from_pretrained(...)`."
-        )
-    if classifier.training:
-        raise ValueError(
-            "The pipeline's classifier is in train mode, where dropout and batch statistics change its features: call "
-            "`pipe.classifier.eval()` first."
-        )
-    return classifier
-
-
-@torch.no_grad()
-def _features(classifier: PreTrainedModel, pixels: torch.Tensor, *, where: str) -> torch.Tensor:
-    features, _ = features_and_logits(classifier, pixels.to(next(classifier.parameters()).device))
-    _check_finite(features, where)
-    return features
-
-
-def _check_finite(features: torch.Tensor, where: str) -> None:
-    bad = (~features.isfinite()).any(dim=1).nonzero()[:, 0]
-    if len(bad):
-        raise ValueError(
-            f"The classifier's features are not finite for {len(bad)} of {len(features)} images ({where}; the first "
-            f"is number {int(bad[0])} of the batch). Check its weights, or load it with `dtype=torch.float32`."
-        )
+def _digests(parts: Mapping[Any, Any]) -> dict[str, str]:
+    """By which a pass knows its models again; random networks, which have no config, are known by their spec."""
+    return {str(name): model_sha256(part)[:16] for name, part in parts.items() if hasattr(part, "config")}
 
 
 def _name_of(model: Any) -> str | None:
@@ -421,29 +431,3 @@ def _name_of(model: Any) -> str | None:
 def _source_of(dataset: Dataset | IterableDataset) -> str | None:
     info = getattr(dataset, "info", None)
     return getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    fields = ("class_names", "class_labels", "bandwidth", "provenance")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): it may be truncated. Save the targets again."
-        ) from error
-    if not isinstance(config, dict) or (missing := [name for name in fields if name not in config]):
-        raise ValueError(
-            f"{path} does not describe targets{f': it lacks {missing}' if isinstance(config, dict) else ''}."
-        )
-    return {name: config[name] for name in fields}
-
-
-def _read_tensors(path: Path) -> dict[str, Any]:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it may be truncated. Save the targets again.") from error
-    missing = [name for name in _TENSORS if name not in tensors]
-    if missing:
-        raise ValueError(f"{path} lacks {missing}: it does not hold targets, or those of another version.")
-    return {name: tensors[name] for name in _TENSORS}

@@ -10,17 +10,12 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
-from .folder import CARD, CONCENTRATION, FORMAT_VERSION, safe_path
+from .digests import targets_sha256
+from .folder import CARD, CONCENTRATION, FORMAT_VERSION
 from .markdown import split_card
+from .safety import is_pickle, safe_path
 from .shards import describe_split, file_sha256, read_split
-
-
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".pyc")
-
-
-def is_pickle(path: str) -> bool:
-    """Whether a file's name says that loading it can run code."""
-    return path.lower().endswith(PICKLE_SUFFIXES)
+from .targets import MatchingTargets
 
 
 def verify_folder(folder: str | Path, *, name: str | None = None) -> dict[str, Any]:
@@ -71,6 +66,7 @@ def _problems(folder: Path) -> Iterator[str]:
         if path.suffix == ".parquet" and relative not in listed:
             yield f"{relative} is not listed"
     yield from _card_problems(folder, record)
+    yield from _targets_problems(folder, record)
     for config, entry in configs.items():
         for split, expected in entry["splits"].items():
             try:
@@ -98,6 +94,17 @@ def _card_problems(folder: Path, record: Mapping[str, Any]) -> Iterator[str]:
         for split in entry["splits"]:
             if (config, split, f"data/{config}/{split}-*") not in on_card:
                 yield f"config {config!r}, split {split!r}: the metadata of {CARD} does not point to its files"
+
+
+def _targets_problems(folder: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    entries = [entry.get("targets") for entry in (record, *record["configs"].values()) if isinstance(entry, Mapping)]
+    stored = {(str(e["path"]), str(e.get("sha256"))) for e in entries if isinstance(e, Mapping) and "path" in e}
+    for path, sha256 in sorted(stored):
+        try:
+            if targets_sha256(MatchingTargets.from_pretrained(safe_path(folder, path))) != sha256:
+                yield f"the content of the targets in {path} differs"
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            yield f"the targets in {path} are missing or damaged: {error}"
 
 
 def _split_problems(folder: Path, entry: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from dsco_hf.configs import parse_config
+from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, select_per_class
 from dsco_hf.evaluators import (
     ImageSet,
@@ -51,6 +51,7 @@ class ComparisonRecipe:
 
     Attributes:
         real, real_name, revision: the real dataset that baselines are drawn from and that is tested on.
+        title: what tables and figures call the real dataset; `real` by default.
         train_split, test_split: its splits.
         image_column, label_column: for a real dataset with several of them.
         datasets: what is compared, see above; none compares the baselines only.
@@ -67,12 +68,14 @@ class ComparisonRecipe:
         num_channels: 1 or 3.
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
         compile: pass the networks through `torch.compile`; pays from about a minute of training on.
+        checkpoint_seconds: time between checkpoints; 0 writes one after every epoch.
         output_dir: where results, jobs and checkpoints go.
     """
 
     real: str = "digits"
     real_name: str | None = None
     revision: str | None = None
+    title: str | None = None
     train_split: str = "train"
     test_split: str = "test"
     image_column: str | None = None
@@ -96,6 +99,7 @@ class ComparisonRecipe:
     num_channels: int = 3
     mixed_precision: str | None = None
     compile: bool = False
+    checkpoint_seconds: float = 60.0
     output_dir: str = "outputs/comparison"
 
 
@@ -103,9 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Reads the config, trains everything and writes the table and the figure."""
     recipe = parse_config(ComparisonRecipe, arguments, description=__doc__)
     output = Path(recipe.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    accelerator = make_accelerator(
+        recipe.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
     )
     names = ("epochs", "steps", "batch_size", "learning_rate", "label_type", "input_size")
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
@@ -117,9 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         if protocol.label_type == "teacher":
             teacher = load_classifier(recipe.teacher, accelerator) if recipe.teacher else classifier
         sets = load_compared(recipe, protocol, real)
-    for budget in recipe.budgets:
-        rows = herd_per_class(real, budget, classifier=classifier)
-        sets["herding", budget] = real.select(rows)
+    sets |= {("herding", budget): real.select(rows) for budget, rows in herd(real, recipe.budgets, classifier).items()}
     options = json.loads(recipe.model_options)
     cells = [(method, budget) for budget in recipe.budgets for method in ("random", "herding", *dataset_names(recipe))]
     cells += [("full", 0)] if recipe.full else []
@@ -147,6 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator=accelerator,
             compiled=recipe.compile,
             checkpoint=checkpoint,
+            checkpoint_seconds=recipe.checkpoint_seconds,
             overrides=options,
             progress=accelerator.is_local_main_process,
         )
@@ -174,6 +176,13 @@ def main(arguments: list[str] | None = None) -> None:
     results |= {"test_images": len(test.labels), "dataset_fingerprint": real.fingerprint}
     results |= {"test_fingerprint": test.fingerprint, **run_environment(accelerator)}
     save(results, output)
+
+
+def herd(real: ImageSet, budgets: Sequence[int], classifier: PreTrainedModel | None) -> dict[int, torch.Tensor]:
+    """Rows of the herded real images of each budget; herding is greedy, so a small set is the start of a large one."""
+    most = max(budgets)
+    rows = herd_per_class(real, most, classifier=classifier).view(-1, most)  # (K, most)
+    return {budget: rows[:, :budget].flatten() for budget in budgets}
 
 
 def load_real(recipe: ComparisonRecipe, protocol: Any, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
@@ -248,7 +257,7 @@ def collect(
     real: ImageSet,
 ) -> dict[str, Any]:
     """Rows of results.json, each compared with the baselines of its budget over the same seeds."""
-    results: dict[str, Any] = {"dataset": recipe.real, "rows": []}
+    results: dict[str, Any] = {"dataset": recipe.title or recipe.real, "rows": []}
     for network in recipe.architectures:
         summaries = {
             cell: summarise([finished[key] for key, job in jobs.items() if job[:3] == (*cell, network)])

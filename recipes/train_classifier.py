@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from dsco_hf.configs import parse_config
+from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset
 from dsco_hf.evaluators import check_same_classes, get_protocol, load_image_set, protocol_to_dict, train_evaluator
 from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
@@ -81,9 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Reads the config, trains, and saves the classifier and the results."""
     recipe = parse_config(ClassifierRecipe, arguments, description=__doc__)
     output = Path(recipe.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    accelerator = make_accelerator(
+        recipe.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))]
     )
     names = ("epochs", "steps", "batch_size", "learning_rate", "weight_decay")
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}

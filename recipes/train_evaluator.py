@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from dsco_hf.configs import parse_config
+from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
 from dsco_hf.evaluators.checks import check_same_classes
@@ -35,6 +35,7 @@ from dsco_hf.evaluators.evaluation import (
     train_job,
 )
 from dsco_hf.evaluators.training import content_hash
+from dsco_hf.schema import nearest
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class EvaluatorRecipe:
         best: also report the best epoch on the test set, as most of the field does.
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
         compile: pass the networks through `torch.compile`; pays from about a minute of training on.
+        checkpoint_seconds: time between checkpoints; 0 writes one after every epoch.
         report_to: "tensorboard", "trackio" or "none".
         save_models: store the trained networks in `<output_dir>/models`.
         output_dir: where results, jobs and checkpoints go.
@@ -93,6 +95,7 @@ class EvaluatorRecipe:
     best: bool = False
     mixed_precision: str | None = None
     compile: bool = False
+    checkpoint_seconds: float = 60.0
     report_to: str = "none"
     save_models: bool = False
     output_dir: str = "outputs/evaluator"
@@ -102,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Reads the config, trains all networks and saves the results."""
     recipe = parse_config(EvaluatorRecipe, arguments, description=__doc__)
     output = Path(recipe.output_dir)
-    accelerator = make_accelerator(recipe)
+    accelerator = start_accelerator(recipe)
     protocol = get_protocol(recipe.protocol, **protocol_changes(recipe))
     train, test = load_sets(recipe, protocol, accelerator)
     teacher = load_teacher(recipe, accelerator)
@@ -122,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator=accelerator,
             compiled=recipe.compile,
             checkpoint=checkpoint,
+            checkpoint_seconds=recipe.checkpoint_seconds,
             overrides=model_options,
             track_best=recipe.best,
             save_to=output / "models" / key if recipe.save_models else None,
@@ -202,15 +206,19 @@ def load_sets(recipe: EvaluatorRecipe, protocol: Protocol, accelerator: Accelera
     return train, test
 
 
-def make_accelerator(recipe: Any) -> Accelerator:
+def start_accelerator(recipe: EvaluatorRecipe) -> Accelerator:
     """An accelerator with the recipe's precision and tracker; processes wait for each other for up to a week."""
-    if recipe.report_to not in ("none", "tensorboard", "trackio"):
-        raise ValueError(f"--report_to must be tensorboard, trackio or none, got {recipe.report_to!r}.")
+    trackers = ("none", "tensorboard", "trackio")
+    if recipe.report_to not in trackers:
+        raise ValueError(
+            f"--report_to must be tensorboard, trackio or none, got {recipe.report_to!r}."
+            f"{nearest(recipe.report_to, trackers)}"
+        )
     tracked = recipe.report_to != "none"
     if tracked and importlib.util.find_spec(recipe.report_to) is None:
         raise ValueError(f"--report_to {recipe.report_to} needs that package: pip install {recipe.report_to}.")
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
+    accelerator = make_accelerator(
+        recipe.mixed_precision,
         log_with=recipe.report_to if tracked else None,
         project_dir=recipe.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],

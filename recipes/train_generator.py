@@ -3,8 +3,11 @@
     accelerate launch recipes/train_generator.py --config recipes/configs/generator_digits.yaml
     accelerate launch recipes/train_generator.py --dataset user/pets --image_size 32 --output_dir outputs/pets --resume
     accelerate launch --multi_gpu --num_processes 2 recipes/train_generator.py --config ...     (also without a GPU)
+    accelerate launch recipes/train_generator.py --dataset user/pets --finetune_from facebook/DiT-XL-2-256 \
+        --trainable bias_and_norm --learning_rate 1e-4 --output_dir outputs/pets --resume
 
-The folder is read by `DsCoPipeline.from_pretrained(output_dir)`. It also holds `results.json` and `samples.png`.
+The folder is read by `DsCoPipeline.from_pretrained(output_dir)`. It also holds `results.json`, `samples.png` and, with
+`--evaluate_every`, `samples-<step>.png`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import AutoencoderKL
@@ -24,10 +28,13 @@ from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import class_names, dataset_fingerprint, load_image_dataset, load_pixels
+from dsco_hf.fine_tuning import adapt_denoiser, with_schedule_of
+from dsco_hf.generator_evaluation import GeneratorScore
 from dsco_hf.generator_training import GeneratorTrainingResult, train_generator
-from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.generators import Denoiser, GeneratorTrainingConfig, build_scheduler, component_name
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.report import sample_grid
+from dsco_hf.schema import nearest
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,22 @@ class GeneratorRecipe(GeneratorTrainingConfig):
         image_size, num_channels: what images are brought to.
         on_error: "raise" or "skip" images that cannot be decoded.
         vae, vae_revision: an `AutoencoderKL` (folder or Hub id) to train in its latents; none for pixel space.
-        classifier, classifier_revision: an image classifier to store with the pipeline.
+        finetune_from, finetune_revision: a pipeline (folder or Hub id) to train further: its denoiser with new class
+            embeddings, its noise schedule, its autoencoder and, unless told otherwise, its image size. A learned
+            variance stays as it is.
+        class_mapping: a YAML file with `dataset class: class of that pipeline`, index or name, or a list of them, for
+            classes that should start from others than the mean of all.
+        classifier, classifier_revision: an image classifier to store with the pipeline, and to score samples with.
         output_dir: the pipeline folder.
         checkpoint_every: steps between checkpoints (kept in `<output_dir>-checkpoints`).
         resume: continue from the last checkpoint, or start if there is none.
         log_every: steps between looks at the loss and the clock.
         max_minutes: stop with a checkpoint after this time.
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
-        num_samples_per_class, num_inference_steps: of samples.png.
+        num_samples_per_class, num_inference_steps, guidance_scale: of samples.png, and the latter two of scores.
+        evaluate_every: steps between sample grids and, with a classifier, the Fréchet distance of samples from the
+            training images in its features; never if None.
+        num_evaluation_samples: samples per Fréchet distance.
     """
 
     dataset: str = "digits"
@@ -61,6 +76,9 @@ class GeneratorRecipe(GeneratorTrainingConfig):
     on_error: str = "raise"
     vae: str | None = None
     vae_revision: str | None = None
+    finetune_from: str | None = None
+    finetune_revision: str | None = None
+    class_mapping: str | None = None
     classifier: str | None = None
     classifier_revision: str | None = None
     output_dir: str = "outputs/generator"
@@ -71,73 +89,149 @@ class GeneratorRecipe(GeneratorTrainingConfig):
     mixed_precision: str | None = None
     num_samples_per_class: int = 8
     num_inference_steps: int = 20
+    guidance_scale: float = 1.0
+    evaluate_every: int | None = None
+    num_evaluation_samples: int = 1000
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the config, trains, and saves the pipeline, the samples and the results."""
     recipe = parse_config(GeneratorRecipe, arguments, description=__doc__)
-    config = GeneratorTrainingConfig(
-        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(GeneratorTrainingConfig)}
-    )
     accelerator = make_accelerator(recipe.mixed_precision)
-    output = Path(recipe.output_dir)
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         dataset = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision)
-    names = class_names(dataset, label_column=recipe.label_column)
-    pixels, labels, _ = load_pixels(
-        dataset,
-        image_size=recipe.image_size,
-        num_channels=recipe.num_channels,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        on_error=recipe.on_error,
-        progress=accelerator.is_local_main_process,
-    )
-    vae = None
-    if recipe.vae is not None:
-        vae = AutoencoderKL.from_pretrained(recipe.vae, revision=recipe.vae_revision).to(accelerator.device)
-    result = train_generator(
-        pixels,
-        labels,
-        config,
-        num_classes=len(names),
-        accelerator=accelerator,
-        vae=vae,
-        checkpoint_dir=output.with_name(f"{output.name}-checkpoints"),  # beside, so that they are never published
-        checkpoint_every=recipe.checkpoint_every,
-        resume=recipe.resume,
-        max_minutes=recipe.max_minutes,
-        log_every=recipe.log_every,
-    )
+        base = load_base(recipe)
+    run = GeneratorRun(recipe, accelerator, dataset, base)
+    result = run.train()
     if accelerator.is_main_process:
         if result.finished:
-            save_everything(recipe, config, result, dataset, vae, accelerator)
+            run.save(result)
         else:
-            print(f"Stopped at step {result.step} of {config.train_steps}; run again with --resume to continue.")
+            print(f"Stopped at step {result.step} of {run.config.train_steps}; run again with --resume to continue.")
     accelerator.end_training()
 
 
-def save_everything(
-    recipe: GeneratorRecipe,
-    config: GeneratorTrainingConfig,
-    result: GeneratorTrainingResult,
-    dataset: Dataset,
-    vae: AutoencoderKL | None,
-    accelerator: Accelerator,
-) -> None:
-    """Writes the pipeline folder, `results.json` and `samples.png`."""
-    output, names = Path(recipe.output_dir), class_names(dataset, label_column=recipe.label_column)
-    pipeline = DsCoPipeline(
-        transformer=result.transformer,
-        scheduler=build_scheduler(config, latents=vae is not None),
-        vae=vae,
-        classifier=load_classifier(recipe),
-        id2label=dict(enumerate(names)),
-    )
-    pipeline.save_pretrained(output)
-    save_results(recipe, result, dataset, accelerator, output / "results.json")
-    draw_samples(pipeline.to(accelerator.device), recipe, names, output / "samples.png")
-    print(f"Saved the pipeline to {output}, loss {result.losses[-1]['loss']:.4f} after {result.step} steps.")
+class GeneratorRun:
+    """One run of this recipe: the images, the models, and what is written of them."""
+
+    def __init__(
+        self, recipe: GeneratorRecipe, accelerator: Accelerator, dataset: Dataset, base: DsCoPipeline | None
+    ) -> None:
+        self.recipe, self.accelerator, self.dataset = recipe, accelerator, dataset
+        self.output = Path(recipe.output_dir)
+        self.names = class_names(dataset, label_column=recipe.label_column)
+        self.config = GeneratorTrainingConfig(
+            **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(GeneratorTrainingConfig)}
+        )
+        self.vae = None
+        self.denoiser: Denoiser | None = None
+        if base is not None:
+            self.config = with_schedule_of(self.config, base.scheduler)
+            self.vae = base.vae
+            self.denoiser = adapt_denoiser(
+                base.denoiser, len(self.names), mapping=read_mapping(recipe, self.names, base)
+            )
+        elif recipe.vae is not None:
+            self.vae = AutoencoderKL.from_pretrained(recipe.vae, revision=recipe.vae_revision)
+        if self.vae is not None:
+            self.vae.to(accelerator.device)
+        self.scheduler = base.scheduler if base else build_scheduler(self.config, latents=self.vae is not None)
+        self.classifier = load_classifier(recipe)
+        self.pixels, self.labels, _ = load_pixels(
+            dataset,
+            image_size=recipe.image_size or (base.image_size if base else None),
+            num_channels=base.num_channels if base else recipe.num_channels,
+            image_column=recipe.image_column,
+            label_column=recipe.label_column,
+            on_error=recipe.on_error,
+            progress=accelerator.is_local_main_process,
+        )
+        self.score: GeneratorScore | None = None
+
+    def train(self) -> GeneratorTrainingResult:
+        """Trains until done or out of time."""
+        recipe = self.recipe
+        return train_generator(
+            self.pixels,
+            self.labels,
+            self.config,
+            num_classes=len(self.names),
+            accelerator=self.accelerator,
+            vae=self.vae,
+            denoiser=self.denoiser,
+            checkpoint_dir=self.output.with_name(f"{self.output.name}-checkpoints"),  # beside: never published
+            checkpoint_every=recipe.checkpoint_every,
+            resume=recipe.resume,
+            max_minutes=recipe.max_minutes,
+            log_every=recipe.log_every,
+            evaluate=self.evaluate if recipe.evaluate_every else None,
+            evaluate_every=recipe.evaluate_every or 1,
+        )
+
+    def pipeline(self, **components: Denoiser) -> DsCoPipeline:
+        """A pipeline around a denoiser; the other components are shared by all of them."""
+        pipe = DsCoPipeline(
+            **components,
+            scheduler=self.scheduler,
+            vae=self.vae,
+            classifier=self.classifier,
+            id2label=dict(enumerate(self.names)),
+        ).to(self.accelerator.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def evaluate(self, step: int, denoiser: Denoiser) -> dict[str, float]:
+        """Draws a sample grid and, with a classifier, scores the samples."""
+        pipe = self.pipeline(**{component_name(denoiser): denoiser})
+        self.output.mkdir(parents=True, exist_ok=True)
+        draw_samples(pipe, self.recipe, self.names, self.output / f"samples-{step:06d}.png")
+        if self.classifier is None:
+            return {}
+        self.score = self.score or GeneratorScore.of_images(
+            self.pixels,
+            self.classifier,
+            num_samples=self.recipe.num_evaluation_samples,
+            num_inference_steps=self.recipe.num_inference_steps,
+            guidance_scale=self.recipe.guidance_scale,
+        )
+        found = self.score(pipe)
+        print(f"Step {step}: Fréchet distance {found['frechet_distance']:.3f} ({found['samples']:.0f} samples)")
+        return found
+
+    def save(self, result: GeneratorTrainingResult) -> None:
+        """Writes the pipeline folder, `results.json` and `samples.png`."""
+        pipe = self.pipeline(**result.components)
+        pipe.save_pretrained(self.output)
+        save_results(self.recipe, self.config, result, self.dataset, self.accelerator, self.output / "results.json")
+        draw_samples(pipe, self.recipe, self.names, self.output / "samples.png")
+        print(f"Saved the pipeline to {self.output}, loss {result.losses[-1]['loss']:.4f} after {result.step} steps.")
+
+
+def load_base(recipe: GeneratorRecipe) -> DsCoPipeline | None:
+    """The pipeline to fine-tune, if one was named."""
+    if recipe.finetune_from is None:
+        if recipe.class_mapping is not None:
+            raise ValueError("`class_mapping` maps to classes of `finetune_from`, which is missing.")
+        return None
+    if recipe.vae is not None:
+        raise ValueError("`finetune_from` brings its own autoencoder: leave `vae` out.")
+    return DsCoPipeline.from_pretrained(recipe.finetune_from, revision=recipe.finetune_revision)
+
+
+def read_mapping(recipe: GeneratorRecipe, names: list[str], base: DsCoPipeline) -> dict[int, list[int]]:
+    """The file `class_mapping` as new label to old classes."""
+    if recipe.class_mapping is None:
+        return {}
+    chosen = yaml.safe_load(Path(recipe.class_mapping).read_text(encoding="utf-8")) or {}
+    unknown = [name for name in chosen if str(name) not in names]
+    if unknown:
+        raise ValueError(
+            f"{recipe.class_mapping} names {unknown[0]!r}, no class of the dataset.{nearest(str(unknown[0]), names)}"
+        )
+    return {
+        names.index(str(name)): base.get_label_ids(old if isinstance(old, list) else [old])
+        for name, old in chosen.items()
+    }
 
 
 def load_classifier(recipe: GeneratorRecipe) -> torch.nn.Module | None:
@@ -156,7 +250,7 @@ def draw_samples(pipeline: DsCoPipeline, recipe: GeneratorRecipe, names: list[st
     images = pipeline(
         class_labels=labels,
         num_inference_steps=recipe.num_inference_steps,
-        guidance_scale=1.0,
+        guidance_scale=recipe.guidance_scale,
         generator=torch.Generator().manual_seed(recipe.seed),
         output_type="pt",
     ).images
@@ -165,11 +259,16 @@ def draw_samples(pipeline: DsCoPipeline, recipe: GeneratorRecipe, names: list[st
 
 
 def save_results(
-    recipe: GeneratorRecipe, result: GeneratorTrainingResult, dataset: Dataset, accelerator: Accelerator, path: Path
+    recipe: GeneratorRecipe,
+    config: GeneratorTrainingConfig,
+    result: GeneratorTrainingResult,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    path: Path,
 ) -> None:
     """Writes what was trained, on what, for how long and with what loss."""
     results = {
-        "config": dataclasses.asdict(recipe),
+        "config": dataclasses.asdict(recipe) | dataclasses.asdict(config),
         "dataset_fingerprint": dataset_fingerprint(
             dataset, image_column=recipe.image_column, label_column=recipe.label_column
         ),
@@ -178,7 +277,8 @@ def save_results(
         "seconds": round(result.seconds, 2),
         "loss": result.losses[-1]["loss"],
         "losses": result.losses,
-        "parameters": sum(parameter.numel() for parameter in result.transformer.parameters()),
+        "evaluations": result.evaluations,
+        "parameters": sum(parameter.numel() for parameter in result.denoiser.parameters()),
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,

@@ -10,11 +10,11 @@ from dsco_hf.cards import (
     accuracy_table,
     combined_license,
     dataset_metadata,
-    draw_samples,
     is_non_commercial,
     render_dataset_card,
     size_category,
 )
+from dsco_hf.samples import draw_samples
 from hub.cards import validate_card
 from hub.golden import check_golden
 from hub.samples import HOSTILE_NAMES, RECORD, RESULTS, tiny_dataset

@@ -147,6 +147,11 @@ def test_whole_numbers_are_of_type_int(value):
     with pytest.raises(ValueError, match="`n` must be a whole number of at least 1"):
         check_whole("n", value, 1)
     check_whole("n", 1, 1)
+    for value in (np.int64(3), np.uint8(1)):
+        check_whole("n", value, 1)
+    for value in (np.int64(0), np.bool_(True), np.float64(2)):
+        with pytest.raises(ValueError, match="whole number of at least 1"):
+            check_whole("n", value, 1)
 
 
 def test_choice():

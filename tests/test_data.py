@@ -1,5 +1,6 @@
 import io
 import logging
+import threading
 
 import datasets
 import numpy as np
@@ -234,6 +235,58 @@ def test_a_stream_is_read_only_as_far_as_asked():
     batches = data.iterate_pixels(IterableDataset.from_generator(rows, features=features), batch_size=4)
     next(batches)
     assert len(seen) < 20
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_read_the_same_batches(dataset, threads):
+    alone = list(data.iterate_pixels(dataset, batch_size=3))
+    for rows in (dataset, dataset.to_iterable_dataset()):
+        ahead = list(data.iterate_pixels(rows, batch_size=3, threads=threads))
+        for a, b in zip(alone, ahead, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_threads_read_two_batches_ahead_and_end_with_their_reader():
+    seen = []
+
+    def rows():
+        for i in range(1000):
+            seen.append(i)
+            yield {"image": png(make_image(seed=i)), "label": 0}
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
+    batches = data.iterate_pixels(IterableDataset.from_generator(rows, features=features), batch_size=4, threads=1)
+    assert not seen
+    next(batches)
+    batches.close()
+    assert 4 <= len(seen) < 40
+    assert not [t for t in threading.enumerate() if t.name.startswith("dsco-")]
+
+
+def test_errors_of_threads_reach_the_reader():
+    with pytest.raises(ValueError, match="row 2 cannot be decoded") as caught:
+        list(data.iterate_pixels(corrupt_dataset(), batch_size=2, threads=2))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_parts_of_a_dataset(dataset):
+    part = list(data.iterate_pixels(dataset, rows=[range(1, 4), range(5, 7)], batch_size=2))
+    assert [batch.indices.tolist() for batch in part] == [[1, 2], [3], [5, 6]]
+    whole = next(data.iterate_pixels(dataset, batch_size=7))
+    assert torch.equal(torch.cat([batch.keys for batch in part]), whole.keys[[1, 2, 3, 5, 6]])
+    rest = list(data.iterate_pixels(dataset.to_iterable_dataset(), start=5, batch_size=4))
+    assert [batch.indices.tolist() for batch in rest] == [[5, 6]] and torch.equal(rest[0].keys, whole.keys[5:])
+    assert list(data.iterate_pixels(dataset, rows=[], allow_empty=True)) == []
+    with pytest.raises(ValueError, match="row 4 cannot be decoded"):
+        list(data.iterate_pixels(corrupt_dataset(), rows=[range(3, 5)]))
+
+
+def test_keys_tell_pictures_apart_and_nothing_else(dataset):
+    doubled = data.load_image_dataset("digits", split="test")
+    keys = torch.cat([batch.keys for batch in data.iterate_pixels(doubled, num_channels=1)])
+    assert len(keys.unique()) == 360 and keys.min() >= 0
+    first, again = (next(data.iterate_pixels(dataset.select(rows))).keys for rows in ([0, 3], [3, 5, 0]))
+    assert first[0] == again[2] and first[1] == again[0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])

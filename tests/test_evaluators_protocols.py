@@ -7,7 +7,16 @@ import pytest
 import yaml
 
 from dsco_hf.evaluators import PROTOCOLS, get_protocol, protocol_from_dict, protocol_to_dict
-from dsco_hf.evaluators.augmentation import CutMix, HorizontalFlip, RandomResizedCrop, RandomShift
+from dsco_hf.evaluators.augmentation import (
+    DSA,
+    ColorJitter,
+    CutMix,
+    HorizontalFlip,
+    Lighting,
+    RandomResizedCrop,
+    RandomShift,
+    ShufflePatches,
+)
 from dsco_hf.evaluators.protocols import Protocol, by_budget, learning_rate_factor
 
 
@@ -20,6 +29,85 @@ CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 )
 def test_minimax_lengths(images_per_class, epochs):
     assert by_budget(PROTOCOLS["minimax-hard"].epochs, images_per_class) == epochs
+
+
+PUBLISHED = {
+    "minimax-hard": {
+        "optimizer": "sgd",
+        "learning_rate": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "decay_vectors": True,
+        "batch_size": 64,
+        "schedule": "multistep",
+        "schedule_milestones": (2 / 3, 5 / 6),
+        "schedule_factor": 0.2,
+        "label_type": "hard",
+        "input_size": 224,
+        "norm": "instance",
+        "augmentation": (
+            RandomResizedCrop(scale=(0.5, 1.0)),
+            HorizontalFlip(0.5),
+            ColorJitter(0.4, 0.4, 0.4),
+            Lighting(0.1),
+            CutMix(1.0),
+        ),
+    },
+    "released-dsco": {
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "batch_size": 64,
+        "epochs": ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (None, 500)),
+        "schedule": "multistep",
+        "label_type": "hard",
+        "load_size": 256,
+        "input_size": 224,
+        "test_size": 256,
+    },
+    "rded-soft": {
+        "epochs": 300,
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "decay_vectors": False,
+        "schedule": "half-cosine",
+        "label_type": "teacher",
+        "temperature": 20.0,
+        "input_size": 224,
+        "test_size": 256,
+        "best_from": 0.8,
+        "best_every": 10,
+        "augmentation": (ShufflePatches(2), RandomResizedCrop(scale=(0.5, 1.0)), HorizontalFlip(0.5), CutMix(1.0)),
+    },
+    "rded-soft-small": {
+        "epochs": 300,
+        "label_type": "teacher",
+        "temperature": 20.0,
+        "input_size": None,
+        "augmentation": (HorizontalFlip(0.5), CutMix(1.0)),
+    },
+    "cifar-convnet": {
+        "epochs": 1001,
+        "batch_size": 256,
+        "optimizer": "sgd",
+        "learning_rate": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "multistep",
+        "schedule_factor": 0.1,
+        "label_type": "hard",
+        "input_size": 32,
+        "norm": "instance",
+        "augmentation": (DSA(strategies=("color", "crop", "cutout", "flip", "scale", "rotate")),),
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_numbers_are_those_of_the_sources(name):
+    assert {field: getattr(PROTOCOLS[name], field) for field in PUBLISHED[name]} == PUBLISHED[name]
+    assert set(PUBLISHED) | {"quick"} == set(PROTOCOLS)
 
 
 def test_minimax_for_100_and_1000_classes():

@@ -21,7 +21,8 @@ from dsco_hf.evaluators import (
     train_evaluator,
 )
 from dsco_hf.evaluators.augmentation import CutMix, HorizontalFlip, RandomShift
-from dsco_hf.evaluators.training import epoch_batches, hard_label_loss, make_optimizer, soft_label_loss
+from dsco_hf.evaluators.losses import hard_label_loss, soft_label_loss
+from dsco_hf.evaluators.training import epoch_batches, make_optimizer
 
 
 NAMES = ["dark", "left", "right"]
@@ -131,6 +132,12 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
+def test_layout_of_the_weights_is_given_back(tmp_path):
+    result = train(builder(width=8), protocol=EXACT)
+    assert all(p.is_contiguous() for p in result.model.parameters())
+    result.model.save_pretrained(tmp_path)
+
+
 def test_hard_labels_of_mixed_images_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     labels, others = torch.tensor([0, 1]), torch.tensor([1, 1])
@@ -211,6 +218,19 @@ def test_nan_names_the_step_and_keeps_the_checkpoint(tmp_path):
     pixels[4] = float("nan")
     with pytest.raises(TrainingDivergedError, match="became nan at step 1 of 12"):
         train(data=(pixels, labels), protocol=dataclasses.replace(QUICK, batch_size=30))
+
+
+def test_weights_that_are_no_numbers_never_replace_a_checkpoint(tmp_path):
+    pixels, labels = toy()
+    path = tmp_path / "checkpoint.safetensors"
+    protocol = get_protocol(
+        "quick", epochs=20, batch_size=30, optimizer="sgd", learning_rate=1e38, schedule="constant"
+    )
+    # The loss of the first step is finite; its gradient, a thousand times too large, is what breaks the weights.
+    options = {"data": (pixels * 1000, labels), "protocol": protocol, "checkpoint": path, "checkpoint_seconds": 0}
+    with pytest.raises(TrainingDivergedError, match="weights are no finite numbers after step 1 of 20"):
+        train(builder(norm="none"), **options)
+    assert not path.exists()
 
 
 def _good_checkpoint(path, protocol):

@@ -6,13 +6,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 
 from dsco_hf import generator_training
 from dsco_hf.generator_training import train_generator
-from dsco_hf.generators import GeneratorTrainingConfig
+from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.pipeline import DsCoPipeline
 
 
+UNET = {
+    "architecture": "unet",
+    "block_out_channels": "8,16",
+    "attention_head_dim": 8,
+    "prediction_type": "v_prediction",
+    "min_snr_gamma": 5.0,
+}
 TINY = GeneratorTrainingConfig(
     num_layers=1,
     num_attention_heads=2,
@@ -46,7 +54,7 @@ def train(config=TINY, *, data=None, **options):
 
 
 def weights(result):
-    return torch.cat([parameter.flatten() for parameter in result.transformer.parameters()])
+    return torch.cat([parameter.flatten() for parameter in result.denoiser.parameters()])
 
 
 def test_loss_falls_and_the_model_learns_its_classes():
@@ -56,7 +64,7 @@ def test_loss_falls_and_the_model_learns_its_classes():
     assert result.finished and result.step == 150 and len(losses) == 15
     assert losses[0] > 0.6 and sum(losses[-3:]) / 3 < 0.35
     assert result.losses[-1]["step"] == 150
-    model = result.transformer
+    model = result.denoiser
     assert isinstance(model, DiTTransformer2DModel) and not model.training and model.dtype == torch.float32
     noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():  # in almost pure noise only the label tells what to remove
@@ -94,6 +102,61 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, mon
     assert [entry["step"] for entry in resumed.losses][-1] == 12
     again = train(resume=True, **options)  # nothing left to do
     assert again.step == 12 and torch.equal(weights(again), weights(resumed))
+
+
+def test_a_unet_in_bf16_resumes_bit_by_bit(tmp_path):
+    config = dataclasses.replace(TINY, **UNET | {"block_out_channels": "8"})
+
+    def run(**options):
+        try:
+            return train(config, accelerator=Accelerator(cpu=True, mixed_precision="bf16"), log_every=5, **options)
+        finally:
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+
+    undisturbed = run()
+    slices = [run(checkpoint_dir=tmp_path, resume=True, max_minutes=0.0) for _ in range(3)]
+    assert [piece.finished for piece in slices] == [False, False, True]
+    assert torch.equal(weights(undisturbed), weights(slices[-1])) and weights(undisturbed).isfinite().all()
+    assert list(undisturbed.components) == ["unet"] and isinstance(undisturbed.denoiser, UNet2DModel)
+
+
+def test_a_unet_that_predicts_velocity_draws_its_classes():
+    config = dataclasses.replace(TINY, **UNET, train_steps=120, batch_size=32, class_dropout_prob=0.0)
+    result = train(config)
+    scheduler = build_scheduler(config, latents=False)
+    pipe = DsCoPipeline(**result.components, scheduler=scheduler, id2label=dict(enumerate("abc")))
+    images = pipe.sample([0, 1, 2], seeds=[5, 5, 5], num_inference_steps=10, guidance_scale=1.0).images
+    shades = images.mean(dim=(1, 2, 3)) * 2 - 1
+    torch.testing.assert_close(shades, torch.tensor([-0.8, 0.0, 0.8]), atol=0.25, rtol=0)
+
+
+def test_evaluations_see_the_averaged_weights_and_survive_a_resume(tmp_path):
+    seen = []
+
+    def evaluate(step, denoiser):
+        assert not denoiser.training
+        seen.append((step, torch.cat([p.detach().flatten().clone() for p in denoiser.parameters()])))
+        return {"norm": float(seen[-1][1].norm())}
+
+    options = {"evaluate": evaluate, "evaluate_every": 5, "checkpoint_dir": tmp_path, "checkpoint_every": 5}
+    first = train(max_minutes=0.0, log_every=5, **options)
+    assert [entry["step"] for entry in first.evaluations] == [5] and not first.finished
+    second = train(resume=True, **options)
+    assert [step for step, _ in seen] == [5, 10, 12] == [entry["step"] for entry in second.evaluations]
+    assert torch.equal(seen[-1][1], weights(second)) and second.evaluations[0] == first.evaluations[0]
+    assert torch.equal(weights(second), weights(train()))  # looking changes nothing
+
+
+def test_a_checkpoint_of_before_a_setting_existed_has_its_default(tmp_path):
+    train(checkpoint_dir=tmp_path, max_minutes=0.0, log_every=5)
+    path = tmp_path / "step-00000005" / "progress.json"
+    state = json.loads(path.read_text())
+    del state["identity"]["architecture"], state["identity"]["prediction_type"], state["progress"]["evaluations"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="prediction_type .checkpoint 'epsilon', now 'v_prediction'"):
+        train(dataclasses.replace(TINY, prediction_type="v_prediction"), checkpoint_dir=tmp_path, resume=True)
+    assert torch.equal(weights(train(checkpoint_dir=tmp_path, resume=True)), weights(train()))
 
 
 def test_checkpoints_are_whole_or_absent_and_the_newest_stays(tmp_path, monkeypatch):
@@ -211,7 +274,7 @@ def test_training_in_latents(horizontal_flip):
     before = torch.cat([parameter.detach().flatten().clone() for parameter in vae.parameters()])
     config = dataclasses.replace(TINY, horizontal_flip=horizontal_flip)
     result = train(config, data=problem(channels=3, size=8), vae=vae)
-    assert result.transformer.config.sample_size == 4 and result.transformer.config.in_channels == 2
+    assert result.denoiser.config.sample_size == 4 and result.denoiser.config.in_channels == 2
     assert torch.equal(before, torch.cat([parameter.detach().flatten() for parameter in vae.parameters()]))
     assert all(parameter.grad is None for parameter in vae.parameters())
 
@@ -224,7 +287,7 @@ def test_one_image_one_class_and_batches_that_do_not_divide(rows, classes, batch
 
 def test_bf16_autocast_trains_and_returns_float32():
     result = train(accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
-    assert result.transformer.dtype == torch.float32 and torch.isfinite(weights(result)).all()
+    assert result.denoiser.dtype == torch.float32 and torch.isfinite(weights(result)).all()
 
 
 def test_a_batch_must_be_split_evenly():

@@ -5,15 +5,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from dsco_hf.generator_data import TrainingData, draw_batch, encode_latents
 from dsco_hf.generators import (
     GeneratorTrainingConfig,
-    TrainingData,
+    build_denoiser,
     build_scheduler,
     build_transformer,
-    draw_batch,
-    encode_latents,
+    build_unet,
+    component_name,
+    denoising_loss,
     learning_rate_at,
-    noise_prediction_loss,
+    min_snr_weights,
+    null_class,
 )
 
 
@@ -36,6 +39,14 @@ def training_data(rows=8):
         ("class_dropout_prob", 1.0, r"in \[0, 1\)"),
         ("learning_rate", 0.0, "positive"),
         ("warmup_steps", -1, "at least 0"),
+        ("architecture", "u-net", "Nearest: 'unet'"),
+        ("prediction_type", "v", "'v_prediction'"),
+        ("activation_fn", "gelu-approx", "Nearest: 'gelu-approximate'"),
+        ("trainable", "bias", "'bias_and_norm'"),
+        ("block_out_channels", "64;128", "'64,128', got '64;128'"),
+        ("block_out_channels", "0,8", "at least 1"),
+        ("attention_levels", 4, "at most 3"),
+        ("min_snr_gamma", 0.0, "positive"),
     ],
 )
 def test_config_refuses_impossible_values(field, value, message):
@@ -56,6 +67,53 @@ def test_transformer_follows_its_seed_and_starts_from_zero():
     assert noise.shape == (2, 1, 4, 4) and not noise.any()
 
 
+def test_the_activation_reaches_every_block():
+    config = dataclasses.replace(TINY, num_layers=2, activation_fn="linear-silu")
+    model = build_transformer(config, num_classes=3, sample_size=4, num_channels=1)
+    assert model.config.activation_fn == "linear-silu"
+    usual = build_transformer(dataclasses.replace(TINY, num_layers=2), num_classes=3, sample_size=4, num_channels=1)
+    for block, other in zip(model.transformer_blocks, usual.transformer_blocks, strict=True):
+        assert isinstance(block.ff.net[0].activation, torch.nn.SiLU) and type(block.ff.net[0]) is not type(
+            other.ff.net[0]
+        )
+
+
+UNET = dataclasses.replace(TINY, architecture="unet", block_out_channels="8,16", attention_head_dim=8)
+
+
+def test_unet_has_a_null_class_and_starts_from_zero():
+    before = torch.random.get_rng_state()
+    first, again = (build_denoiser(UNET, num_classes=3, sample_size=4, num_channels=1) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first.conv_in.weight, again.conv_in.weight) and first.conv_in.weight.any()
+    assert first.config.num_class_embeds == 4 and null_class(first) == 3
+    assert (
+        component_name(first),
+        component_name(build_denoiser(TINY, num_classes=3, sample_size=4, num_channels=1)),
+    ) == (
+        "unet",
+        "transformer",
+    )
+    first.eval()
+    noise = first(torch.randn(2, 1, 4, 4), torch.tensor([3, 900]), class_labels=torch.tensor([0, 3])).sample
+    assert noise.shape == (2, 1, 4, 4) and not noise.any()
+
+
+@pytest.mark.parametrize(("levels", "attending"), [(0, []), (1, [1]), (2, [0, 1])])
+def test_unet_attends_at_its_coarsest_levels(levels, attending):
+    unet = build_unet(dataclasses.replace(UNET, attention_levels=levels), num_classes=3, sample_size=4, num_channels=1)
+    assert [i for i, kind in enumerate(unet.config.down_block_types) if kind == "AttnDownBlock2D"] == attending
+    assert [1 - i for i, kind in enumerate(unet.config.up_block_types) if kind == "AttnUpBlock2D"] == attending[::-1]
+    assert unet.config.add_attention == bool(levels)
+    first = unet.down_blocks[0].resnets[0]
+    assert not first.conv2.weight.any() and first.conv1.weight.any()
+
+
+def test_unet_must_be_able_to_halve_its_input():
+    with pytest.raises(ValueError, match="2 levels .*halves its input 1 times; the sample size 5"):
+        build_unet(UNET, num_classes=3, sample_size=5, num_channels=1)
+
+
 def test_patches_must_fit():
     with pytest.raises(ValueError, match="`patch_size=2` does not divide the sample size 5"):
         build_transformer(TINY, num_classes=3, sample_size=5, num_channels=1)
@@ -67,6 +125,8 @@ def test_scheduler_starts_from_pure_noise_and_clips_pixels_only():
     pixels.set_timesteps(20)
     assert pixels.timesteps[0] == 999 and pixels.timesteps[-1] == 49
     assert pixels.config.prediction_type == "epsilon"
+    velocity = build_scheduler(dataclasses.replace(TINY, prediction_type="v_prediction"), latents=False)
+    assert velocity.config.prediction_type == "v_prediction"
 
 
 def test_learning_rate_warms_up_and_ends():
@@ -82,12 +142,47 @@ def test_loss_of_a_model_that_says_zero_is_the_noise_power():
     scheduler = build_scheduler(TINY, latents=False)
     clean, noise = torch.randn(2, 5, 1, 4, 4)
     timesteps, labels = torch.tensor([0, 10, 300, 700, 999]), torch.arange(5) % 3
-    loss = noise_prediction_loss(model, scheduler, clean, labels, timesteps, noise)
+    loss = denoising_loss(model, scheduler, clean, labels, timesteps, noise)
     torch.testing.assert_close(loss, noise.square().mean())
     snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
     expected = (noise.square().mean(dim=(1, 2, 3)) * snr.clamp(max=5) / snr).mean()
-    weighted = noise_prediction_loss(model, scheduler, clean, labels, timesteps, noise, min_snr_gamma=5.0)
+    weighted = denoising_loss(model, scheduler, clean, labels, timesteps, noise, min_snr_gamma=5.0)
     torch.testing.assert_close(weighted, expected)
+
+
+class TruthTeller(torch.nn.Module):
+    """Says what it is told, in a denoiser's form."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, noisy, timesteps, class_labels):
+        return SimpleNamespace(sample=self.answer)
+
+
+def test_a_predicted_velocity_gives_noise_and_image_back():
+    scheduler = build_scheduler(dataclasses.replace(TINY, prediction_type="v_prediction"), latents=False)
+    clean, noise = torch.rand(4, 1, 4, 4) * 2 - 1, torch.randn(4, 1, 4, 4)
+    timesteps, labels = torch.tensor([1, 250, 600, 999]), torch.zeros(4, dtype=torch.int64)
+    alphas = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
+    for extra in (velocity, torch.cat([velocity, torch.full_like(velocity, 9)], dim=1)):  # learned sigma: ignored
+        assert denoising_loss(TruthTeller(extra), scheduler, clean, labels, timesteps, noise) < 1e-10
+    for row in range(4):  # the scheduler of the pipeline reads it in the same way
+        noisy = scheduler.add_noise(clean[row], noise[row], timesteps[row])
+        scheduler.set_timesteps(1000)
+        step = scheduler.step(velocity[row], int(timesteps[row]), noisy)
+        torch.testing.assert_close(step.pred_original_sample, clean[row], atol=1e-3, rtol=0)
+
+
+def test_min_snr_weighs_the_clean_image_alike_in_both_predictions():
+    """An error d of the image is an error d √SNR of the noise and d √(SNR + 1) of the velocity."""
+    alphas = torch.tensor([0.001, 0.3, 5 / 6, 0.95, 0.9999], dtype=torch.float64)
+    snr = alphas / (1 - alphas)
+    noise, velocity = (min_snr_weights(alphas, 5.0, kind) for kind in ("epsilon", "v_prediction"))
+    torch.testing.assert_close(noise * snr, velocity * (snr + 1))
+    torch.testing.assert_close(noise * snr, snr.clamp(max=5.0))
 
 
 def test_a_batch_depends_on_seed_and_step_only():

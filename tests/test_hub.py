@@ -257,15 +257,61 @@ def test_offline_mode_tells_of_the_cache(hub, home, ann):
     publish(ann, "ann/offline")
     verify(ann, "ann/offline")
     with Client(hub.url, home / "ann", token=TOKEN, HF_HUB_OFFLINE="1") as offline:
-        with pytest.raises(ClientError, match=r"offline mode is on.*home.*ann") as raised:
+        with pytest.raises(
+            ClientError, match=r"offline mode is on.*home.*ann.*datasets/ann/offline it has [0-9a-f]{40}"
+        ) as raised:
             publish(offline, "ann/offline")
         assert raised.value.kind == "ConnectionError"
         assert verify(offline, "ann/offline") == ["ipc1", "ipc10"]  # served by the cache
-        with pytest.raises(ClientError, match="offline mode is on"):
+        with pytest.raises(ClientError, match="it has nothing of ann/bare"):
             verify(offline, "ann/bare")
 
 
+def test_sources_that_cannot_be_read_are_explained(hub, ann, stranger, tmp_path):
+    publish(ann, "ann/source", private=True)
+    publish(ann, "ann/gated-source")
+    hub.store.save("datasets", "ann/gated-source", {**hub.store.load("datasets", "ann/gated-source"), "gated": True})
+    code = """
+    from dsco_hf.data import load_image_dataset
+    return len(load_image_dataset(name, "ipc1", split="train", **options))
+    """
+    assert ann.run(code, name="ann/source", options={}) == 2
+    for name, options, kind, message in [
+        ("ann/source", {}, "FileNotFoundError", "no such repository, or it is private"),
+        ("ann/never-made", {}, "FileNotFoundError", "no such repository"),
+        ("ann/gated-source", {}, "PermissionError", "gated.*accept its terms"),
+        ("ann/gated-source", {"token": "hf_" + "W" * 34}, "PermissionError", "token is not valid"),
+    ]:
+        with pytest.raises(ClientError, match=message) as raised:
+            stranger.run(code, name=name, options=options)
+        assert raised.value.kind == kind and "hf_W" not in str(raised.value)
+    with Client(hub.url, tmp_path / "offline", HF_HUB_OFFLINE="1") as offline:
+        with pytest.raises(ClientError, match="Cannot load ann/source.*offline"):
+            offline.run(code, name="ann/source", options={})
+
+
 # Faults.
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind", "message"),
+    [
+        ("/preupload/", 401, "PermissionError", "refused .401."),
+        ("/objects/batch", 403, "PermissionError", "refused .403.*write permission"),
+        ("/commit/", 401, "PermissionError", "refused .401."),
+        ("/commit/", 404, "ConnectionError|FileNotFoundError", "404|no such repository"),
+    ],
+)
+def test_refusals_half_way_are_final_and_leave_nothing_visible(hub, ann, path, status, kind, message):
+    repo_id = f"ann/refused{len(hub.log)}"
+    with (
+        hub.fault("POST", path, status=status, times=99) as fault,
+        pytest.raises(ClientError, match=message) as raised,
+    ):
+        publish(ann, repo_id)
+    assert re.fullmatch(kind, raised.value.kind) and fault.seen == 1
+    assert set(hub.files(repo_id)) == {".gitattributes"}
+    assert publish(ann, repo_id)["commit"] and verify(ann, repo_id) == ["ipc1", "ipc10"]
 
 
 @pytest.mark.parametrize(
@@ -467,6 +513,36 @@ def test_a_generator_that_nobody_else_has_is_mentioned(hub, ann):
     publish(ann, "ann/local", concentration={**RECORD, "generator": {"id": "/home/ann/generator"}})
     assert "generator is recorded as the local folder /home/ann/generator" in ann.output()[before:]
     assert "/home/ann" not in hub.files("ann/local")["README.md"].decode()
+
+
+def test_targets_are_published_along_and_checked(hub, ann, stranger):
+    code = """
+    from dsco_hf.hub import publish
+    from dsco_hf.records import concentration_record
+    from hub.samples import tiny_dataset
+    from hub.tiny import tiny_pipeline, tiny_targets
+    pipe = tiny_pipeline()
+    targets = tiny_targets(pipe)
+    record = concentration_record(pipe, targets, method="nopt", seed=0, parameters={"images_per_class": 2})
+    configs = {"a": tiny_dataset(2), "b": tiny_dataset(3)}
+    options = {"concentration": record, "targets": targets if shared else {"b": targets}}
+    return [publish(configs, repo_id, **options).commit, publish(configs, repo_id, **options).commit]
+    """
+    first, again = ann.run(code, repo_id="ann/targets", shared=True)
+    assert first and again is None
+    record = json.loads(hub.files("ann/targets")["concentration.json"])
+    place = record["targets"]["path"]
+    assert place == f"targets/{record['targets']['sha256'][:12]}" and record["targets"]["population"] == "data"
+    assert verify(stranger, "ann/targets") == ["a", "b"]
+    with pytest.raises(ClientError, match=r"generator is recorded.*no repository that others can load"):
+        stranger.run("from dsco_hf.hub import load_recorded\nload_recorded('ann/targets')")
+    ann.run(code, repo_id="ann/own-targets", shared=False)
+    record = json.loads(hub.files("ann/own-targets")["concentration.json"])
+    assert "path" in record["configs"]["b"]["targets"] and "targets" not in record["configs"]["a"]
+    damaged = hub.files("ann/targets")[f"{place}/targets.json"].replace(b"cat", b"cow")
+    hub.put("ann/targets", {f"{place}/targets.json": damaged})
+    with pytest.raises(ClientError, match="the content of the targets in targets/.* differs"):
+        verify(stranger, "ann/targets")
 
 
 def test_records_are_read_without_the_images(hub, ann, stranger):

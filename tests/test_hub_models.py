@@ -86,22 +86,173 @@ def test_own_text_in_the_model_card_survives(hub, ann, published):
     assert "My own words." in card and "one mean embedding per class" in card
 
 
-def test_components_that_nobody_could_load_are_refused(ann):
+# Our own classes as components.
+
+
+@pytest.fixture(scope="module")
+def own(hub, ann):
+    return ann.run(PUBLISH, repo_id="ann/own", options={"own_classifier": True})
+
+
+LOAD_OWN = """
+from dsco_hf.pipeline import DsCoPipeline
+from dsco_hf.targets import MatchingTargets
+from hub.tiny import draw
+pipe = DsCoPipeline.from_pretrained("ann/own", **options)
+MatchingTargets.from_pretrained("ann/own").check_classifier(pipe.classifier)
+return [type(pipe.classifier).__name__, pipe.classifier.training, draw(pipe)]
+"""
+
+
+def test_a_pipeline_with_our_own_classifier_needs_no_trust(hub, stranger, own):
+    files = hub.files("ann/own", kind="models")
+    line = files["classifier/dsco_hf.evaluators.models.py"].decode()
+    assert line.count("\n") == 1 and "ConvNetForImageClassification" in line
+    with hub.recorded() as log:
+        assert stranger.run(LOAD_OWN, options={}) == ["ConvNetForImageClassification", False, own["pixels"]]
+    assert not hub.requests("GET", r"classifier/.*\.py", log=log)
+    assert not stranger.run("import sys\nreturn [name for name in sys.modules if 'diffusers_modules' in name]")
+    assert stranger.run(LOAD_OWN, options={"revision": own["commit"], "local_files_only": True})[2] == own["pixels"]
+
+
+def test_diffusers_alone_finds_our_own_classes_too(hub, tmp_path, own):
     code = """
-    from dsco_hf.evaluators import build_evaluator
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("ann/own", custom_pipeline="pipeline", trust_remote_code=True)
+    from hub.tiny import draw
+    return [type(pipe).__module__, type(pipe.classifier).__module__, draw(pipe)]
+    """
+    with Client(hub.url, tmp_path / "diffusers") as fresh:
+        assert fresh.run(code) == ["dsco_hf.pipeline", "dsco_hf.evaluators.models", own["pixels"]]
+
+
+def test_options_of_loading_reach_our_own_classes(hub, ann, stranger, own, tmp_path):
+    code = """
+    import torch
+    from dsco_hf.pipeline import DsCoPipeline
+    half = DsCoPipeline.from_pretrained("ann/own", dtype=torch.float16)
+    without = DsCoPipeline.from_pretrained("ann/own", classifier=None, cache_dir=cache_dir)
+    return [str(half.classifier.dtype), str(half.transformer.dtype), without.classifier is None]
+    """
+    with hub.recorded() as log:
+        assert stranger.run(code, cache_dir=str(tmp_path / "cache")) == ["torch.float16", "torch.float16", True]
+    assert len(hub.requests("GET", "/ann/own/resolve/.*/classifier/", log=log)) == 0
+    assert (tmp_path / "cache" / "models--ann--own").is_dir()
+    repo = hub.store.load("models", "ann/own")
+    hub.store.save("models", "ann/own", {**repo, "private": True})
+    try:
+        with Client(hub.url, tmp_path / "nobody") as nobody:
+            with pytest.raises(ClientError, match="no such repository, or it is private") as raised:
+                nobody.run(LOAD_OWN, options={})
+            assert raised.value.kind == "FileNotFoundError"
+        with Client(hub.url, tmp_path / "friend", token="hf_" + "F" * 34) as friend:
+            hub.add_user("ann", "hf_" + "F" * 34, role="read")
+            assert friend.run(LOAD_OWN, options={})[2] == own["pixels"]
+    finally:
+        hub.store.save("models", "ann/own", repo)
+
+
+def test_what_cannot_be_loaded_is_explained(hub, stranger, tmp_path, published):
+    code = "from dsco_hf.pipeline import DsCoPipeline\nDsCoPipeline.from_pretrained(name, **options)"
+    for name, options, kind, message in [
+        ("ann/gone", {}, "FileNotFoundError", "no such repository"),
+        ("ann/pipe", {"revision": "gone"}, "FileNotFoundError", "no such revision"),
+        ("./gone", {}, "FileNotFoundError", "There is no folder ./gone"),
+        ("ann/never", {"local_files_only": True}, "FileNotFoundError", "not in the cache"),
+        ("a b", {}, "ValueError", "not a repository id"),
+    ]:
+        with pytest.raises(ClientError, match=message) as raised:
+            stranger.run(code, name=name, options=options)
+        assert raised.value.kind == kind
+    with Client(hub.url, tmp_path / "offline", HF_HUB_OFFLINE="1") as offline:
+        with pytest.raises(ClientError, match=r"Cannot load ann/pipe: .*offline.*hub"):
+            offline.run(code, name="ann/pipe", options={})
+
+
+def test_foreign_components_are_refused(ann):
+    code = """
+    import torch
     from dsco_hf.hub import publish_pipeline
     from hub.tiny import tiny_pipeline
     pipe = tiny_pipeline()
-    pipe.register_modules(
-        classifier=build_evaluator("convnet", class_names=["cat", "dog"], image_size=8, num_channels=1, width=4).eval()
-    )
-    publish_pipeline(pipe, "ann/own")
+    class Own(type(pipe.classifier)):
+        pass
+    Own.__module__ = "mine.models"
+    pipe.register_modules(classifier=Own(pipe.classifier.config).eval())
+    publish_pipeline(pipe, "ann/foreign")
     """
-    with pytest.raises(ClientError, match="'classifier' is a ConvNet.*publish_evaluator") as raised:
+    with pytest.raises(ClientError, match="'classifier' is a Own of 'mine'.*register_modules") as raised:
         ann.run(code)
     assert raised.value.kind == "ValueError"
     with pytest.raises(ClientError, match="Expected a DsCoPipeline, but got a dict"):
         ann.run("from dsco_hf.hub import publish_pipeline\npublish_pipeline({}, 'ann/x')")
+
+
+# The pipeline's own methods.
+
+
+def test_push_to_hub_sends_card_and_shim(hub, ann, own):
+    code = """
+    from hub.tiny import tiny_pipeline, tiny_targets
+    pipe = tiny_pipeline(own_classifier=True)
+    first = pipe.push_to_hub("ann/pushed", targets=tiny_targets(pipe), license="mit", private=True)
+    pipe.save_pretrained("saved", push_to_hub=True, repo_id="ann/pushed2", commit_message="Mine")
+    return [first.commit, pipe.push_to_hub("ann/pushed2").commit]
+    """
+    first, again = ann.run(code)
+    files = hub.files("ann/pushed", kind="models")
+    assert first and again is None and hub.store.load("models", "ann/pushed")["private"]
+    assert {"pipeline.py", "targets.safetensors", "classifier/dsco_hf.evaluators.models.py"} <= set(files)
+    card = huggingface_hub.ModelCard(files["README.md"].decode())
+    assert card.data.license == "mit" and 'from_pretrained("ann/pushed")' in card.content
+    assert hub.history("ann/pushed2", kind="models")[0] == "Mine"
+
+
+# Pickles.
+
+
+def test_pickled_weights_are_refused_unless_asked_for(hub, ann, stranger, published):
+    code = """
+    from pathlib import Path
+    from hub.tiny import pickle_weights, tiny_pipeline
+    tiny_pipeline().save_pretrained("pickled")
+    pickle_weights("pickled")
+    return {str(p.relative_to("pickled")): p.read_bytes().hex() for p in Path("pickled").rglob("*") if p.is_file()}
+    """
+    files = {path: bytes.fromhex(content) for path, content in ann.run(code).items()}
+    hub.store.create("models", "ann/pickled", private=False)
+    hub.put("ann/pickled", files, kind="models")
+    load = """
+    from dsco_hf.pipeline import DsCoPipeline
+    from hub.tiny import draw
+    return draw(DsCoPipeline.from_pretrained(name, **options))
+    """
+    for client, name in ((stranger, "ann/pickled"), (ann, "pickled")):
+        with hub.recorded() as log, pytest.raises(ClientError, match=f"{name} has .*pickles can run code.*refs/pr/N"):
+            client.run(load, name=name, options={})
+        assert not hub.requests("GET", r"\.bin", log=log)
+        assert client.run(load, name=name, options={"use_safetensors": False}) == published["pixels"]
+    with pytest.raises(ClientError, match="safetensors only"):
+        ann.run("from hub.tiny import tiny_pipeline\ntiny_pipeline().save_pretrained('x', safe_serialization=False)")
+
+
+def test_the_converted_weights_of_a_known_generator_are_found(hub, ann, stranger, published):
+    """As on the Hub: `main` of facebook/DiT-XL-2-256 holds pickles, and `refs/pr/1` the conversion."""
+    hub.store.create("models", "facebook/DiT-XL-2-256", private=False)
+    files = hub.files("ann/pipe", kind="models")
+    plain = {path: content for path, content in files.items() if not path.endswith(".safetensors")}
+    hub.put("facebook/DiT-XL-2-256", {**plain, "transformer/diffusion_pytorch_model.bin": b"no"}, kind="models")
+    head = hub.store.resolve(hub.store.load("models", "facebook/DiT-XL-2-256"), "main")
+    hub.store.add_ref("models", "facebook/DiT-XL-2-256", "refs/pr/1", head)
+    hub.put("facebook/DiT-XL-2-256", files, kind="models", revision="refs/pr/1")
+    code = """
+    from dsco_hf.pipeline import DsCoPipeline
+    from hub.tiny import draw
+    return draw(DsCoPipeline.from_pretrained("facebook/DiT-XL-2-256", **options))
+    """
+    assert stranger.run(code, options={}) == published["pixels"]
+    with pytest.raises(ClientError, match="pickles can run code"):
+        stranger.run(code, options={"revision": "main"})
 
 
 EVALUATOR = """

@@ -6,6 +6,7 @@ import torch
 from dsco_hf.kernels import (
     draw_frequencies,
     fourier_embedding,
+    frechet_distance,
     gaussian_kernel,
     herd,
     median_bandwidth,
@@ -144,3 +145,30 @@ def test_herding_all_none_and_ties():
 def test_herding_more_than_there_are(count):
     with pytest.raises(ValueError, match=f"Cannot pick {count} rows out of 4"):
         herd(torch.eye(4), torch.zeros(4), count)
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_that_of_means_and_deviations():
+    mean1, mean2 = normal(2, 6)
+    std1, std2 = normal(2, 6, seed=1).abs()
+    found = frechet_distance(mean1, std1.square().diag(), mean2, std2.square().diag())
+    expected = (mean1.double() - mean2.double()).square().sum() + (std1.double() - std2.double()).square().sum()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [40, 5], ids=["full rank", "fewer samples than dimensions"])
+def test_frechet_distance_is_that_of_the_matrix_square_root(rows):
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = normal(rows, 8).double(), (normal(rows, 8, seed=1) @ normal(8, 8, seed=2) + 1).double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    found = frechet_distance(a.mean(0), cov_a, b.mean(0), cov_b)
+    root = linalg.sqrtm((cov_a @ cov_b).numpy()).real
+    expected = float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace()) - 2 * root.trace()
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+    assert float(frechet_distance(b.mean(0), cov_b, a.mean(0), cov_a)) == pytest.approx(float(found), rel=1e-9)
+
+
+def test_frechet_distance_of_equal_gaussians_is_zero_and_shapes_are_checked():
+    x = normal(30, 4).double()
+    assert float(frechet_distance(x.mean(0), x.T.cov(), x.mean(0), x.T.cov())) == pytest.approx(0, abs=1e-10)
+    with pytest.raises(ValueError, match=r"one d, got .*\(4,\).*\(3, 3\)"):
+        frechet_distance(x.mean(0), x.T.cov(), x.mean(0), torch.eye(3))

@@ -3,11 +3,19 @@ import math
 import pytest
 import torch
 
+from dsco_hf import population as population_module
 from dsco_hf.kernels import fourier_embedding, median_bandwidth
-from dsco_hf.population import Population, refuse_empty_classes
+from dsco_hf.population import (
+    Population,
+    dataset_units,
+    merge_moments,
+    mix_keys,
+    moments_of,
+    refuse_empty_classes,
+)
 
 
-OPTIONS = {"embedding_dim": 64, "bandwidth": None, "seed": 0}
+OPTIONS = {"embedding_dim": 64, "bandwidth": None}
 
 
 def features(n, d=5, seed=0):
@@ -15,8 +23,8 @@ def features(n, d=5, seed=0):
     return x * torch.arange(1, d + 1) + torch.tensor(100.0)  # far from zero: sums of squares would lose digits
 
 
-def embed(x, rows, weights=None, *, chunk=7, names=("a", "b", "c"), **options):
-    with Population(names) as population:
+def embed(x, rows, weights=None, *, chunk=7, names=("a", "b", "c"), seed=0, **options):
+    with Population(names, seed=seed) as population:
         for part in torch.arange(len(x)).split(chunk):
             population.add(x[part], rows[part], None if weights is None else weights[part])
         return population.embed(**OPTIONS | options)
@@ -87,6 +95,60 @@ def test_bandwidth_of_a_large_population_is_that_of_a_sample_by_seed():
     assert first == again != other
     standardised = (x - x.mean(0)) / x.std(0, unbiased=False)
     assert math.isclose(first, median_bandwidth(standardised), rel_tol=0.05)
+
+
+def test_the_sample_does_not_depend_on_order_or_units(monkeypatch):
+    monkeypatch.setattr(population_module, "BANDWIDTH_IMAGES", 20)
+    x, rows = features(90), torch.arange(90) % 3
+    keys = torch.randint(0, 2**62, (90,), generator=torch.Generator().manual_seed(1))
+    found = []
+    for order, size in ((torch.arange(90), 90), (torch.arange(90).flip(0), 7), (torch.randperm(90), 30)):
+        with Population(["a", "b", "c"]) as population:
+            for number, part in enumerate(order.split(size)):
+                population.add(x[part], rows[part], keys=keys[part], unit=str(number))
+            found.append(population.embed(**OPTIONS))
+            sample = population._sample.over(population.team)
+        assert sample.shape == (20, 5)
+    chosen = mix_keys(keys, 0).argsort()[:20]
+    assert torch.equal(sample, x[chosen])
+    for other in found[1:]:
+        assert other["bandwidth"] == pytest.approx(found[0]["bandwidth"], rel=1e-6)
+        for name in ("embeddings", "feature_mean", "feature_std"):
+            torch.testing.assert_close(other[name], found[0][name], atol=1e-6, rtol=1e-6)
+
+
+def test_mixed_keys_are_spread_evenly_and_depend_on_the_seed():
+    keys = torch.arange(10_000)
+    a, b = mix_keys(keys, 0), mix_keys(keys, 1)
+    assert len(a.unique()) == 10_000 and a.min() >= 0
+    for mixed in (a, b):
+        assert 0.48 < (mixed.double() / 2**63).mean() < 0.52
+        assert abs(torch.corrcoef(torch.stack([keys.double(), mixed.double()]))[0, 1]) < 0.03
+    assert abs(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "units", "size"), [
+    (0, 4, 0, 0), (1, 4, 1, 1), (21, 4, 6, 4), (1437, 256, 6, 256), (50_000, 256, 98, 512),
+    (1_281_167, 256, 2503, 512),
+    (100_000, 4096, 25, 4096),
+])  # fmt: skip
+def test_units_are_whole_batches_whatever_the_number_of_processes(rows, batch_size, units, size):
+    made = dataset_units(rows, batch_size)
+    assert len(made) == units and sum(map(len, made.values())) == rows
+    assert all(len(unit) == size for unit in list(made.values())[:-1])
+    assert [unit.start for unit in list(made.values())[1:]] == [unit.stop for unit in list(made.values())[:-1]]
+
+
+def test_moments_merge_as_if_taken_at_once():
+    x, w = features(40).double() + 1e6, torch.rand(40)
+    merged = None
+    for part in torch.arange(40).split(9):
+        merged = merge_moments(merged, moments_of(x[part], w[part]))
+    whole = moments_of(x, w)
+    assert merged.total == pytest.approx(whole.total, rel=1e-12)
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(merged.squares, whole.squares, rtol=1e-9, atol=0)
+    assert moments_of(x, torch.zeros(40)) is None and merge_moments(whole, None) is whole
 
 
 def test_classes_without_image_are_named():

@@ -1,5 +1,6 @@
 """The evaluation recipes, run as a user runs them, at toy size."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -54,7 +55,10 @@ def launch(script, *options, processes=1, wait=True):
     launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port)]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)  # without a GPU the recipes connect their processes by themselves
+    if torch.accelerator.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
     process = subprocess.Popen(
         [*launcher, str(ROOT / "recipes" / f"{script}.py"), *options],
         env=environment,
@@ -137,6 +141,11 @@ def test_evaluator_refuses_what_does_not_fit(small, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="tensorboard, trackio or none"):
         train_evaluator.main(["--report_to", "paper", *out])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(ValueError, match="tensorboard needs that package: pip install tensorboard"):
+            train_evaluator.main(["--report_to", "tensorboard", *out])
+    AcceleratorState._reset_state(reset_partial_state=True)
     letters = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
     features = letters.features.copy()
     features["label"].names = list("abcdefghij")
@@ -196,6 +205,25 @@ def test_two_processes_share_the_seeds_and_change_nothing(small, tmp_path):
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["rows"][0]["accuracies"] == two["rows"][0]["accuracies"]
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_resumes_to_the_same_accuracies(small, tmp_path):
+    options = ["--dataset", str(small / "small2.parquet"), "--test_dataset", "digits", "--seeds", "2", *TINY]
+    options += ["--architectures", "convnet-2", "--steps", "400", "--checkpoint_seconds", "0"]
+    train_evaluator.main([*options, "--output_dir", str(tmp_path / "whole")])
+    process = launch("train_evaluator", *options, "--output_dir", str(tmp_path / "killed"), wait=False)
+    checkpoint = tmp_path / "killed" / "jobs" / "convnet-2-seed1.safetensors"  # the first seed has ended
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.exists() and not (tmp_path / "killed" / "results.json").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_evaluator.main([*options, "--output_dir", str(tmp_path / "killed")])
+    whole, killed = results(tmp_path / "whole")["rows"][0], results(tmp_path / "killed")["rows"][0]
+    assert whole["accuracies"] == killed["accuracies"] and len(whole["accuracies"]) == 2
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -97,6 +98,57 @@ def test_training_in_the_latents_of_an_autoencoder(tmp_path):
     assert pipeline.vae.config.latent_channels == pipeline.transformer.config.in_channels == 2
     assert pipeline.transformer.config.sample_size == 4 and not pipeline.scheduler.config.clip_sample
     assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def test_a_unet_is_scored_while_it_trains_and_fine_tuned_to_other_classes(tmp_path, make, fresh_accelerate):
+    from recipes.train_generator import main
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    make.convnet(names=[str(digit) for digit in range(10)]).save_pretrained(tmp_path / "classifier")
+    first, second = tmp_path / "unet", tmp_path / "tuned"
+    common = ["--config", str(tmp_path / "tiny.yaml"), "--train_steps", "4", "--batch_size", "8"]
+    scored = ["--classifier", str(tmp_path / "classifier"), "--evaluate_every", "3", "--num_evaluation_samples", "20"]
+    unet = ["--architecture", "unet", "--block_out_channels", "8,16", "--attention_levels", "0"]
+    main([*common, *unet, *scored, "--prediction_type", "v_prediction", "--output_dir", str(first)])
+    results = json.loads((first / "results.json").read_text())
+    assert [entry["step"] for entry in results["evaluations"]] == [3, 4]
+    assert all(entry["frechet_distance"] > 0 and entry["samples"] == 20 for entry in results["evaluations"])
+    assert {path.name for path in first.glob("*.png")} == {"samples.png", "samples-000003.png", "samples-000004.png"}
+    pipeline = DsCoPipeline.from_pretrained(first)
+    assert pipeline.unet.config.num_class_embeds == 11 and pipeline.num_classes == 10
+    assert pipeline.scheduler.config.prediction_type == "v_prediction" and pipeline.classifier is not None
+
+    make.images().save_to_disk(str(tmp_path / "shapes"))  # three classes; `split` needs splits
+    (tmp_path / "mapping.yaml").write_text("circle: '0'\nsquare: [1, '7']\n")
+    tuning = ["--finetune_from", str(first), "--trainable", "bias_and_norm", "--dataset", str(tmp_path / "shapes")]
+    main([*common, *tuning, "--class_mapping", str(tmp_path / "mapping.yaml"), "--output_dir", str(second)])
+    tuned = DsCoPipeline.from_pretrained(second)
+    assert tuned.num_classes == 3 and tuned.id2label == {0: "circle", 1: "square", 2: "triangle"}
+    assert tuned.scheduler.config == pipeline.scheduler.config  # its own, with its kind of prediction
+    assert torch.equal(tuned.unet.conv_in.weight, pipeline.unet.conv_in.weight)
+    assert not torch.equal(tuned.unet.conv_in.bias, pipeline.unet.conv_in.bias)
+    assert json.loads((second / "results.json").read_text())["config"]["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--class_mapping", "m.yaml"], "`finetune_from`, which is missing"),
+        (["--finetune_from", "a", "--vae", "b"], "leave `vae` out"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    from recipes.train_generator import GeneratorRecipe, load_base
+
+    with pytest.raises(ValueError, match=message):
+        load_base(parse_config(GeneratorRecipe, options))
 
 
 def test_unknown_options_are_named():

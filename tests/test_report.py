@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 
-from dsco_hf import report
+from dsco_hf import methods, report
 
 
 ROOT = Path(__file__).parents[1]
@@ -99,8 +99,17 @@ def test_no_rows_no_figure(tmp_path):
 
 
 def test_styles_are_told_apart_without_colour():
-    styles = report._STYLES.values()
+    styles = methods.METHODS.values()
     assert len({(style.marker, style.emphasis) for style in styles}) == len({style.color for style in styles})
+
+
+def test_compared_datasets_of_any_name_are_told_apart():
+    found = methods.find_methods(["peer", "random", "ours", "third", "nopt"])
+    assert list(found) == ["random", "nopt", "peer", "ours", "third"]
+    assert found["random"] == methods.METHODS["random"] and found["peer"] == methods.find_method("peer")
+    assert len({style.marker for style in found.values()} - {"o"}) == 3
+    assert len({style.color for style in found.values()}) == 5
+    assert len(methods.find_methods(str(i) for i in range(20))) == 20
 
 
 # --- features

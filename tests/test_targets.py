@@ -115,7 +115,7 @@ def test_generator_targets_read_no_image(pipe, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a real image was read")
 
-    monkeypatch.setattr("dsco_hf.targets.iterate_pixels", refuse)
+    monkeypatch.setattr("dsco_hf.targets.shared_batches", refuse)
     monkeypatch.setattr("dsco_hf.targets.dataset_fingerprint", refuse)
     monkeypatch.setattr("PIL.Image.open", refuse)
     targets = MatchingTargets.from_generator(pipe, samples_per_class=4, **DRAWN)
@@ -226,6 +226,24 @@ def test_broken_json(targets, tmp_path, change, message):
     path = tmp_path / CONFIG_NAME
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=message):
+        MatchingTargets.from_pretrained(tmp_path)
+
+
+def test_files_of_two_different_targets_are_refused(pipe, targets, tmp_path, make):
+    targets.save_pretrained(tmp_path)
+    two = MatchingTargets.from_dataset(make.images((2, 2), names=("circle", "square")), pipe, **SMALL)
+    two.save_pretrained(tmp_path / "two")
+    (tmp_path / "two" / WEIGHTS_NAME).replace(tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=r"do not belong together: for 3 class_names, embeddings has shape \(2, 64\)"):
+        MatchingTargets.from_pretrained(tmp_path)
+
+
+def test_a_class_that_was_edited_out_of_the_json_is_noticed(targets, tmp_path):
+    targets.save_pretrained(tmp_path)
+    path = tmp_path / CONFIG_NAME
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "class_labels": config["class_labels"][:2]}))
+    with pytest.raises(ValueError, match="for 3 class_names, there are 2 class_labels"):
         MatchingTargets.from_pretrained(tmp_path)
 
 
@@ -343,7 +361,7 @@ def test_generator_arguments(pipe, make):
 
 def test_nan_generator(pipe):
     next(pipe.transformer.parameters()).data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="2 of 2 images are not finite"):
+    with pytest.raises(FloatingPointError, match="not finite for 2 of 2 images"):
         MatchingTargets.from_generator(pipe, samples_per_class=2, **DRAWN)
 
 

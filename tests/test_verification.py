@@ -4,8 +4,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsco_hf.folder import save_dataset_folder
+from dsco_hf.safety import is_pickle
 from dsco_hf.shards import file_sha256
-from dsco_hf.verification import is_pickle, verify_folder
+from dsco_hf.verification import verify_folder
 from hub.samples import RECORD, tiny_dataset
 
 

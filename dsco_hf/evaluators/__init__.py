@@ -3,6 +3,7 @@
 from .augmentation import Augmented, augment
 from .checks import check_same_classes
 from .evaluation import ImageSet, herd_per_class, load_image_set, run_job, run_jobs, summarise, train_job
+from .losses import accuracy
 from .models import (
     ARCHITECTURES,
     ConvNetConfig,
@@ -14,7 +15,7 @@ from .models import (
     build_evaluator,
 )
 from .protocols import PROTOCOLS, Protocol, get_protocol, protocol_from_dict, protocol_to_dict
-from .training import TrainingDivergedError, TrainingResult, accuracy, predict_logits, train_evaluator
+from .training import TrainingDivergedError, TrainingResult, predict_logits, train_evaluator
 
 
 __all__ = [

@@ -7,9 +7,11 @@ those that had begun at their last checkpoint, and ends with the same numbers.
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -144,7 +146,7 @@ def read_soft_labels(dataset: AnyDataset, column: str, *, num_classes: int) -> t
         soft = np.zeros((len(values), num_classes), dtype=np.float32)
         for row, entry in zip(soft, values, strict=True):
             indices, probabilities = np.asarray(entry["indices"]), np.asarray(entry["probabilities"], dtype=np.float32)
-            if indices.max() >= num_classes:
+            if len(indices) and not 0 <= indices.min() <= indices.max() < num_classes:
                 raise ValueError(f"Soft labels name class {indices.max()}, but there are {num_classes} classes.")
             if num_classes > len(indices):
                 row[:] = max(0.0, 1 - probabilities.sum()) / (num_classes - len(indices))
@@ -196,6 +198,7 @@ def train_job(
     accelerator: Accelerator,
     compiled: bool = False,
     checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
     overrides: Mapping[str, Any] | None = None,
     track_best: bool = False,
     save_to: Path | None = None,
@@ -220,6 +223,7 @@ def train_job(
         accelerator=accelerator,
         compiled=compiled,
         checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
         track_best=track_best,
         on_epoch=on_epoch,
         progress=progress,
@@ -357,8 +361,15 @@ def herd_per_class(
 
 
 def run_environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions, device and processes of a run, for its results.json."""
+    """Date, versions, device and processes of a run, for its results.json."""
+    cuda = accelerator.device.type == "cuda"
     return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name(accelerator.device) if cuda else None,
+        },
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,

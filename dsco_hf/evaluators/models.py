@@ -21,9 +21,8 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from ..schema import nearest
+from .norms import check_norm, make_norm
 
-
-NORMS = ("instance", "batch", "none")
 
 # Sizes that the peers use; anything else of `transformers` goes by its model type and `overrides`.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,19 +81,6 @@ class ConvNetConfig(PreTrainedConfig):
         self.image_mean = [0.5] * num_channels if image_mean is None else list(image_mean)
         self.image_std = [0.5] * num_channels if image_std is None else list(image_std)
         super().__init__(**kwargs)
-
-
-def check_norm(norm: str) -> None:
-    """Raises a ValueError for a norm that there is no layer for."""
-    if norm not in NORMS:
-        raise ValueError(f"Unknown norm {norm!r}; allowed: {', '.join(NORMS)}.")
-
-
-def make_norm(norm: str, channels: int) -> nn.Module:
-    """The normalisation layer of that name; instance norm is group norm with one channel a group, as the peers do."""
-    if norm == "instance":
-        return nn.GroupNorm(channels, channels)
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
 def pooled_sizes(image_size: int, depth: int) -> list[int]:

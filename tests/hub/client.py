@@ -104,7 +104,7 @@ class Client:
     def output(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def run(self, code: str, *, timeout: float = 120, **values: object) -> object:
+    def run(self, code: str, *, timeout: float = 300, **values: object) -> object:
         """Runs the body of a function with `values` as its variables and returns its (JSON) result.
 
         Raises:

@@ -14,8 +14,8 @@ from .samples import tiny_dataset
 NAMES = ["cat", "dog"]
 
 
-def tiny_pipeline() -> Any:
-    """A one-layer DiT on 8×8 pixels and a two-stage ResNet, of fixed random weights."""
+def tiny_pipeline(*, own_classifier: bool = False) -> Any:
+    """A one-layer DiT on 8×8 pixels and a two-stage ResNet or our own ConvNet, of fixed random weights."""
     from dsco_hf.pipeline import DsCoPipeline
 
     torch.manual_seed(0)
@@ -38,6 +38,10 @@ def tiny_pipeline() -> Any:
     )
     config.image_size, config.image_mean, config.image_std = 8, [0.5], [0.5]
     classifier = ResNetForImageClassification(config)
+    if own_classifier:
+        from dsco_hf.evaluators import build_evaluator
+
+        classifier = build_evaluator("convnet", class_names=NAMES, image_size=8, num_channels=1, width=4)
     return DsCoPipeline(
         transformer.eval(),
         DDIMScheduler(clip_sample=False),
@@ -61,11 +65,13 @@ def draw(pipe: Any) -> list[str]:
     return [image.tobytes().hex() for image in images]
 
 
-def publish_tiny_pipeline(repo_id: str, *, with_targets: bool = True, **options: Any) -> dict[str, Any]:
+def publish_tiny_pipeline(
+    repo_id: str, *, with_targets: bool = True, own_classifier: bool = False, **options: Any
+) -> dict[str, Any]:
     """Publishes the tiny pipeline and returns what was done, and what the pipeline draws."""
     from dsco_hf.hub import publish_pipeline
 
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(own_classifier=own_classifier)
     result = publish_pipeline(pipe, repo_id, targets=tiny_targets(pipe) if with_targets else None, **options)
     return {**vars(result), "pixels": draw(pipe)}
 
@@ -85,5 +91,20 @@ def train_tiny_pipeline() -> Any:
         num_layers=1, num_attention_heads=2, attention_head_dim=4, train_steps=3, batch_size=4
     )
     result = train_generator(pixels, labels, config, num_classes=2, accelerator=Accelerator(cpu=True), progress=False)
-    pipe.register_modules(transformer=result.transformer.eval())
+    pipe.register_modules(transformer=result.denoiser.eval())
     return pipe
+
+
+def pickle_weights(folder: Any) -> list[str]:
+    """Replaces all weights of a saved pipeline by pickled ones; returns their paths."""
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    pickles = []
+    for path in sorted(Path(folder).glob("*/*.safetensors")):
+        name = "pytorch_model.bin" if path.name == "model.safetensors" else "diffusion_pytorch_model.bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+        pickles.append(f"{path.parent.name}/{name}")
+    return pickles

@@ -1,0 +1,76 @@
+"""Between latents, as a denoiser sees them, and pixels: the conventions of diffusers' VAE configs, and image types.
+
+Every VAE says itself how its latents are scaled: an `AutoencoderKL` by `scaling_factor` (0.18215 for Stable
+Diffusion's), `shift_factor` or `latents_mean` and `latents_std`; an `AutoencoderTiny` was trained on scaled latents,
+its factor is 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import PIL.Image
+import torch
+
+
+def conventions(vae: Any) -> tuple[float, Any, Any]:
+    """(factor, shift, std) of a VAE: the denoiser's latents are (z - shift) * factor / std of the VAE's own z.
+
+    Shift and std are numbers, or per-channel tensors `(C, 1, 1)`.
+    """
+    config = vae.config
+    shift: Any
+    std: Any
+    shift, std = config.get("shift_factor") or 0.0, 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shift, std = (torch.tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    return config.get("scaling_factor") or 1.0, shift, std
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The denoiser's latents `(B, C, h, w)` → pixels `(B, 3, H, W)` in about [-1, 1]; gradients reach the latents.
+
+    Slices and tiles, if the VAE was told so (`vae.enable_slicing()`, `vae.enable_tiling()`).
+    """
+    factor, shift, std = conventions(vae)
+    z = latents / factor
+    if torch.is_tensor(std):
+        z = z * std.to(z) + shift.to(z)
+    elif shift:
+        z = z + shift
+    return vae.decode(z.to(vae.dtype)).sample
+
+
+def encode(
+    vae: Any, pixels: torch.Tensor, *, generator: torch.Generator | None = None, sample_posterior: bool = True
+) -> torch.Tensor:
+    """Pixels `(B, 3, H, W)` in [-1, 1] → latents as the denoiser sees them, in float32 or better.
+
+    Args:
+        vae (`AutoencoderKL` or `AutoencoderTiny`): the encoder.
+        pixels (`torch.Tensor`): on its device.
+        generator (`torch.Generator`, *optional*): of the draw from the posterior.
+        sample_posterior (`bool`): draw from the posterior, or take its mode. An `AutoencoderTiny` has none to draw
+            from.
+    """
+    factor, shift, std = conventions(vae)
+    encoded = vae.encode(pixels.to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        z = encoded.latent_dist.sample(generator) if sample_posterior else encoded.latent_dist.mode()
+    else:
+        z = encoded.latents
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if torch.is_tensor(std):
+        return (z - shift.to(z)) * factor / std.to(z)
+    return (z - shift if shift else z) * factor
+
+
+def to_output(images: torch.Tensor, output_type: str) -> Any:
+    """Images `(B, C, H, W)` in [0, 1] as "pil", "np" or "pt"; "latent" is left as it is."""
+    if output_type in ("pt", "latent"):
+        return images
+    arrays = images.cpu().permute(0, 2, 3, 1).numpy()
+    if output_type == "np":
+        return arrays
+    arrays = (arrays * 255).round().astype("uint8")
+    return [PIL.Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]

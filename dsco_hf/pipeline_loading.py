@@ -1,0 +1,236 @@
+"""How a pipeline is stored and found again: safetensors only, our own classes as components, one-line files of code.
+
+A folder or repository holds what diffusers writes, and the file `pipeline.py`, through which diffusers finds the
+installed class if it is told to trust it. A component of this package has such a file as well.
+`DsCoPipeline.from_pretrained` needs none of them, and runs no code of a repository.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import PreTrainedModel
+
+from .components import check_index
+from .model_hub import publish_pipeline
+from .push import PublishResult
+from .safety import explained, is_pickle
+
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 64  # bytes; what PyTorch gives every tensor on a CPU
+INDEX, SHIM_NAME = "model_index.json", "pipeline.py"
+# What a repository needs so that diffusers finds the installed class: nothing is copied, so nothing can grow stale.
+SHIM = "from dsco_hf import DsCoPipeline as DsCoPipeline\n"
+OWN_MODULE = re.compile(r"dsco_hf(\.[a-z_]+)+")
+OWN_SHIM = re.compile(rf"{OWN_MODULE.pattern}\.py")
+# Repositories whose main branch holds pickled weights only, and where the Hub's conversion of them is.
+CONVERSIONS = {"facebook/DiT-XL-2-256": "refs/pr/1"}
+_PICKLES = (
+    "{name} has {what}, and pickles can run code when they are loaded, so they are refused. Load a revision with "
+    "safetensors (often the Hub's conversion: `revision='refs/pr/N'`, see the pull requests of the repository), "
+    "convert the weights (https://huggingface.co/spaces/safetensors/convert), or pass `use_safetensors=False` if you "
+    "trust who made them."
+)
+DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+class StoredPipeline(DiffusionPipeline):
+    """A [`DiffusionPipeline`] that loads safetensors only, and may have models of this package as components."""
+
+    def register_modules(self, **kwargs: Any) -> None:
+        """Sets components; see [`DiffusionPipeline.register_modules`]. Their weights are aligned in memory."""
+        for component in kwargs.values():
+            if isinstance(component, torch.nn.Module):
+                align_weights(component)
+        super().register_modules(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Loads a pipeline from a folder or from the Hub; see [`DiffusionPipeline.from_pretrained`] for its options.
+
+        Weights are read from safetensors only, unless `use_safetensors=False` says otherwise. Components of this
+        package are loaded without any code from the repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): a folder, or the id of a repository.
+            kwargs: components to use in place of the stored ones (`classifier=...`), `revision`, `token`, `cache_dir`,
+                `local_files_only`, `dtype`, `variant`, ...
+
+        Raises:
+            ValueError: if there are only pickled weights, which can run code when loaded.
+            FileNotFoundError: if there is no such folder, repository or revision.
+            PermissionError: if it is gated, or the token is not valid.
+            ConnectionError: if the Hub cannot be reached.
+        """
+        name = str(pretrained_model_name_or_path)
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        if Path(name).is_dir():
+            return cls._load(name, Path(name), kwargs)
+        if isinstance(pretrained_model_name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise FileNotFoundError(
+                f"There is no folder {name}. Give one that `save_pretrained` wrote, or an id such as 'user/name'."
+            )
+        if kwargs["use_safetensors"] and kwargs.get("revision") is None and name in CONVERSIONS:
+            kwargs["revision"] = CONVERSIONS[name]
+            logger.info("The main branch of %s holds pickled weights: loading %s of it.", name, kwargs["revision"])
+        with explained(name, token=kwargs.get("token"), action="load"):
+            options: Any = {key: kwargs[key] for key in DOWNLOAD_OPTIONS if key in kwargs}
+            found = hf_hub_download(name, INDEX, **options)
+            kwargs["revision"] = Path(found).parent.name  # one commit for all that follows
+            return cls._load(name, Path(found).parent, kwargs)
+
+    @classmethod
+    def _load(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> Self:
+        index = read_index(folder)
+        given = {key for key, value in kwargs.items() if value is not None}  # passed as None: left out
+        wanted = {key: value for key, value in index.items() if key not in kwargs or key in given}
+        local = folder if Path(name).is_dir() else None
+        check_index(wanted, cls._optional_components, passed=given, folder=local)
+        if kwargs["use_safetensors"] and Path(name).is_dir():
+            refuse_pickles(name, [path.relative_to(name).as_posix() for path in Path(name).glob("*/*")], index, kwargs)
+        try:
+            for component, module, class_name in own_components(index):
+                kind = own_class(module, class_name)  # diffusers looks for the module among the imported ones
+                if component not in kwargs:
+                    kwargs[component] = load_own(kind, name, component, kwargs)
+            return super().from_pretrained(name, **kwargs)
+        except OSError as error:
+            if kwargs["use_safetensors"] and "safetensors" in str(error):
+                raise ValueError(_PICKLES.format(name=name, what="weights without a safetensors file")) from None
+            raise
+
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes the pipeline as safetensors, with the files through which diffusers finds the installed classes.
+
+        Args:
+            save_directory (`str` or `Path`): the folder; it is made if it is not there.
+            safe_serialization (`bool`): must be True.
+            push_to_hub (`bool`): also publish it, to `repo_id` or a repository of the folder's name.
+            kwargs: see [`DiffusionPipeline.save_pretrained`], and with `push_to_hub` [`StoredPipeline.push_to_hub`].
+
+        Raises:
+            ValueError: for `safe_serialization=False`: pickled weights can run code when they are loaded.
+        """
+        if not safe_serialization:
+            raise ValueError("Pipelines are saved as safetensors only: leave `safe_serialization=False` out.")
+        own = {key: kwargs.pop(key) for key in ("variant", "max_shard_size") if key in kwargs}
+        super().save_pretrained(str(save_directory), safe_serialization=True, **own)
+        folder = Path(save_directory)
+        (folder / SHIM_NAME).write_text(SHIM, encoding="utf-8")
+        for stale in folder.glob("*/dsco_hf.*.py"):
+            stale.unlink()
+        for component, module, class_name in own_components(read_index(folder)):
+            line = f"from {module} import {class_name} as {class_name}\n"
+            (folder / component / f"{module}.py").write_text(line, encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs, **own)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> PublishResult | None:
+        """Publishes the pipeline with its card: `dsco_hf.publish_pipeline(self, repo_id, ...)`.
+
+        Args:
+            repo_id (`str`): `"user/name"`.
+            options: see [`publish_pipeline`]: `targets`, `dataset_id`, `license`, `token`, `private`, `revision`,
+                `create_pr`, `commit_message`, ...
+        """
+        return publish_pipeline(self, repo_id, **options)
+
+
+def align_weights(model: torch.nn.Module) -> None:
+    """Moves weights on the CPU to where a computation would have allocated them.
+
+    Those read from a file lie wherever its header ends. The CPU's kernels sum in another order there, so that the same
+    weights give other last bits: a dataset could not be made again bit by bit from the published pipeline.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is torch.Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The content of a pipeline's `model_index.json`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no JSON object.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a pipeline: it has no {INDEX}. Give one that `save_pretrained` wrote."
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): it may be truncated. Save the pipeline again."
+        ) from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{path} must be a JSON object, but is a {type(index).__name__}. Save the pipeline again.")
+    return index
+
+
+def own_components(index: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(component, module, class) of the components in an index whose class is one of this package."""
+    return [
+        (name, str(value[0]), str(value[1]))
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and OWN_MODULE.fullmatch(str(value[0]))
+    ]
+
+
+def own_class(module: str, class_name: str) -> type[PreTrainedModel]:
+    """A model class of this package, by the names that a pipeline's index gives.
+
+    Raises:
+        ValueError: if there is no such model: the names come from a repository.
+    """
+    try:
+        found = getattr(importlib.import_module(module), class_name, None) if OWN_MODULE.fullmatch(module) else None
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"This version of dsco_hf has no model {class_name!r} in {module!r}. Install a newer one.")
+    return found
+
+
+def load_own(kind: type[PreTrainedModel], name: str, component: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Loads a component of this package from a folder, or from the commit of a repository that `revision` names."""
+    if Path(name).is_dir():
+        folder = Path(name)
+    else:
+        patterns = [f"{component}/*.json", f"{component}/*.safetensors"]
+        options = {key: kwargs[key] for key in DOWNLOAD_OPTIONS if key in kwargs}
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+    if isinstance(dtype, dict):
+        dtype = dtype.get(component, dtype.get("default"))
+    variant = kwargs.get("variant")
+    if not list((folder / component).glob(f"*.{variant}*.safetensors")):
+        variant = None
+    model = kind.from_pretrained(folder / component, dtype=dtype, variant=variant, use_safetensors=True).eval()
+    device = kwargs.get("device_map")
+    return model.to(device) if isinstance(device, str) and device != "balanced" else model
+
+
+def refuse_pickles(name: str, files: list[str], index: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Raises ValueError if a component that is to be loaded has pickled weights and no safetensors."""
+    for component, value in index.items():
+        if isinstance(value, list) and component not in kwargs:
+            own = [path for path in files if path.startswith(f"{component}/")]
+            pickles = [path for path in own if is_pickle(path)]
+            if pickles and not any(path.endswith(".safetensors") for path in own):
+                raise ValueError(_PICKLES.format(name=name, what=f"{pickles[0]} but no safetensors beside it"))

@@ -1,0 +1,389 @@
+"""Datasets' images as batches of pixels: decoded row by row, if wished by threads that run ahead of their reader."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset, Image
+from tqdm.auto import tqdm
+
+from .schema import AnyDataset, class_names, find_columns
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_AHEAD = 2  # batches that wait for their reader: enough to hide a slow one, little memory
+
+
+class PixelBatch(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        pixels (`torch.Tensor` of shape `(B, C, H, W)`, float32, range [-1, 1]): the images.
+        labels (`torch.Tensor` of shape `(B,)`, int64): labels of the dataset, not of a generator.
+        indices (`torch.Tensor` of shape `(B,)`, int64): the row of each image in the dataset.
+        keys (`torch.Tensor` of shape `(B,)`, int64): a hash of each image's pixels, by which images can be sampled
+            in the same way from a dataset, a stream, or parts of either.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    keys: torch.Tensor
+
+
+def iterate_pixels(
+    dataset: AnyDataset,
+    *,
+    image_size: int | None = None,
+    num_channels: int = 3,
+    batch_size: int = 256,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    on_error: str = "raise",
+    rows: Sequence[range] | None = None,
+    start: int = 0,
+    allow_empty: bool = False,
+    threads: int = 0,
+    progress: bool = False,
+) -> Iterator[PixelBatch]:
+    """Reads a dataset once, in the order of its rows, in batches.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): one split; a stream is read only as far as batches are asked for,
+            and two batches ahead with `threads`.
+        image_size (`int`, *optional*): resize the shorter side to this with bicubic filtering, then crop the centre.
+            Without it, all images must have one size.
+        num_channels (`int`): 1 (gray) or 3 (RGB).
+        batch_size (`int`): images per batch; the last batch may be smaller.
+        image_column (`str`, *optional*): see [`find_columns`].
+        label_column (`str`, *optional*): see [`find_columns`].
+        on_error (`str`): `"raise"` or `"skip"` images that cannot be decoded; skipped rows are counted and logged.
+        rows (sequence of `range`, *optional*): read these rows of a `Dataset` only; no batch spans two ranges.
+        start (`int`): leave out that many rows at the beginning of a stream; they are read but not decoded.
+        allow_empty (`bool`): accept that there are no rows, as in one of several parts.
+        threads (`int`): threads that decode in the background while the caller works; 0 decodes when asked for the
+            next batch. Pillow decodes without Python's lock, so threads keep up with a classifier (see
+            `recipes/benchmarks/targets_throughput.py`) and need no copy of the dataset, as processes do.
+        progress (`bool`): show a progress bar.
+
+    Yields:
+        [`PixelBatch`]: pixels `(B, C, H, W)` in [-1, 1], labels, row indices and keys `(B,)`.
+
+    Raises:
+        ValueError: for an unreadable image or a missing label (the row is named), for sizes that differ, and for an
+            empty dataset.
+    """
+    _check_pixel_options(image_size, num_channels, batch_size, on_error)
+    image_column, label_column = find_columns(dataset, image_column=image_column, label_column=label_column)
+    reader = _Reader(
+        encoded_columns(dataset, image_column, label_column),
+        (image_column, label_column),
+        len(class_names(dataset, label_column=label_column)),
+        image_size=image_size,
+        num_channels=num_channels,
+        batch_size=batch_size,
+        skip=on_error == "skip",
+        rows=rows,
+        start=start,
+        allow_empty=allow_empty,
+        threads=threads,
+        progress=progress,
+    )
+    # A generator of its own, so that bad arguments are reported by the call and not by the first batch.
+    return ahead(reader.batches, _AHEAD) if threads else reader.batches()
+
+
+def default_threads() -> int:
+    """Threads that may decode for one process: its share of the cores, less the one that runs the model; 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1), 8)
+
+
+def ahead(produce: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
+    """The items of an iterator that runs in a thread of its own, at most `depth` items ahead of its reader.
+
+    The thread starts with the first item that is asked for, and ends with the iterator or when the reader stops.
+    """
+    items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(kind: str, item: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return items.put((kind, item), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in produce():
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # raised again where the items are read
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="dsco-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = items.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _check_pixel_options(image_size: int | None, num_channels: int, batch_size: int, on_error: str) -> None:
+    if num_channels not in (1, 3):
+        raise ValueError(f"`num_channels` must be 1 (gray) or 3 (RGB), got {num_channels}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"`image_size` must be at least 1 pixel, or None for the images' own size; got {image_size}.")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
+
+
+def encoded_columns(dataset: AnyDataset, image_column: str, label_column: str) -> AnyDataset:
+    """The two columns with images still encoded: decoding row by row tells which row is corrupt."""
+    if isinstance(dataset, Dataset):
+        dataset = dataset.with_format(None)
+    elif dataset.features is None:
+        dataset = dataset._resolve_features()
+    return dataset.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
+
+
+class _Reader:
+    """Reads encoded rows, decodes them, and refuses or skips what is wrong with them, in their order."""
+
+    def __init__(
+        self,
+        dataset: AnyDataset,
+        columns: tuple[str, str],
+        num_classes: int,
+        *,
+        image_size: int | None,
+        num_channels: int,
+        batch_size: int,
+        skip: bool,
+        rows: Sequence[range] | None,
+        start: int,
+        allow_empty: bool,
+        threads: int,
+        progress: bool,
+    ) -> None:
+        self.dataset, self.columns, self.num_classes = dataset, columns, num_classes
+        self.image_size, self.num_channels, self.batch_size = image_size, num_channels, batch_size
+        self.skip, self.rows, self.start, self.allow_empty = skip, rows, start, allow_empty
+        self.threads, self.progress = threads, progress
+        self.skipped: list[int] = []
+        self.size: tuple[int, ...] | None = None
+
+    def batches(self) -> Iterator[PixelBatch]:
+        """The batches, with a progress bar."""
+        total = len(self.dataset) if isinstance(self.dataset, Dataset) else None
+        total = total if self.rows is None else sum(map(len, self.rows))
+        read = 0
+        with (
+            ThreadPoolExecutor(max(self.threads, 1), thread_name_prefix="dsco-decode") as pool,
+            tqdm(total=total, desc="Reading images", unit="img", disable=not self.progress) as bar,
+        ):
+            for first, values, labels in self._encoded_batches():
+                batch = self._batch(first, self._decode(values, pool), labels)
+                read += len(values)
+                if batch is not None:
+                    yield batch
+                bar.update(len(values))
+        if read == 0 and not self.allow_empty:
+            raise ValueError("The dataset is empty: it has no rows.")
+        if self.skipped:
+            more = f" and {len(self.skipped) - 20} more" if len(self.skipped) > 20 else ""
+            logger.warning(
+                "Skipped %d of %d images that cannot be decoded: rows %s%s",
+                len(self.skipped),
+                read,
+                self.skipped[:20],
+                more,
+            )
+
+    def _encoded_batches(self) -> Iterator[tuple[int, list[Any], list[int | None]]]:
+        """(number of the first row, encoded images, labels)."""
+        if self.rows is None:
+            pieces = [(self.start, self.dataset.skip(self.start) if self.start else self.dataset)]
+        else:
+            pieces = ((run.start, self.dataset.select(run)) for run in self.rows)  # type: ignore[assignment]
+        for first, piece in pieces:
+            for batch in piece.iter(batch_size=self.batch_size):
+                values, labels = batch[self.columns[0]], batch[self.columns[1]]
+                yield first, values, labels
+                first += len(values)
+
+    def _decode(self, values: list[Any], pool: ThreadPoolExecutor) -> list[np.ndarray | Exception]:
+        """Images as arrays; what went wrong in the place of those that cannot be decoded."""
+        if self.threads < 2:
+            return [self._array(value) for value in values]
+        size = -(-len(values) // self.threads)
+        slices = [values[i : i + size] for i in range(0, len(values), size)]
+        parts = pool.map(lambda part: [self._array(value) for value in part], slices)
+        return [array for part in parts for array in part]
+
+    def _array(self, value: Any) -> np.ndarray | Exception:
+        try:
+            return _to_array(_DECODER.decode_example(value), self.image_size, self.num_channels)
+        except Exception as error:  # Pillow's readers raise all sorts of things on broken files
+            return error
+
+    def _batch(self, first: int, arrays: list[np.ndarray | Exception], labels: list[int | None]) -> PixelBatch | None:
+        kept: list[np.ndarray] = []
+        kept_labels, indices = [], []
+        for row, (array, label) in enumerate(zip(arrays, labels, strict=True), start=first):
+            if isinstance(array, Exception):
+                if not self.skip:
+                    raise ValueError(
+                        f"The image of row {row} cannot be decoded ({type(array).__name__}: {array}). Repair or "
+                        "remove the row, or pass `on_error='skip'` to leave such images out."
+                    ) from array
+                self.skipped.append(row)
+                continue
+            self.size = self.size or array.shape
+            if array.shape != self.size:
+                raise ValueError(
+                    f"Image sizes differ: row {row} is {array.shape[1]}x{array.shape[0]} pixels, earlier ones "
+                    f"{self.size[1]}x{self.size[0]}. Pass `image_size=` to resize and crop them all to one size."
+                )
+            kept.append(array)
+            kept_labels.append(_checked_label(label, row, self.num_classes))
+            indices.append(row)
+        if not kept:
+            return None
+        keys = torch.tensor([_key(array) for array in kept])
+        return PixelBatch(_to_pixels(np.stack(kept)), torch.tensor(kept_labels), torch.tensor(indices), keys)
+
+
+_DECODER = Image()
+
+
+def _key(array: np.ndarray) -> int:
+    """63 bits of a hash of an image."""
+    digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _checked_label(label: int | None, row: int, num_classes: int) -> int:
+    if label is None or not 0 <= label < num_classes:
+        raise ValueError(
+            f"Row {row} has no valid label: got {label}, allowed are 0 to {num_classes - 1}. Unlabelled test splits "
+            "use -1 or None; choose a labelled split or remove such rows with `dataset.filter`."
+        )
+    return label
+
+
+def _to_array(image: PIL.Image.Image, image_size: int | None, num_channels: int) -> np.ndarray:
+    """An image as uint8 of shape (H, W) or (H, W, 3)."""
+    mode = "L" if num_channels == 1 else "RGB"
+    if image.mode != mode:
+        image = _convert(image, mode)
+    if image_size is not None and image.size != (image_size, image_size):
+        width, height = image.size
+        scale = image_size / min(width, height)
+        width, height = max(round(width * scale), image_size), max(round(height * scale), image_size)
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        left, top = (width - image_size) // 2, (height - image_size) // 2
+        image = image.crop((left, top, left + image_size, top + image_size))
+    return np.asarray(image)
+
+
+def _convert(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point images have no defined range; store them with 8 or 16 bits per channel")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip instead of scale
+        values = np.asarray(image).astype(np.float32) / 257
+        image = PIL.Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def _to_pixels(arrays: np.ndarray) -> torch.Tensor:
+    """uint8 `(B, H, W)` or `(B, H, W, 3)` to float32 `(B, C, H, W)` in [-1, 1]."""
+    values = torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2)
+    return values.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def load_pixels(
+    dataset: AnyDataset,
+    *,
+    image_size: int | None = None,
+    num_channels: int = 3,
+    batch_size: int = 256,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    on_error: str = "raise",
+    progress: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reads a whole dataset into memory; arguments as for [`iterate_pixels`].
+
+    Returns:
+        `tuple`: pixels `(N, C, H, W)` float32 in [-1, 1], labels `(N,)` int64, and row indices `(N,)` int64. The
+        indices are 0..N-1 unless images were skipped.
+    """
+    batches = iterate_pixels(
+        dataset,
+        image_size=image_size,
+        num_channels=num_channels,
+        batch_size=batch_size,
+        image_column=image_column,
+        label_column=label_column,
+        on_error=on_error,
+        progress=progress,
+    )
+    rows = len(dataset) if isinstance(dataset, Dataset) else None
+    pixels, filled, parts, labels, indices = None, 0, [], [], []
+    for batch in batches:
+        labels.append(batch.labels)
+        indices.append(batch.indices)
+        if rows is None:
+            parts.append(batch.pixels)
+            continue
+        if pixels is None:  # one allocation: collecting parts would need twice the memory at the end
+            pixels = torch.empty(rows, *batch.pixels.shape[1:])
+        pixels[filled : filled + len(batch.pixels)] = batch.pixels
+        filled += len(batch.pixels)
+    if not labels:
+        raise ValueError("Not one image of the dataset can be decoded.")
+    pixels = torch.cat(parts) if pixels is None else pixels[:filled]
+    return pixels, torch.cat(labels), torch.cat(indices)
+
+
+def images_from_pixels(pixels: torch.Tensor) -> list[PIL.Image.Image]:
+    """Pixels `(B, 1 or 3, H, W)` in [-1, 1] as images of mode L or RGB; values outside are clipped.
+
+    Raises:
+        ValueError: if the shape is another, or a value is NaN.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+        raise ValueError(f"Expected pixels of shape (B, 1 or 3, H, W), got {tuple(pixels.shape)}.")
+    if torch.isnan(pixels).any():
+        raise ValueError("The pixels contain NaN; they cannot be made images.")
+    values = pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    arrays = values.permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, C)
+    return [PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]

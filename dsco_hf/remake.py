@@ -1,0 +1,168 @@
+"""Making a published dataset again: its records, and the pipeline and targets that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForImageClassification
+
+from .digests import model_sha256, targets_sha256
+from .folder import CONCENTRATION, parse_record
+from .pipeline import DsCoPipeline
+from .records import PARTS, config_record
+from .safety import Token, explained, safe_path
+from .targets import MatchingTargets
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def read_concentration(
+    repo_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    cache_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Reads how a published dataset was made: the content of its `concentration.json`, without the images.
+
+    Args:
+        repo_or_folder: `"user/name"`, or the folder of a published dataset.
+        revision: Branch, tag or commit of the repository.
+        token: Token for a private repository.
+        cache_dir: Where to keep the download; the usual cache if `None`.
+
+    Raises:
+        FileNotFoundError: If there is no such repository, revision or folder, or it has no `concentration.json`.
+        PermissionError: If it is gated or the token is not valid.
+        ValueError: If the file is damaged.
+        ConnectionError: If the Hub cannot be reached.
+    """
+    folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
+    return parse_record((folder / CONCENTRATION).read_text(encoding="utf-8"), f"{CONCENTRATION} of {repo_or_folder}")
+
+
+def load_recorded(
+    repo_or_folder: str | Path,
+    config: str | None = None,
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[DsCoPipeline, MatchingTargets | None, dict[str, Any]]:
+    """Loads what a published dataset was made with: the pipeline and the targets, at the recorded commits.
+
+    `concentrate(pipe, targets, seed=record["seed"], **record_parameters(record))` then makes its synthetic rows again.
+
+    Args:
+        repo_or_folder: `"user/name"`, or the folder of a published dataset.
+        config: Config to make again; the default one if `None`.
+        revision: Branch, tag or commit of the dataset.
+        token: Token for private repositories.
+        cache_dir: Where to keep the downloads; the usual cache if `None`.
+
+    Returns:
+        The pipeline; the targets, `None` if there were none (plain samples); and the records of the config.
+
+    Raises:
+        ValueError: If the records do not name published models and targets, or what they name is something else now.
+        FileNotFoundError: See `read_concentration`, as for the others.
+        PermissionError: See `read_concentration`.
+        ConnectionError: See `read_concentration`.
+    """
+    folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
+    name = f"{CONCENTRATION} of {repo_or_folder}"
+    record = config_record(parse_record((folder / CONCENTRATION).read_text(encoding="utf-8"), name), config)
+    options = {"token": token, "cache_dir": cache_dir}
+    place = _place(record, "generator", name)
+    parts = {part: model for part in PARTS if (model := _load_part(record, part, place, name, options)) is not None}
+    dtype = DTYPES.get(str((record.get("environment") or {}).get("dtype")), torch.float32)
+    pipe = DsCoPipeline.from_pretrained(place["id"], revision=place.get("revision"), dtype=dtype, **parts, **options)
+    for part, model in (("generator", pipe.denoiser), *((part, getattr(pipe, part, None)) for part in PARTS)):
+        expected = (record.get(part) or {}).get("sha256")
+        if expected is not None and (model is None or model_sha256(model) != expected):
+            raise ValueError(
+                f"The {part} that {name} names is not the one that the dataset was made with: the SHA-256 of its "
+                "weights differs. Was it changed since? A recorded `revision` would tell them apart."
+            )
+    return pipe, _load_targets(record, folder, name, options), record
+
+
+def _fetch(repo_or_folder: str | Path, *, revision: str | None, token: Token, cache_dir: str | Path | None) -> Path:
+    """The folder with the records and targets of a dataset, downloaded at one commit unless it is a local one."""
+    folder, name = Path(repo_or_folder), str(repo_or_folder)
+    if not folder.is_dir():
+        if name.count("/") > 1 or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"There is no folder {name}. Give the folder of a published dataset, or an id such as 'user/name'."
+            )
+        with explained(name, token=token, action="read"):
+            api = HfApi(token=token, library_name="dsco_hf")
+            patterns = [CONCENTRATION, "targets/*/targets.json", "targets/*/targets.safetensors"]
+            options: Any = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": patterns}
+            folder = Path(api.snapshot_download(name, repo_type="dataset", **options))
+    if not (folder / CONCENTRATION).is_file():
+        raise FileNotFoundError(f"{name} has no {CONCENTRATION}: it was not published with `publish`.")
+    return folder
+
+
+def _place(record: Mapping[str, Any], part: str, name: str) -> dict[str, Any]:
+    """The recorded repository of a model; ValueError if none is recorded that others could load."""
+    entry = record.get(part)
+    entry = dict(entry) if isinstance(entry, Mapping) else {}
+    try:
+        validate_repo_id(entry.get("id") or "")
+    except HFValidationError:
+        if not (isinstance(entry.get("id"), str) and Path(entry["id"]).is_dir()):
+            raise ValueError(
+                f"The {part} is recorded in {name} as {entry.get('id')!r}, which is no repository that others can "
+                "load: ask who made the dataset to publish it (`publish_pipeline`, `publish_evaluator`) and to record "
+                "its id."
+            ) from None
+    return entry
+
+
+def _load_part(
+    record: Mapping[str, Any], part: str, generator: Mapping[str, Any], name: str, options: Mapping[str, Any]
+) -> Any:
+    """A component that was added to the generator by hand; None if the generator's own repository has it."""
+    if not record.get(part):
+        return None
+    place = _place(record, part, name)
+    if place.get("subfolder") == part and place["id"] == generator["id"]:
+        if place.get("revision") == generator.get("revision"):
+            return None
+    known = {key: place[key] for key in ("revision", "subfolder") if place.get(key)}
+    with explained(place["id"], token=options["token"], action="load"):
+        kind = AutoencoderTiny if part == "preview_vae" else AutoModelForImageClassification
+        return kind.from_pretrained(place["id"], use_safetensors=True, **known, **options).eval()
+
+
+def _load_targets(
+    record: Mapping[str, Any], folder: Path, name: str, options: Mapping[str, Any]
+) -> MatchingTargets | None:
+    entry = record.get("targets")
+    if not entry:
+        return None
+    if entry.get("path"):
+        targets = MatchingTargets.from_pretrained(safe_path(folder, entry["path"]))
+    elif entry.get("id"):
+        place = {key: entry[key] for key in ("revision", "subfolder") if entry.get(key)}
+        targets = MatchingTargets.from_pretrained(entry["id"], **place, **options)
+    else:
+        raise ValueError(
+            f"The targets behind {name} were not published with it (`publish(..., targets=targets)` does that): ask "
+            "who made the dataset, or make them anew from the recorded source with `MatchingTargets.from_dataset`."
+        )
+    if entry.get("sha256") not in (None, targets_sha256(targets)):
+        raise ValueError(
+            f"The targets that {name} names are not those that it was made with: the SHA-256 of their content differs."
+        )
+    return targets

@@ -1,0 +1,412 @@
+"""Concentrates a dataset: draws a few images per class that match what a classifier sees in whole classes.
+
+    accelerate launch recipes/concentrate.py --config recipes/configs/concentrate_digits.yaml
+    accelerate launch --multi_gpu --num_processes 8 recipes/concentrate.py --config ...     (also without a GPU)
+    accelerate launch recipes/concentrate.py --from user/name --output_dir outputs/again
+
+A run that was stopped, however, goes on where it was when the same command is run again; so does one that is to have
+more images per class, by whole blocks. `--from` draws the synthetic images of a published dataset again, with what its
+`concentration.json` records; on a CPU with the same versions they are the same bit by bit.
+
+Writes to the output folder: dataset/, which `load_dataset` reads and recipes/publish.py sends; results.json; run/, the
+finished units and the log; and targets/, if it made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers import AutoencoderTiny
+from transformers import AutoModelForImageClassification
+
+import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
+from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.data import load_image_dataset
+from dsco_hf.files import write_atomically
+from dsco_hf.folder import concentration_record, save_dataset_folder, to_json
+from dsco_hf.pipeline import DsCoPipeline
+from dsco_hf.quantile import QuantileTargets
+from dsco_hf.records import library_versions, record_parameters
+from dsco_hf.remake import load_recorded, read_concentration
+from dsco_hf.runs import RunResult, concentrate_to_folder
+from dsco_hf.shards import rows_sha256
+from dsco_hf.targets import MatchingTargets
+from dsco_hf.team import RunError
+
+
+@dataclass(frozen=True)
+class ConcentrateRecipe:
+    """Options of this recipe; those from `objective` to `batch_size` are of `DsCoPipeline.__call__`.
+
+    Attributes:
+        generator, generator_revision: pipeline folder or Hub id.
+        classifier, classifier_revision: folder or Hub id; that of the pipeline if none.
+        preview_vae, preview_vae_revision: an `AutoencoderTiny` for the look-ahead; that of the pipeline if none.
+        dtype: "float32", "bfloat16" or "float16".
+        targets, targets_revision: folder or Hub repository of finished targets, in place of the next two.
+        dataset, dataset_name, split, revision, image_column, label_column, on_error, mapping: real images to match,
+            see `MatchingTargets.from_dataset`; `mapping` is a label set or a YAML file.
+        data_free, samples_per_class, weighting: match samples of the generator instead, and read no real image.
+        class_labels: the generator's classes, for data-free and plain sets; all if none.
+        features: what to match, as JSON; see `dsco_hf.feature_spec`.
+        draws: of objective "quantile".
+        images_per_class: more of them, by whole blocks, extend a finished run.
+        seed: with class and index it fixes an image.
+        block_size: images of a class that are optimised jointly.
+        images_per_call: of several classes, at most; smaller calls occupy more processes.
+        output_dir: see above.
+        max_hours: stop in time, to go on later.
+        cpu_threads: threads of a process on a CPU; use several processes to use several cores.
+        accept_changed: settings that may differ from those the run was started with, such as `models`.
+        from_dataset: `--from`: a published dataset, by Hub id or folder, to draw again.
+        from_config, from_revision: its config and its revision.
+    """
+
+    generator: str | None = None
+    generator_revision: str | None = None
+    classifier: str | None = None
+    classifier_revision: str | None = None
+    preview_vae: str | None = None
+    preview_vae_revision: str | None = None
+    dtype: str = "float32"
+    targets: str | None = None
+    targets_revision: str | None = None
+    dataset: str | None = None
+    dataset_name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    on_error: str = "raise"
+    mapping: str | None = None
+    data_free: bool = False
+    samples_per_class: int = 200
+    weighting: str = "confidence"
+    class_labels: list[str] = field(default_factory=list)
+    features: str | None = None
+    draws: int = 5
+    images_per_class: int = 10
+    seed: int = 0
+    block_size: int = 10
+    images_per_call: int = 128
+    objective: str = "rkhs"
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 50
+    eta: float = 1.0
+    optimization_steps: int | None = None
+    step_size: float = 1.0
+    step_decay: float = 0.25
+    optimize_from: float = 0.6
+    optimize_until: float = 1.0
+    lookahead: str = "conditional"
+    batch_size: int | None = None
+    output_dir: str = "outputs/concentrated"
+    max_hours: float | None = None
+    cpu_threads: int | None = None
+    accept_changed: list[str] = field(default_factory=list)
+    from_dataset: str | None = None
+    from_config: str | None = None
+    from_revision: str | None = None
+
+
+SAMPLING = ("objective", "guidance_scale", "num_inference_steps", "eta", "optimization_steps", "step_size",
+            "step_decay", "optimize_from", "optimize_until", "lookahead", "batch_size")  # fmt: skip
+SIZES = ("images_per_class", "block_size", "images_per_call")
+WITH_FROM = {"output_dir", "max_hours", "cpu_threads", "accept_changed"}  # what `--from` leaves to the user
+
+
+@dataclass
+class Job:
+    """What is to be drawn, read from the options or from the record of a published dataset."""
+
+    pipe: DsCoPipeline
+    targets: MatchingTargets | QuantileTargets | None
+    parameters: dict[str, Any]
+    seed: int
+    cpu_threads: int
+    method: str
+    source: dict[str, Any] | None = None
+    targets_id: str | None = None
+    targets_revision: str | None = None
+    origin: dict[str, Any] | None = None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the options, draws, and writes the dataset."""
+    start = time.monotonic()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [f"--from_dataset{text.removeprefix('--from')}" if is_from(text) else text for text in given]
+    recipe = parse_config(ConcentrateRecipe, given, description=__doc__)
+    check_recipe(recipe)
+    # the pass over a large dataset, or a download, takes longer than the 10 or 30 minutes that processes usually wait
+    accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    try:
+        job = recorded_job(recipe, accelerator) if recipe.from_dataset else described_job(recipe, accelerator)
+        parameters = dict(job.parameters)
+        hours = (time.monotonic() - start) / 3600  # loading and targets count, too
+        left = None if recipe.max_hours is None else max(0.0, recipe.max_hours - hours)
+        result = concentrate_to_folder(
+            job.pipe, job.targets, parameters.pop("images_per_class"), Path(recipe.output_dir) / "run", seed=job.seed,
+            cpu_threads=job.cpu_threads, max_hours=left, accept_changed=recipe.accept_changed,
+            accelerator=accelerator, **parameters,
+        )  # fmt: skip
+    except RunError as error:
+        sys.exit(str(error) if accelerator.is_main_process else 1)
+    outcome = result.message
+    if accelerator.is_main_process and result.finished:
+        outcome += finish(recipe, job, result)
+    if accelerator.is_main_process:
+        print(outcome)
+    accelerator.end_training()
+    if result.failures:
+        sys.exit(1)
+
+
+def is_from(text: str) -> bool:
+    """Whether this is `--from`, which is no name for a field."""
+    return text == "--from" or text.startswith("--from=")
+
+
+def check_recipe(recipe: ConcentrateRecipe) -> None:
+    """Refuses options that do not go together."""
+    if recipe.from_dataset is not None:
+        names = [f.name for f in dataclasses.fields(recipe) if not f.name.startswith("from_")]
+        usual = ConcentrateRecipe()
+        changed = [name for name in names if getattr(recipe, name) != getattr(usual, name)]
+        if refused := [name for name in changed if name not in WITH_FROM]:
+            raise ValueError(
+                f"`--from` takes all else from the record of the dataset: leave {refused} out, or leave `--from` out."
+            )
+        return
+    if recipe.generator is None:
+        raise ValueError("`generator` is missing: a pipeline folder or Hub id, such as facebook/DiT-XL-2-256.")
+    sources = [name for name in ("targets", "dataset", "data_free") if getattr(recipe, name)]
+    if len(sources) > 1:
+        raise ValueError(f"{sources} were given: images can match one of them only.")
+    if recipe.objective == "classifier" and sources:
+        raise ValueError(f"The 'classifier' objective matches nothing: leave {sources[0]!r} out.")
+    if recipe.objective == "quantile" and sources != ["dataset"]:
+        raise ValueError("The 'quantile' objective matches real images: give `dataset`.")
+    if recipe.objective == "rkhs" and not sources and recipe.optimization_steps != 0:
+        raise ValueError(
+            "Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0` for plain samples."
+        )
+    if recipe.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {recipe.dtype!r}.")
+
+
+def recorded_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
+    """The job that made a published dataset."""
+    name, options = str(recipe.from_dataset), {"revision": recipe.from_revision}
+    with accelerator.main_process_first():
+        pipe, targets, record = load_recorded(name, recipe.from_config, **options)
+        published = read_concentration(name, **options)
+    if record_parameters(record)["objective"] == "quantile":
+        raise ValueError(
+            f"{name} matches real images one by one (objective 'quantile'): only with them can it be drawn."
+        )
+    entry = published["configs"][record["config"]]
+    counts = next(iter(entry["splits"].values()))
+    synthetic = dict(record.get("synthetic") or {})
+    if not synthetic and set(counts["sources"]) == {"synthetic"}:
+        synthetic = {"rows_sha256": counts["rows_sha256"]}
+    origin = {"dataset": name, "config": record["config"], "revision": recipe.from_revision} | synthetic
+    recorded = (record.get("environment") or {}).get("threads")
+    return Job(
+        pipe=pipe.to(accelerator.device),
+        targets=targets,
+        parameters=record_parameters(record),
+        seed=record["seed"],
+        cpu_threads=recipe.cpu_threads or recorded or 1,
+        method=str(record.get("method") or "nopt").removesuffix("+doping"),
+        source=record.get("source"),
+        origin={**origin, "versions": record.get("versions") or {}},
+    )
+
+
+def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
+    """The job that the options describe."""
+    dtype = getattr(torch, recipe.dtype)
+    parts: dict[str, Any] = {}
+    with accelerator.main_process_first():  # one process downloads, the others read its cache
+        if recipe.classifier is not None:
+            parts["classifier"] = AutoModelForImageClassification.from_pretrained(
+                recipe.classifier, revision=recipe.classifier_revision, dtype=dtype
+            ).eval()
+        if recipe.preview_vae is not None:
+            parts["preview_vae"] = AutoencoderTiny.from_pretrained(
+                recipe.preview_vae, revision=recipe.preview_vae_revision, dtype=dtype
+            )
+        pipe = DsCoPipeline.from_pretrained(
+            recipe.generator, revision=recipe.generator_revision, dtype=dtype, **parts
+        ).to(accelerator.device)
+    targets = make_targets(recipe, pipe, accelerator)
+    parameters = {name: getattr(recipe, name) for name in (*SIZES, *SAMPLING)}
+    if targets is None and recipe.class_labels:
+        parameters["class_labels"] = classes(recipe)
+    data_free = isinstance(targets, MatchingTargets) and targets.provenance.get("population") == "generator"
+    methods = {"classifier": "nopt-classifier-only", "quantile": "nopt-quantile"}
+    method = methods.get(recipe.objective, "nopt-data-free" if data_free else "nopt")
+    if recipe.optimization_steps == 0:
+        method = "plain"
+    source = {"dataset": recipe.dataset, "config": recipe.dataset_name, "revision": recipe.revision}
+    stored = None if recipe.targets is None or Path(recipe.targets).is_dir() else recipe.targets
+    return Job(
+        pipe=pipe,
+        targets=targets,
+        parameters=parameters,
+        seed=recipe.seed,
+        cpu_threads=recipe.cpu_threads or 1,
+        method=method,
+        source=None if recipe.dataset is None else {**source, "split": recipe.split},
+        targets_id=stored,
+        targets_revision=recipe.targets_revision if stored else None,
+    )
+
+
+def classes(recipe: ConcentrateRecipe) -> list[int | str]:
+    """The generator's classes, by index or name."""
+    return [int(label) if label.isdecimal() else label for label in recipe.class_labels]
+
+
+def make_targets(
+    recipe: ConcentrateRecipe, pipe: DsCoPipeline, accelerator: Accelerator
+) -> MatchingTargets | QuantileTargets | None:
+    """What to match: loaded, or made by all processes together and kept in the output folder."""
+    if recipe.targets is not None:
+        with accelerator.main_process_first():
+            return MatchingTargets.from_pretrained(recipe.targets, revision=recipe.targets_revision)
+    if recipe.dataset is None and not recipe.data_free:
+        return None
+    dataset = None
+    if recipe.dataset is not None:
+        with accelerator.main_process_first():
+            dataset = load_image_dataset(
+                recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision
+            )
+    if recipe.objective == "quantile":
+        return QuantileTargets.from_dataset(dataset, pipe, mapping=recipe.mapping, draws=recipe.draws)
+    options: dict[str, Any] = {"features": None if recipe.features is None else json.loads(recipe.features)}
+    if recipe.data_free:
+        names = ("samples_per_class", "weighting", "num_inference_steps", "guidance_scale", "eta", "seed")
+        options |= {"class_labels": classes(recipe) or None}
+    else:
+        names = ("image_column", "label_column", "on_error", "mapping", "seed")
+    options |= {name: getattr(recipe, name) for name in names}
+    chosen = ("dataset", "dataset_name", "split", "revision", "data_free")
+    request = {**options, **{name: getattr(recipe, name) for name in chosen}}
+    return kept_targets(Path(recipe.output_dir), request, dataset, pipe, options, accelerator)
+
+
+def kept_targets(
+    output: Path,
+    request: Mapping[str, Any],
+    dataset: Any,
+    pipe: DsCoPipeline,
+    options: Mapping[str, Any],
+    accelerator: Accelerator,
+) -> MatchingTargets:
+    """Targets of an earlier session, or new ones, which are then kept: a run goes on with those it began with."""
+    folder, path = output / "targets", output / "targets" / "request.json"
+    made = path.is_file()
+    accelerator.wait_for_everyone()  # nobody writes before all have looked
+    if made:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [name for name in request if before.get(name) != request[name]]:
+            values = "; ".join(f"{name}: {before.get(name)!r} there, {request[name]!r} now" for name in differing)
+            raise ValueError(
+                f"{folder} holds targets that were made otherwise ({values}). Remove it, or choose another folder."
+            )
+        return MatchingTargets.from_pretrained(folder)
+    shared = {"accelerator": accelerator, "work_dir": output / "targets-work", "progress": accelerator.is_main_process}
+    if dataset is None:
+        targets = MatchingTargets.from_generator(pipe, **options, **shared)
+    else:
+        targets = MatchingTargets.from_dataset(dataset, pipe, **options, **shared)
+    if accelerator.is_main_process:
+        targets.save_pretrained(folder)
+        write_atomically(path, json.dumps(request, indent=2).encode())
+        shutil.rmtree(output / "targets-work")
+    accelerator.wait_for_everyone()
+    return MatchingTargets.from_pretrained(folder)
+
+
+def finish(recipe: ConcentrateRecipe, job: Job, result: RunResult) -> str:
+    """Writes the dataset and the results; returns what to tell."""
+    output, cache = Path(recipe.output_dir), Path(recipe.output_dir) / "run" / "rows.arrow"
+    dataset = result.dataset(cache_file=cache)
+    images = job.parameters["images_per_class"]
+    kept = job.targets if isinstance(job.targets, MatchingTargets) else None
+    record = concentration_record(
+        job.pipe, kept, result.report, method=job.method, seed=job.seed, parameters=job.parameters, source=job.source,
+        targets_id=job.targets_id, targets_revision=job.targets_revision,
+    )  # fmt: skip
+    size = min(job.parameters["block_size"], images)
+    record["blocks"] = {
+        "size": size,
+        "count": -(-images // size),
+        "nested": "the images of the first k blocks are those of a run with k times `size` images per class",
+    }
+    record["models"] = result.settings["models"]
+    record["changes"] = result.changes
+    record["environment"]["threads"] = result.settings["cpu_threads"]
+    record["synthetic"] = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
+    save_dataset_folder(
+        {f"ipc{images}": dataset},
+        output / "dataset",
+        concentration=record,
+        targets=kept if not job.targets_id else None,
+    )
+    cache.unlink()
+    results = {
+        "config": dataclasses.asdict(recipe),
+        "method": job.method,
+        "seed": job.seed,
+        "cost": {name: value for name, value in vars(result.report).items() if "discrepancy" not in name},
+        "session": result.session,
+        "discrepancy": result.report.discrepancy,
+        "discrepancy_by_class": result.report.discrepancy_by_class,
+        "settings": result.settings,
+        "versions": library_versions(),
+    }
+    told = f" The dataset is in {output / 'dataset'}."
+    if job.origin is not None:
+        results["from"], verdict = compared(job.origin, record["synthetic"]["rows_sha256"])
+        told += verdict
+    write_atomically(output / "results.json", to_json(results).encode())
+    return told
+
+
+def compared(origin: Mapping[str, Any], found: str) -> tuple[dict[str, Any], str]:
+    """Whether the images are those of the published dataset, for the results and in words."""
+    versions = dict(origin["versions"])
+    now = library_versions()
+    other = {name: [versions[name], now.get(name)] for name in versions if versions[name] != now.get(name)}
+    expected = origin.get("rows_sha256")
+    outcome = {key: value for key, value in origin.items() if key != "versions"}
+    outcome |= {"identical": None if expected is None else expected == found, "other_versions": other}
+    if expected is None:
+        return outcome, " The record has no hash of the synthetic rows to compare them with."
+    if expected == found:
+        return outcome, f" All rows are identical to those of {origin['dataset']}."
+    why = "; ".join(f"{name} {a} there, {b} here" for name, (a, b) in other.items()) or "the versions are the same"
+    return (
+        outcome,
+        f" The rows DIFFER from those of {origin['dataset']} ({why}; another device or CPU can be the cause).",
+    )
+
+
+if __name__ == "__main__":
+    main()

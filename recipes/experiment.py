@@ -1,0 +1,379 @@
+"""The table of the method on any dataset: real, plain and concentrated sets of every size, and what they train.
+
+    accelerate launch recipes/experiment.py --config recipes/configs/experiment_cifar10_cpu.yaml
+    accelerate launch --multi_gpu --num_processes 2 recipes/experiment.py --config ...     (also without a GPU)
+
+Takes a generator (recipes/train_generator.py) and a classifier (recipes/train_classifier.py); computes targets, draws
+the sets, trains evaluators on them with random and herded real images beside, and writes results.json, table.md,
+samples.png and accuracy.png. Whatever is finished is kept: a run that was stopped, or that met `--max_minutes`, goes
+on when it is started again. Sets do not depend on how evaluators are trained: give two runs the same `--sets_dir`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from datasets import Dataset
+from transformers import AutoModelForImageClassification
+
+from dsco_hf.concentrate import concentrate_and_report, measure_discrepancy
+from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.data import load_image_dataset, select_per_class
+from dsco_hf.evaluators import ImageSet, get_protocol, herd_per_class, load_image_set, run_job, summarise, train_job
+from dsco_hf.evaluators.evaluation import run_environment
+from dsco_hf.evaluators.training import content_hash
+from dsco_hf.files import write_atomically
+from dsco_hf.generator_training import weights_fingerprint
+from dsco_hf.pipeline import DsCoPipeline
+from dsco_hf.quantile import QuantileTargets
+from dsco_hf.report import accuracy_figure, results_table, sample_grid
+from dsco_hf.schema import nearest
+from dsco_hf.targets import MatchingTargets
+
+
+METHODS = ("plain", "nopt", "nopt-data-free", "nopt-quantile")
+
+
+@dataclass(frozen=True)
+class ExperimentRecipe:
+    """Options of this recipe.
+
+    Attributes:
+        generator, generator_revision: a pipeline, by folder or Hub id; its classes are named as the dataset's.
+        classifier, classifier_revision: the classifier whose features are matched, and the teacher of soft labels.
+        dataset, dataset_name, revision, train_split, test_split: the real images.
+        image_column, label_column: for datasets with several of them.
+        methods: of "plain", "nopt", "nopt-data-free" and "nopt-quantile" (the released objective).
+        budgets: images per class.
+        synthesis_seeds, training_seeds: repetitions of the sets, and of the trainings on each. "nopt-quantile", whose
+            cost is many times that of the others, has one synthesis seed.
+        num_inference_steps, guidance_scale: of sampling.
+        block_size: images of a class that are optimised jointly.
+        images_per_call: images of several classes drawn in one call, at most.
+        samples_per_class: generator samples behind the data-free targets.
+        quantile_iterations: of the released objective, per sampling step; its authors use 200.
+        protocol: how evaluators are trained: a name or a YAML file.
+        steps, epochs, batch_size, learning_rate: changes to it.
+        architecture, model_options: the evaluator, see `dsco_hf.evaluators.build_evaluator`; options as JSON.
+        full: also train on all real images.
+        mixed_precision: "no", "fp16" or "bf16", of evaluator training; else what `accelerate launch` was told.
+        max_minutes: start nothing new after this time; run again to go on.
+        sets_dir: where targets and sets are kept; `<output_dir>/work` if None.
+        output_dir: where the results go.
+    """
+
+    generator: str
+    classifier: str
+    dataset: str
+    generator_revision: str | None = None
+    classifier_revision: str | None = None
+    dataset_name: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    budgets: list[int] = field(default_factory=lambda: [1, 10, 50])
+    synthesis_seeds: int = 2
+    training_seeds: int = 3
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    block_size: int = 10
+    images_per_call: int = 128
+    samples_per_class: int = 200
+    quantile_iterations: int = 200
+    protocol: str = "quick"
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    architecture: str = "convnet-3"
+    model_options: str = "{}"
+    full: bool = False
+    mixed_precision: str | None = None
+    max_minutes: float | None = None
+    sets_dir: str | None = None
+    output_dir: str = "outputs/experiment"
+
+    def __post_init__(self) -> None:
+        """Refuses methods that do not exist."""
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
+
+
+# What a set depends on beside the models; the rest of the options is about evaluators or about folders.
+_SETS = (
+    "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
+    "images_per_call", "samples_per_class", "quantile_iterations",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs all stages; every process works, the main one writes."""
+    recipe = parse_config(ExperimentRecipe, arguments, description=__doc__)
+    datasets.disable_progress_bars()
+    accelerator = make_accelerator(
+        recipe.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))]
+    )
+    run = Experiment(recipe, accelerator)
+    run.make_targets()
+    run.draw_sets()
+    run.train_evaluators()
+    if run.stopped():
+        run.say("stopped by `max_minutes`; run the same command again to go on")
+    elif accelerator.is_main_process:
+        results = run.collect()
+        write_atomically(run.output / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        write_atomically(run.output / "table.md", (results_table(results) + "\n").encode())
+        accuracy_figure(results, run.output / "accuracy.png")
+        run.draw_samples(run.output / "samples.png")
+        run.say(f"done: {run.output}")
+        print(f"\n{results_table(results)}")
+    accelerator.end_training()
+
+
+class Experiment:
+    """What all stages share: models, data, folders and the clock."""
+
+    def __init__(self, recipe: ExperimentRecipe, accelerator: Accelerator) -> None:
+        self.recipe, self.accelerator, self.start = recipe, accelerator, time.monotonic()
+        self.output = Path(recipe.output_dir)
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        classifier = AutoModelForImageClassification.from_pretrained(
+            recipe.classifier, revision=recipe.classifier_revision
+        )
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.pipe = DsCoPipeline.from_pretrained(
+            recipe.generator, revision=recipe.generator_revision, classifier=self.classifier
+        ).to(accelerator.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        settings = {name: getattr(recipe, name) for name in _SETS}
+        identity = content_hash(settings, weights_fingerprint(self.pipe.denoiser), self.classifier)[:8]
+        self.work = Path(recipe.sets_dir or self.output / "work") / identity
+        (self.work / "sets").mkdir(parents=True, exist_ok=True)
+        self.output.mkdir(parents=True, exist_ok=True)
+        changes = {
+            name: value
+            for name in ("steps", "epochs", "batch_size", "learning_rate")
+            if (value := getattr(recipe, name)) is not None
+        }
+        self.protocol = get_protocol(recipe.protocol, input_size=self.pipe.image_size, **changes)
+        with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
+            self.real, test = (
+                load_image_dataset(recipe.dataset, recipe.dataset_name, split=split, revision=recipe.revision)
+                for split in (recipe.train_split, recipe.test_split)
+            )
+        columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+        self.train = self.images(self.real, **columns)
+        self.test = self.images(test, test_for=self.train, **columns)
+        self.targets: dict[str, MatchingTargets] = {}
+        self.unfinished = False
+        self._sets: dict[str, ImageSet] = {}
+
+    def images(self, rows: Dataset, **options: Any) -> ImageSet:
+        """A dataset's images as evaluators get them."""
+        return load_image_set(rows, protocol=self.protocol, num_channels=self.pipe.num_channels, **options)
+
+    def say(self, text: str) -> None:
+        """Prints a stage with the time since the start."""
+        if self.accelerator.is_main_process:
+            seconds = int(time.monotonic() - self.start)
+            print(f"[{seconds // 60}:{seconds % 60:02d}] {text}", flush=True)
+
+    def out_of_time(self) -> bool:
+        """Whether nothing new may be started by this process; it is remembered."""
+        limit = self.recipe.max_minutes
+        self.unfinished |= limit is not None and time.monotonic() - self.start >= 60 * limit
+        return self.unfinished
+
+    def stopped(self) -> bool:
+        """Whether any process left something undone."""
+        mine = torch.tensor([int(self.unfinished)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(mine).max())
+
+    def make_targets(self) -> None:
+        """Targets with the data and without it; by all processes together."""
+        recipe = self.recipe
+        sampling = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
+        columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+        makers: dict[str, Callable[..., MatchingTargets]] = {
+            "nopt": lambda **shared: MatchingTargets.from_dataset(self.real, self.pipe, **columns, **shared),
+            "nopt-data-free": lambda **shared: MatchingTargets.from_generator(
+                self.pipe, samples_per_class=recipe.samples_per_class, **sampling, **shared
+            ),
+        }
+        for method, make in makers.items():
+            folder = self.work / f"targets-{method}"
+            if not folder.is_dir() and (method == "nopt" or method in recipe.methods):
+                self.say(f"targets of {method}")
+                start = time.perf_counter()
+                targets = make(accelerator=self.accelerator, work_dir=self.work / f"{method}-pass", progress=False)
+                targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
+                if self.accelerator.is_main_process:
+                    targets.save_pretrained(folder.with_suffix(".partial"))
+                    folder.with_suffix(".partial").rename(folder)
+            self.accelerator.wait_for_everyone()
+            if folder.is_dir():
+                self.targets[method] = MatchingTargets.from_pretrained(folder)
+
+    def set_names(self) -> dict[str, tuple[str, int, int]]:
+        """Names of all synthetic sets, the slow ones first, with method, budget and seed."""
+        return {
+            f"{method}-ipc{budget}-seed{seed}": (method, budget, seed)
+            for budget in sorted(self.recipe.budgets, reverse=True)
+            for method in reversed(METHODS)
+            if method in self.recipe.methods
+            for seed in range(1 if method == "nopt-quantile" else self.recipe.synthesis_seeds)
+        }
+
+    def draw_sets(self) -> None:
+        """Draws the synthetic sets; every process its share."""
+        recipe, quantile = self.recipe, None
+        self.say(f"synthesis: {', '.join(recipe.methods)}")
+        for name in list(self.set_names())[self.rank :: self.world]:
+            method, budget, seed = self.set_names()[name]
+            path = self.work / "sets" / f"{name}.parquet"
+            if path.is_file() or self.out_of_time():
+                continue
+            options: dict[str, Any] = {"targets": self.targets.get(method)}
+            if method == "nopt-quantile":
+                quantile = quantile or QuantileTargets.from_dataset(self.real, self.pipe, draws=1, progress=False)
+                options = {"targets": quantile, "objective": "quantile", "optimize_from": 0.0}
+                options["optimization_steps"] = recipe.quantile_iterations
+            rows, report = concentrate_and_report(
+                self.pipe,
+                **options,
+                images_per_class=budget,
+                seed=seed,
+                block_size=recipe.block_size,
+                images_per_call=recipe.images_per_call,
+                measure_by=self.targets["nopt"],
+                progress=False,
+                num_inference_steps=recipe.num_inference_steps,
+                guidance_scale=recipe.guidance_scale,
+            )
+            cost = json.dumps(dataclasses.asdict(report)).encode()
+            write_atomically(path.with_suffix(".json"), cost)
+            partial = path.with_suffix(f".{self.rank}.partial")
+            rows.to_parquet(partial)
+            partial.replace(path)
+        self.accelerator.wait_for_everyone()
+
+    def sets(self) -> dict[str, ImageSet]:
+        """All sets that can be trained on now: real ones, and the synthetic ones that are finished."""
+        if not self._sets:
+            most = max(self.recipe.budgets)
+            herded = herd_per_class(self.train, most, classifier=self.classifier).view(-1, most)  # (K, most)
+            for budget in self.recipe.budgets:
+                self._sets[f"herding-ipc{budget}-seed0"] = self.train.select(herded[:, :budget].flatten())
+                for seed in range(self.recipe.synthesis_seeds):
+                    rows = select_per_class(self.train.labels, budget, seed=seed)
+                    self._sets[f"random-ipc{budget}-seed{seed}"] = self.train.select(rows)
+        for name in self.set_names():
+            path = self.work / "sets" / f"{name}.parquet"
+            if name not in self._sets and path.is_file():
+                self._sets[name] = self.images(Dataset.from_parquet(str(path), keep_in_memory=True))
+        return self._sets
+
+    def jobs(self) -> dict[str, tuple[str, int]]:
+        """All trainings: by name the set and the seed; those on large sets first."""
+        sets = self.sets() | ({"full": self.train} if self.recipe.full else {})
+        order = sorted(sets, key=lambda name: (-len(sets[name].labels), name))
+        return {f"{name}-run{seed}": (name, seed) for name in order for seed in range(self.recipe.training_seeds)}
+
+    def train_evaluators(self) -> None:
+        """Trains evaluators from scratch on every set; every process does its share of the jobs."""
+        self.say("training evaluators")
+        jobs, sets = self.jobs(), self.sets() | {"full": self.train}
+        options = {"architecture": self.recipe.architecture, "overrides": json.loads(self.recipe.model_options)}
+        teacher = self.classifier if self.protocol.label_type == "teacher" else None
+
+        def train(key: str, checkpoint: Path) -> dict[str, Any]:
+            name, seed = jobs[key]
+            return train_job(
+                sets[name], self.test, seed=seed, protocol=self.protocol, teacher=teacher,
+                accelerator=self.accelerator, checkpoint=checkpoint, **options,
+            )  # fmt: skip
+
+        def fingerprint(key: str) -> str:
+            name, seed = jobs[key]
+            return content_hash(self.protocol, options, sets[name].digest, self.test.digest, seed)
+
+        for key in list(jobs)[self.rank :: self.world]:
+            if not self.out_of_time():
+                run_job(key, train, fingerprint=fingerprint, folder=self.output / "evaluators")
+        self.accelerator.wait_for_everyone()
+
+    def collect(self) -> dict[str, Any]:
+        """The content of results.json: one row per method and budget."""
+        sets, jobs = self.sets(), self.jobs()
+        folder = self.output / "evaluators"
+        done: dict[str, list[dict[str, Any]]] = {}
+        for key, (name, _) in jobs.items():
+            done.setdefault(name, []).append(json.loads((folder / f"{key}.json").read_text(encoding="utf-8")))
+        groups: dict[tuple[int, str], list[str]] = {}
+        for name in sets:
+            method, size, _ = name.rsplit("-", 2)
+            groups.setdefault((int(size.removeprefix("ipc")), method), []).append(name)
+        rows = []
+        for (budget, method), names in sorted(groups.items()):
+            costs = [self.cost(name) for name in names]
+            summary = summarise([job for name in names for job in done[name]])
+            rows.append(
+                {"method": method, "images_per_class": budget, "images": len(sets[names[0]].labels)}
+                | {key: summary[key] for key in ("accuracy_mean", "accuracy_std", "accuracies")}
+                | {"synthesis_seeds": len(names), "training_seeds": self.recipe.training_seeds}
+                | {"discrepancy": statistics.fmean(self.discrepancy(sets[name]) for name in names)}
+                | {"seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in costs)}
+                | {key: costs[0].get(key, 0) for key in ("denoiser_calls", "decoder_calls", "classifier_calls")}
+            )
+        results: dict[str, Any] = {
+            "dataset": self.recipe.dataset,
+            "config": dataclasses.asdict(self.recipe) | {"input_size": self.pipe.image_size},
+            "rows": rows,
+            "environment": run_environment(self.accelerator),
+        }
+        if "full" in done:
+            full = summarise(done["full"])
+            results["full"] = {key: full[key] for key in ("accuracy_mean", "accuracy_std", "accuracies")}
+            results["full"] |= {"seeds": self.recipe.training_seeds, "images": len(self.train.labels)}
+        return results
+
+    def cost(self, name: str) -> dict[str, Any]:
+        """What a set cost; nothing for real images."""
+        path = self.work / "sets" / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def discrepancy(self, images: ImageSet) -> float:
+        """MMD² of a set from the real classes, mean over classes."""
+        return statistics.fmean(
+            measure_discrepancy(images.pixels, images.labels, self.pipe, self.targets["nopt"]).values()
+        )
+
+    def draw_samples(self, path: Path) -> None:
+        """Real, plain, concentrated and data-free images of up to ten classes, side by side."""
+        sets, budget = self.sets(), max(self.recipe.budgets)
+        shown = range(min(len(self.train.names), 10))
+        grid = {}
+        for method in ("random", "plain", "nopt", "nopt-data-free"):
+            if (images := sets.get(f"{method}-ipc{budget}-seed0")) is not None:
+                name = "real" if method == "random" else method
+                grid[name] = torch.stack([images.pixels[images.labels == label][:4] for label in shown])
+        sample_grid(grid, [self.train.names[label] for label in shown], path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import DatasetDict
+
+from conftest import striped_images
+from dsco_hf.configs import parse_config
+from recipes import experiment
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/configs/experiment_*.yaml")), ids=lambda path: path.stem)
+def test_configs_load_and_say_how_they_are_launched(path):
+    recipe = parse_config(experiment.ExperimentRecipe, ["--config", str(path)])
+    assert recipe.output_dir.startswith("outputs/") and recipe.budgets
+    assert "accelerate launch" in path.read_text() and f"configs/{path.name}" in path.read_text()
+
+
+def test_unknown_methods_are_named():
+    with pytest.raises(ValueError, match="Nearest: 'nopt-data-free'"):
+        experiment.ExperimentRecipe("a", "b", "c", methods=["nopt-datafree"])
+
+
+def test_the_table_comes_in_slices_and_is_that_of_one_run(make, tmp_path, capsys):
+    data = DatasetDict(train=striped_images((9, 7, 5)), test=striped_images((4, 4, 4), seed=1))
+    data.save_to_disk(str(tmp_path / "data"))
+    make.pipe().save_pretrained(tmp_path / "pipe")
+    make.convnet().save_pretrained(tmp_path / "classifier")
+    (tmp_path / "tiny.yaml").write_text(
+        f"generator: {tmp_path / 'pipe'}\nclassifier: {tmp_path / 'classifier'}\ndataset: {tmp_path / 'data'}\n"
+        "budgets: [1, 2]\nsynthesis_seeds: 2\ntraining_seeds: 1\nnum_inference_steps: 3\nsamples_per_class: 6\n"
+        "quantile_iterations: 2\nsteps: 3\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\nfull: true\n"
+    )
+    common = ["--config", str(tmp_path / "tiny.yaml"), "--sets_dir", str(tmp_path / "sets")]
+    experiment.main([*common, "--output_dir", str(tmp_path / "sliced"), "--max_minutes", "0"])
+    assert "run the same command again" in capsys.readouterr().out
+    assert not (tmp_path / "sliced" / "results.json").exists() and not list(tmp_path.rglob("*.parquet"))
+    assert len(list((tmp_path / "sets").glob("*/targets-*"))) == 2  # what was begun is finished
+    AcceleratorState._reset_state(), PartialState._reset_state()
+    experiment.main([*common, "--output_dir", str(tmp_path / "sliced")])
+    results = json.loads((tmp_path / "sliced" / "results.json").read_text())
+    rows = {(row["method"], row["images_per_class"]): row for row in results["rows"]}
+    methods = {"random", "herding", "plain", "nopt", "nopt-data-free", "nopt-quantile"}
+    assert set(rows) == {(method, budget) for method in methods for budget in (1, 2)}
+    assert rows["nopt", 2]["synthesis_seeds"] == 2 and len(rows["nopt", 2]["accuracies"]) == 2
+    assert rows["nopt-quantile", 2]["synthesis_seeds"] == 1 and rows["herding", 2]["synthesis_seeds"] == 1
+    assert (
+        rows["nopt", 2]["images"] == 6
+        and rows["nopt", 2]["classifier_calls"] > 0 == rows["plain", 2]["classifier_calls"]
+    )
+    assert rows["nopt", 2]["discrepancy"] < rows["plain", 2]["discrepancy"]
+    assert results["full"]["images"] == 21 and results["config"]["input_size"] == 8
+    assert "DsCo" in (tmp_path / "sliced" / "table.md").read_text()
+    assert all((tmp_path / "sliced" / name).stat().st_size > 1000 for name in ("samples.png", "accuracy.png"))
+    # the sets are kept apart from the evaluators: another evaluator takes them as they are
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").rglob("*.parquet")}
+    assert len(drawn) == 2 * (3 * 2 + 1)
+    AcceleratorState._reset_state(), PartialState._reset_state()
+    experiment.main([*common, "--output_dir", str(tmp_path / "other"), "--steps", "2", "--methods", "nopt"])
+    assert drawn == {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").rglob("*.parquet")}
+    other = json.loads((tmp_path / "other" / "results.json").read_text())
+    assert {row["method"] for row in other["rows"]} == {"random", "herding", "nopt"}
+    assert torch.tensor([row["discrepancy"] for row in other["rows"] if row["method"] == "nopt"]).isfinite().all()
