@@ -335,7 +335,8 @@ class PreviousBlocks:
 def embed_pixels(pixels: torch.Tensor, pipe: DsCoPipeline, targets: MatchingTargets) -> torch.Tensor:
     """ψ(φ(x)) `(B, D)` of pixels `(B, C, H, W)` in [-1, 1], on the device of the targets."""
     device, source = targets.embeddings.device, FeatureSource(pipe, targets.features)
-    return torch.cat([targets.embed(source.of_pixels(part).features.to(device)) for part in pixels.split(256)])
+    # few at a time: a classifier's activations at 256 images can be more than all of the noise optimisation takes
+    return torch.cat([targets.embed(source.of_pixels(part).features.to(device)) for part in pixels.split(32)])
 
 
 def measure_discrepancy(

@@ -132,9 +132,7 @@ def load_pipeline(recipe: TargetsRecipe, accelerator: Accelerator) -> DsCoPipeli
             parts["classifier"] = AutoModelForImageClassification.from_pretrained(
                 recipe.classifier, revision=recipe.classifier_revision, dtype=dtype
             ).eval()
-        pipe = DsCoPipeline.from_pretrained(
-            recipe.generator, revision=recipe.generator_revision, torch_dtype=dtype, **parts
-        )
+        pipe = DsCoPipeline.from_pretrained(recipe.generator, revision=recipe.generator_revision, dtype=dtype, **parts)
     return pipe.to(accelerator.device)
 
 

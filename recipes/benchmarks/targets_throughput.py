@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = {**vars(options), "out": None}
     with tempfile.TemporaryDirectory() as folder:
         if options.dataset is None:
-            settings["dataset"] = run(write_digits, folder, max(options.many, 10_000))
+            settings["dataset"] = run(write_digits, folder, max(options.many, 1_000))
         speeds = {name: run(measure_speed, {**settings, "architecture": name}) for name in options.architectures}
         peaks = {
             name: [run(measure_memory, settings, count, name == "stream") for count in (options.few, options.many)]
@@ -151,7 +151,7 @@ def build(settings: dict[str, Any], dataset: Dataset, architecture: str, **overr
 
 def measure_speed(settings: dict[str, Any]) -> dict[str, Any]:
     """Images per second of the forward pass alone and of the whole pass, in turns."""
-    dataset = open_dataset(settings, 10_000)
+    dataset = open_dataset(settings, 16 * settings["batch_size"])
     pipe = build(settings, dataset, settings["architecture"])
     batches = iterate_pixels(dataset, image_size=SIZE, batch_size=settings["batch_size"])
     in_memory = [next(batches).pixels for _ in range(16)]
