@@ -11,7 +11,6 @@ the last epoch; `--help` lists the options.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import is_tensorboard_available, is_trackio_available
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from dsco_hf.configs import make_accelerator, parse_config
@@ -215,7 +215,8 @@ def start_accelerator(recipe: EvaluatorRecipe) -> Accelerator:
             f"{nearest(recipe.report_to, trackers)}"
         )
     tracked = recipe.report_to != "none"
-    if tracked and importlib.util.find_spec(recipe.report_to) is None:
+    present = {"none": True, "tensorboard": is_tensorboard_available(), "trackio": is_trackio_available()}
+    if not present[recipe.report_to]:
         raise ValueError(f"--report_to {recipe.report_to} needs that package: pip install {recipe.report_to}.")
     accelerator = make_accelerator(
         recipe.mixed_precision,

@@ -134,6 +134,26 @@ def test_evaluator_with_teacher_and_several_networks(small, tmp_path, capsys):
     assert "% over 2 seeds, best epoch" in capsys.readouterr().out
 
 
+def test_evaluator_reports_every_epoch_to_tensorboard(small, tmp_path):
+    out = tmp_path / "out"
+    train_evaluator.main(
+        [
+            "--dataset",
+            str(small / "small1.parquet"),
+            "--test_dataset",
+            "digits",
+            "--architectures",
+            "convnet-2",
+            "--seeds",
+            "2",
+        ]
+        + ["--report_to", "tensorboard", "--output_dir", str(out), *TINY]
+    )
+    content = b"".join(path.read_bytes() for path in out.rglob("events.out.tfevents.*"))
+    for curve in ("convnet-2-seed0/loss", "convnet-2-seed1/loss", "convnet-2/accuracy_mean"):
+        assert curve.encode() in content  # names are plain text in the records
+
+
 def test_evaluator_refuses_what_does_not_fit(small, tmp_path):
     out = ["--output_dir", str(tmp_path / "out"), *TINY]
     with pytest.raises(ValueError, match="Unknown protocol 'rded'.*'rded-soft'"):
@@ -142,9 +162,9 @@ def test_evaluator_refuses_what_does_not_fit(small, tmp_path):
     with pytest.raises(ValueError, match="tensorboard, trackio or none"):
         train_evaluator.main(["--report_to", "paper", *out])
     AcceleratorState._reset_state(reset_partial_state=True)
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(ValueError, match="tensorboard needs that package: pip install tensorboard"):
-            train_evaluator.main(["--report_to", "tensorboard", *out])
+    if importlib.util.find_spec("trackio") is None:
+        with pytest.raises(ValueError, match="trackio needs that package: pip install trackio"):
+            train_evaluator.main(["--report_to", "trackio", *out])
     AcceleratorState._reset_state(reset_partial_state=True)
     letters = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
     features = letters.features.copy()
