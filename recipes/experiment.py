@@ -25,12 +25,21 @@ import datasets
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from dsco_hf.concentrate import concentrate_and_report, measure_discrepancy
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, select_per_class
-from dsco_hf.evaluators import ImageSet, get_protocol, herd_per_class, load_image_set, run_job, summarise, train_job
+from dsco_hf.evaluators import (
+    ImageSet,
+    build_evaluator,
+    get_protocol,
+    herd_per_class,
+    load_image_set,
+    run_job,
+    summarise,
+    train_job,
+)
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.evaluators.training import content_hash
 from dsco_hf.files import write_atomically
@@ -43,6 +52,12 @@ from dsco_hf.targets import MatchingTargets
 
 
 METHODS = ("plain", "nopt", "nopt-data-free", "nopt-quantile")
+FEATURES: dict[str, Any] = {
+    "trained": {},
+    "untrained": {"network": "classifier_2"},
+    "both": [{}, {"network": "classifier_2"}],
+}
+FEATURE_SEED = 1000  # of the untrained network: no evaluator's
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,10 @@ class ExperimentRecipe:
 
     Attributes:
         generator, generator_revision: a pipeline, by folder or Hub id; its classes are named as the dataset's.
-        classifier, classifier_revision: the classifier whose features are matched, and the teacher of soft labels.
+        classifier, classifier_revision: the trained classifier: herds real images, is the teacher of soft labels.
+        features: what is matched: those of the "trained" classifier; of an "untrained" network of the evaluators'
+            architecture, whose seed no evaluator has (as in distribution matching, https://arxiv.org/abs/2110.04181);
+            or of "both".
         dataset, dataset_name, revision, train_split, test_split: the real images.
         image_column, label_column: for datasets with several of them.
         methods: of "plain", "nopt", "nopt-data-free" and "nopt-quantile" (the released objective).
@@ -78,6 +96,7 @@ class ExperimentRecipe:
     dataset: str
     generator_revision: str | None = None
     classifier_revision: str | None = None
+    features: str = "trained"
     dataset_name: str | None = None
     revision: str | None = None
     train_split: str = "train"
@@ -108,7 +127,11 @@ class ExperimentRecipe:
     output_dir: str = "outputs/experiment"
 
     def __post_init__(self) -> None:
-        """Refuses methods that do not exist."""
+        """Refuses methods and features that do not exist."""
+        if self.features not in FEATURES:
+            raise ValueError(
+                f"`features` must be one of {list(FEATURES)}, got {self.features!r}.{nearest(self.features, FEATURES)}"
+            )
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
@@ -117,7 +140,7 @@ class ExperimentRecipe:
 # What a set depends on beside the models; the rest of the options is about evaluators or about folders.
 _SETS = (
     "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
-    "images_per_call", "samples_per_class", "quantile_iterations",
+    "images_per_call", "samples_per_class", "quantile_iterations", "features",
 )  # fmt: skip
 
 
@@ -161,6 +184,9 @@ class Experiment:
         ).to(accelerator.device)
         self.pipe.set_progress_bar_config(disable=True)
         settings = {name: getattr(recipe, name) for name in _SETS}
+        if recipe.features != "trained":
+            self.pipe.register_modules(classifier_2=self.untrained_network())
+            settings |= {"architecture": recipe.architecture, "model_options": recipe.model_options}
         identity = content_hash(settings, weights_fingerprint(self.pipe.denoiser), self.classifier)[:8]
         self.work = Path(recipe.sets_dir or self.output / "work") / identity
         (self.work / "sets").mkdir(parents=True, exist_ok=True)
@@ -182,6 +208,18 @@ class Experiment:
         self.targets: dict[str, MatchingTargets] = {}
         self.unfinished = False
         self._sets: dict[str, ImageSet] = {}
+
+    def untrained_network(self) -> PreTrainedModel:
+        """A network as the evaluators are before their training, with a seed of its own."""
+        network = build_evaluator(
+            self.recipe.architecture,
+            class_names=[self.classifier.config.id2label[i] for i in range(self.classifier.config.num_labels)],
+            image_size=self.pipe.image_size,
+            num_channels=self.pipe.num_channels,
+            seed=FEATURE_SEED,
+            **json.loads(self.recipe.model_options),
+        )
+        return network.eval().requires_grad_(False).to(self.accelerator.device)
 
     def images(self, rows: Dataset, **options: Any) -> ImageSet:
         """A dataset's images as evaluators get them."""
@@ -209,10 +247,13 @@ class Experiment:
         recipe = self.recipe
         sampling = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
         columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+        features = FEATURES[recipe.features]
         makers: dict[str, Callable[..., MatchingTargets]] = {
-            "nopt": lambda **shared: MatchingTargets.from_dataset(self.real, self.pipe, **columns, **shared),
+            "nopt": lambda **shared: MatchingTargets.from_dataset(
+                self.real, self.pipe, features=features, **columns, **shared
+            ),
             "nopt-data-free": lambda **shared: MatchingTargets.from_generator(
-                self.pipe, samples_per_class=recipe.samples_per_class, **sampling, **shared
+                self.pipe, samples_per_class=recipe.samples_per_class, features=features, **sampling, **shared
             ),
         }
         for method, make in makers.items():

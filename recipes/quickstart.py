@@ -242,9 +242,9 @@ def train_models(run: Run) -> DsCoPipeline:
 
 def untrained_network(names: list[str]) -> PreTrainedModel:
     """The network whose features are matched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(FEATURE_SEED)
-        network = build_evaluator("convnet-2", class_names=names, image_size=8, num_channels=1, width=64)
+    network = build_evaluator(
+        "convnet-2", class_names=names, image_size=8, num_channels=1, width=64, seed=FEATURE_SEED
+    )
     return network.eval()
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from conftest import striped_images
 from dsco_hf.configs import parse_config
+from dsco_hf.targets import MatchingTargets
 from recipes import experiment
 
 
@@ -31,6 +32,44 @@ def test_configs_load_and_say_how_they_are_launched(path):
 def test_unknown_methods_are_named():
     with pytest.raises(ValueError, match="Nearest: 'nopt-data-free'"):
         experiment.ExperimentRecipe("a", "b", "c", methods=["nopt-datafree"])
+
+
+def test_unknown_features_are_named():
+    with pytest.raises(
+        ValueError, match=r"one of \['trained', 'untrained', 'both'\], got 'untraind'. Nearest: 'untrained'"
+    ):
+        experiment.ExperimentRecipe("a", "b", "c", features="untraind")
+
+
+def test_matched_features_are_of_the_chosen_networks(make, tmp_path):
+    data = DatasetDict(train=striped_images((9, 7, 5)), test=striped_images((4, 4, 4), seed=1))
+    data.save_to_disk(str(tmp_path / "data"))
+    make.pipe().save_pretrained(tmp_path / "pipe")
+    make.convnet().save_pretrained(tmp_path / "classifier")
+    options = ["--generator", str(tmp_path / "pipe"), "--classifier", str(tmp_path / "classifier"), "--dataset"]
+    options += [
+        str(tmp_path / "data"),
+        "--budgets",
+        "1",
+        "--synthesis_seeds",
+        "1",
+        "--training_seeds",
+        "1",
+        "--steps",
+        "2",
+    ]
+    options += ["--num_inference_steps", "3", "--architecture", "convnet-2", "--model_options", '{"width": 4}']
+    options += ["--methods", "nopt", "--sets_dir", str(tmp_path / "sets")]
+    networks, pixels = {}, {}
+    for features in experiment.FEATURES:
+        experiment.main([*options, "--features", features, "--output_dir", str(tmp_path / features)])
+        AcceleratorState._reset_state(), PartialState._reset_state()
+        (new,) = set((tmp_path / "sets").iterdir()) - set(networks)  # sets of other features are kept apart
+        networks[new] = [spec.network for spec in MatchingTargets.from_pretrained(new / "targets-nopt").features]
+        rows = Dataset.from_parquet(str(new / "sets" / "nopt-ipc1-seed0.parquet"), keep_in_memory=True)
+        pixels[features] = [image.tobytes() for image in rows["image"]]
+    assert list(networks.values()) == [["classifier"], ["classifier_2"], ["classifier", "classifier_2"]]
+    assert len({tuple(images) for images in pixels.values()}) == 3
 
 
 def test_the_table_comes_in_slices_and_is_that_of_one_run(make, tmp_path, capsys):

@@ -419,15 +419,23 @@ def is_own_architecture(architecture: str) -> bool:
 
 
 def build_evaluator(
-    architecture: str, *, class_names: Sequence[str], image_size: int, num_channels: int = 3, **overrides: Any
+    architecture: str,
+    *,
+    class_names: Sequence[str],
+    image_size: int,
+    num_channels: int = 3,
+    seed: int | None = None,
+    **overrides: Any,
 ) -> PreTrainedModel:
-    """Builds an untrained classifier; its initial weights come from PyTorch's global generator.
+    """Builds an untrained classifier.
 
     Args:
         architecture (`str`): see `resolve_architecture`.
         class_names (`Sequence[str]`): names of the classes in the order of their labels; at least two, all different.
         image_size (`int`): height and width in pixels that the model is fed; `features.preprocess` resizes to it.
         num_channels (`int`): channels of its input.
+        seed (`int`, *optional*): of the initial weights, which leaves PyTorch's global generator as it is; without it
+            they come from that.
         **overrides: further values of the architecture's configuration, e.g. `width=32`.
 
     Returns:
@@ -455,4 +463,8 @@ def build_evaluator(
             **overrides,
         },
     )
-    return AutoModelForImageClassification.from_config(config).train()
+    if seed is None:
+        return AutoModelForImageClassification.from_config(config).train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForImageClassification.from_config(config).train()
