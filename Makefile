@@ -2,6 +2,7 @@
 #
 #   make demo ARGS=--fresh           other options of recipes/quickstart.py
 #   make test ARGS="-k kernels -x"   other options of pytest
+#   make test WORKERS=0 ARGS=--pdb   in one process, as a debugger needs it
 #   make demo PROCESSES=1            as many processes, with or without GPUs
 #   make PYTHON=python3.12 ...       which Python .venv is made of (3.11 or newer)
 
@@ -11,6 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 PROCESSES ?= 2
+WORKERS ?= 2
 THREADS ?= 1
 # --multi_gpu is what makes Accelerate start several processes, also where there is no GPU
 LAUNCH = $(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu --main_process_port 0) \
@@ -43,10 +45,10 @@ demo-small: $(STAMP)  ## the same at a small setting, under 2 minutes
 	$(LAUNCH) recipes/quickstart.py --small $(ARGS)
 
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(STAMP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 quality: $(STAMP)  ## what must pass before a commit: lint, format, types
 	$(BIN)/ruff check .

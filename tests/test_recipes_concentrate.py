@@ -1,9 +1,7 @@
 """The recipe as users launch it: finished, extended, refused, failing, made again; alone and by two processes."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from dsco_hf.concentrate import sampling_options
 from dsco_hf.configs import parse_config
 from dsco_hf.run_folder import RunFolder
 from dsco_hf.targets import MatchingTargets
+from launches import launch_command, launch_environment
 from recipes.concentrate import SAMPLING, ConcentrateRecipe, check_recipe, main
 
 
@@ -42,23 +41,10 @@ def work(tmp_path_factory, _pixel_pipe, _targets):
     return folder
 
 
-def command(*options, processes=1):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    launcher += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # the former starts several processes, GPU or not
-    launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    return [*launcher, str(ROOT / "recipes" / "concentrate.py"), *options]
-
-
-def environment():
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return {**os.environ, **offline, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
 def launch(folder, *options, processes=1, fails=False):
     done = subprocess.run(
-        command("--config", "run.yaml", *options, processes=processes), cwd=folder, env=environment(),
+        launch_command("concentrate", "--config", "run.yaml", *options, processes=processes), cwd=folder,
+        env=launch_environment(),
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     if bool(done.returncode) != fails:

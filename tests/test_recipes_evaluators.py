@@ -4,9 +4,7 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import parse_config
 from dsco_hf.data import load_image_dataset
+from launches import launch_command, launch_environment
 from recipes import compare, train_classifier, train_evaluator
 
 
@@ -47,20 +46,11 @@ def small(tmp_path):
 
 def launch(script, *options, processes=1, wait=True):
     """Runs a recipe through accelerate on CPUs."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    launcher += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # the former starts several processes, GPU or not
-    launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port)]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    environment.pop("ACCELERATE_USE_CPU", None)  # without a GPU the recipes connect their processes by themselves
-    if torch.accelerator.is_available():
-        environment["ACCELERATE_USE_CPU"] = "true"
+    environment = launch_environment()
+    if not torch.accelerator.is_available():  # then the recipes connect their processes by themselves
+        del environment["ACCELERATE_USE_CPU"]
     process = subprocess.Popen(
-        [*launcher, str(ROOT / "recipes" / f"{script}.py"), *options],
+        launch_command(script, *options, processes=processes),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,4 +1,5 @@
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from conftest import striped_images
 from dsco_hf.configs import parse_config
 from dsco_hf.targets import MatchingTargets
+from launches import launch_command, launch_environment
 from recipes import experiment
 
 
@@ -112,3 +114,29 @@ def test_the_table_comes_in_slices_and_is_that_of_one_run(make, tmp_path, capsys
     other = json.loads((tmp_path / "other" / "results.json").read_text())
     assert {row["method"] for row in other["rows"]} == {"random", "herding", "nopt"}
     assert torch.tensor([row["discrepancy"] for row in other["rows"] if row["method"] == "nopt"]).isfinite().all()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_table_of_one(make, tmp_path):
+    data = DatasetDict(train=striped_images((9, 7, 5)), test=striped_images((4, 4, 4), seed=1))
+    data.save_to_disk(str(tmp_path / "data"))
+    make.pipe().save_pretrained(tmp_path / "pipe")
+    make.convnet().save_pretrained(tmp_path / "classifier")
+    (tmp_path / "tiny.yaml").write_text(
+        "generator: pipe\nclassifier: classifier\ndataset: data\nbudgets: [1, 2]\ntraining_seeds: 2\nsteps: 3\n"
+        "num_inference_steps: 3\nsamples_per_class: 5\nquantile_iterations: 2\narchitecture: convnet-2\n"
+        "model_options: '{\"width\": 4}'\nfeatures: both\n"
+    )
+    tables = []
+    for processes in (1, 2):
+        command = launch_command("experiment", "--config", "tiny.yaml", "--output_dir", processes, processes=processes)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        rows = json.loads((tmp_path / str(processes) / "results.json").read_text())["rows"]
+        tables.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+    assert len(tables[0]) == 2 * 6
+    for one, two in zip(*tables, strict=True):
+        assert one.pop("discrepancy") == pytest.approx(two.pop("discrepancy"), rel=1e-4)
+        assert one == two

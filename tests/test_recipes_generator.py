@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from dsco_hf.configs import parse_config
 from dsco_hf.pipeline import DsCoPipeline
+from launches import launch_command, launch_environment
 
 
 ROOT = Path(__file__).parents[1]
@@ -31,24 +31,12 @@ num_inference_steps: 3
 """
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def launch(folder, *options, processes=1):
     """Runs the recipe as a user does."""
     (folder / "tiny.yaml").write_text(TINY)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    launcher += ["--multi_gpu"] if processes > 1 else ["--cpu"]  # the former starts several processes, GPU or not
-    launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(free_port())]
-    recipe = [str(ROOT / "recipes" / "train_generator.py"), "--config", "tiny.yaml", *options]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = launch_command("train_generator", "--config", "tiny.yaml", *options, processes=processes)
     done = subprocess.run(
-        launcher + recipe, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
