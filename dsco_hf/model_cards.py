@@ -43,6 +43,12 @@ ROLES = {
 }
 
 
+# What `pipeline_card.md` shows was measured with other pipelines than the one that is published.
+MEASURED_ELSEWHERE = (
+    "No results of this pipeline are recorded. The README of `dsco_hf` has those of others, with their commands."
+)
+
+
 def pipeline_card_template() -> str:
     """Returns the text of `pipeline_card.md`, which stands beside the package or, when installed, in its templates."""
     here = Path(__file__).parent
@@ -83,6 +89,7 @@ def render_pipeline_card(
         "targets": _targets_text(repo_id, has_targets),
         "license": _license_text(license),
         "summary": _summary(pipeline, dataset_id),
+        "measured": MEASURED_ELSEWHERE,
     }
     body = FILL.sub(lambda match: f"{match[1]}{texts[match['name']]}{match[3]}", body)
     return join_card(metadata, body.replace(PLACEHOLDER, repo_id))

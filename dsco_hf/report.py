@@ -77,14 +77,17 @@ def sample_grid(
         )
         offset += band.shape[0] + gap
     column = width / len(class_names)
-    for index, name in enumerate(class_names):
+    names = [_shorten(name, max(3, int(column / 5))) for name in class_names]
+    # A character is about 0.6 as wide as its font is large; the longest name is to leave a gap beside it.
+    size = min(8.5, column * 0.72 / (0.6 * (max(map(len, names)) + 1)))
+    for index, name in enumerate(names):
         figure.text(
             (left + column * (index + 0.5)) / canvas_width,
             1 - (top - 12) / canvas_height,
-            _shorten(name, max(3, int(column / 5))),
+            name,
             ha="center",
             va="center",
-            fontsize=8.5,
+            fontsize=size,
             color=_INK,
         )
     return _save(figure, path)

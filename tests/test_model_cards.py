@@ -48,6 +48,7 @@ def test_pipeline_card_md_is_a_complete_card():
         "summary",
         "components",
         "targets",
+        "measured",
         "license",
     }
     for needed in (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dsco_hf import methods, report
+from recipes import readme_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -188,15 +189,18 @@ def test_readme_table_is_written_between_marks_and_checked(tmp_path, results):
     readme.write_text("# Title\n<!-- results:begin -->\nold\n<!-- results:end -->\nend\n")
 
     def run(*options):
-        command = [sys.executable, str(ROOT / "recipes" / "readme_table.py"), "--results", "results.json", *options]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return readme_table.main(["--results", str(tmp_path / "results.json"), "--readme", str(readme), *options])
 
-    assert run("--check").returncode == 1 and "old" in readme.read_text()
-    assert run().returncode == 0
+    assert run("--check") == 1 and "old" in readme.read_text()
+    assert run() == 0
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("<!-- results:end -->\nend\n") and "old" not in text
     assert report.results_table(results).strip() in text
-    assert run("--check").returncode == 0
+    assert run("--check") == 0
+    readme.write_text(text + "<!-- cifar10:begin --><!-- cifar10:end -->\n")
+    assert run("--check", "--name", "cifar10") == 1
+    assert run("--name", "cifar10") == 0 and run("--check", "--name", "cifar10") == 0
+    assert readme.read_text().count(report.results_table(results).strip()) == 2 and run("--check") == 0
     readme.write_text("no marks")
-    failed = run()
-    assert failed.returncode == 1 and "<!-- results:begin -->" in failed.stderr
+    with pytest.raises(ValueError, match="<!-- results:begin -->"):
+        run()
