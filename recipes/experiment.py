@@ -77,6 +77,7 @@ class ExperimentRecipe:
         synthesis_seeds, training_seeds: repetitions of the sets, and of the trainings on each. "nopt-quantile", whose
             cost is many times that of the others, has one synthesis seed.
         num_inference_steps, guidance_scale: of sampling.
+        step_size: of NOpt; a weak generator wants less than 1, as it follows the noise off the images it knows.
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
         samples_per_class: generator samples behind the data-free targets.
@@ -109,6 +110,7 @@ class ExperimentRecipe:
     training_seeds: int = 3
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
+    step_size: float = 1.0
     block_size: int = 10
     images_per_call: int = 128
     samples_per_class: int = 200
@@ -141,6 +143,7 @@ class ExperimentRecipe:
 _SETS = (
     "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
     "images_per_call", "samples_per_class", "quantile_iterations", "features",
+    "step_size",
 )  # fmt: skip
 
 
@@ -289,7 +292,7 @@ class Experiment:
             path = self.work / "sets" / f"{name}.parquet"
             if path.is_file() or self.out_of_time():
                 continue
-            options: dict[str, Any] = {"targets": self.targets.get(method)}
+            options: dict[str, Any] = {"targets": self.targets.get(method), "step_size": recipe.step_size}
             if method == "nopt-quantile":
                 quantile = quantile or QuantileTargets.from_dataset(self.real, self.pipe, draws=1, progress=False)
                 options = {"targets": quantile, "objective": "quantile", "optimize_from": 0.0}

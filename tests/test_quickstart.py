@@ -47,9 +47,9 @@ def test_results_have_a_row_per_method_and_budget(output):
         assert len(row["accuracies"]) == row["synthesis_seeds"] * row["training_seeds"]
         assert 0 < row["discrepancy"] < 2
     assert results["full"]["images"] == 1437
-    # 40 steps an image, of which 18 look ahead
-    assert rows["plain", 10]["denoiser_calls"] == 100 * 40
-    assert rows["nopt", 10]["denoiser_calls"] == 100 * (40 + 18)
+    # 20 steps an image, of which nine look ahead
+    assert rows["plain", 10]["denoiser_calls"] == 100 * 20
+    assert rows["nopt", 10]["denoiser_calls"] == 100 * (20 + 9)
     assert rows["nopt", 10]["discrepancy"] < rows["plain", 10]["discrepancy"]
 
 
