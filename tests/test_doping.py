@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -13,7 +14,7 @@ from dsco_hf.kernels import mmd2
 
 @pytest.fixture(scope="module")
 def _small(_pixel_pipe):
-    return concentrate(_pixel_pipe, None, 2, num_inference_steps=2, guidance_scale=1.0, progress=False)
+    return concentrate(copy.deepcopy(_pixel_pipe), None, 2, num_inference_steps=2, guidance_scale=1.0, progress=False)
 
 
 @pytest.fixture
