@@ -24,6 +24,16 @@ def fresh_accelerate():
         state._reset_state()
 
 
+@pytest.fixture
+def work(make, tmp_path):
+    """A folder with a dataset, a generator and a classifier."""
+    data = DatasetDict(train=striped_images((9, 7, 5)), test=striped_images((4, 4, 4), seed=1))
+    data.save_to_disk(str(tmp_path / "data"))
+    make.pipe().save_pretrained(tmp_path / "pipe")
+    make.convnet().save_pretrained(tmp_path / "classifier")
+    return tmp_path
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/configs/experiment_*.yaml")), ids=lambda path: path.stem)
 def test_configs_load_and_say_how_they_are_launched(path):
     recipe = parse_config(experiment.ExperimentRecipe, ["--config", str(path)])
@@ -43,30 +53,18 @@ def test_unknown_features_are_named():
         experiment.ExperimentRecipe("a", "b", "c", features="untraind")
 
 
-def test_matched_features_are_of_the_chosen_networks(make, tmp_path):
-    data = DatasetDict(train=striped_images((9, 7, 5)), test=striped_images((4, 4, 4), seed=1))
-    data.save_to_disk(str(tmp_path / "data"))
-    make.pipe().save_pretrained(tmp_path / "pipe")
-    make.convnet().save_pretrained(tmp_path / "classifier")
-    options = ["--generator", str(tmp_path / "pipe"), "--classifier", str(tmp_path / "classifier"), "--dataset"]
-    options += [
-        str(tmp_path / "data"),
-        "--budgets",
-        "1",
-        "--synthesis_seeds",
-        "1",
-        "--training_seeds",
-        "1",
-        "--steps",
-        "2",
-    ]
-    options += ["--num_inference_steps", "3", "--architecture", "convnet-2", "--model_options", '{"width": 4}']
-    options += ["--methods", "nopt", "--sets_dir", str(tmp_path / "sets")]
+def test_matched_features_are_of_the_chosen_networks(work):
+    (work / "tiny.yaml").write_text(
+        f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\nmethods: [nopt]\n"
+        "budgets: [1]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\nnum_inference_steps: 3\n"
+        "architecture: convnet-2\nmodel_options: '{\"width\": 4}'\n"
+    )
+    options = ["--config", str(work / "tiny.yaml"), "--sets_dir", str(work / "sets")]
     networks, pixels = {}, {}
     for features in experiment.FEATURES:
-        experiment.main([*options, "--features", features, "--output_dir", str(tmp_path / features)])
+        experiment.main([*options, "--features", features, "--output_dir", str(work / features)])
         AcceleratorState._reset_state(), PartialState._reset_state()
-        (new,) = set((tmp_path / "sets").iterdir()) - set(networks)  # sets of other features are kept apart
+        (new,) = set((work / "sets").iterdir()) - set(networks)  # sets of other features are kept apart
         networks[new] = [spec.network for spec in MatchingTargets.from_pretrained(new / "targets-nopt").features]
         rows = Dataset.from_parquet(str(new / "sets" / "nopt-ipc1-seed0.parquet"), keep_in_memory=True)
         pixels[features] = [image.tobytes() for image in rows["image"]]
@@ -74,24 +72,20 @@ def test_matched_features_are_of_the_chosen_networks(make, tmp_path):
     assert len({tuple(images) for images in pixels.values()}) == 3
 
 
-def test_the_table_comes_in_slices_and_is_that_of_one_run(make, tmp_path, capsys):
-    data = DatasetDict(train=striped_images((9, 7, 5)), test=striped_images((4, 4, 4), seed=1))
-    data.save_to_disk(str(tmp_path / "data"))
-    make.pipe().save_pretrained(tmp_path / "pipe")
-    make.convnet().save_pretrained(tmp_path / "classifier")
-    (tmp_path / "tiny.yaml").write_text(
-        f"generator: {tmp_path / 'pipe'}\nclassifier: {tmp_path / 'classifier'}\ndataset: {tmp_path / 'data'}\n"
+def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
+    (work / "tiny.yaml").write_text(
+        f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\n"
         "budgets: [1, 2]\nsynthesis_seeds: 2\ntraining_seeds: 1\nnum_inference_steps: 3\nsamples_per_class: 6\n"
         "quantile_iterations: 2\nsteps: 3\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\nfull: true\n"
     )
-    common = ["--config", str(tmp_path / "tiny.yaml"), "--sets_dir", str(tmp_path / "sets")]
-    experiment.main([*common, "--output_dir", str(tmp_path / "sliced"), "--max_minutes", "0"])
+    common = ["--config", str(work / "tiny.yaml"), "--sets_dir", str(work / "sets")]
+    experiment.main([*common, "--output_dir", str(work / "sliced"), "--max_minutes", "0"])
     assert "run the same command again" in capsys.readouterr().out
-    assert not (tmp_path / "sliced" / "results.json").exists() and not list(tmp_path.rglob("*.parquet"))
-    assert len(list((tmp_path / "sets").glob("*/targets-*"))) == 2  # what was begun is finished
+    assert not (work / "sliced" / "results.json").exists() and not list(work.rglob("*.parquet"))
+    assert len(list((work / "sets").glob("*/targets-*"))) == 2  # what was begun is finished
     AcceleratorState._reset_state(), PartialState._reset_state()
-    experiment.main([*common, "--output_dir", str(tmp_path / "sliced")])
-    results = json.loads((tmp_path / "sliced" / "results.json").read_text())
+    experiment.main([*common, "--output_dir", str(work / "sliced")])
+    results = json.loads((work / "sliced" / "results.json").read_text())
     rows = {(row["method"], row["images_per_class"]): row for row in results["rows"]}
     methods = {"random", "herding", "plain", "nopt", "nopt-data-free", "nopt-quantile"}
     assert set(rows) == {(method, budget) for method in methods for budget in (1, 2)}
@@ -103,26 +97,22 @@ def test_the_table_comes_in_slices_and_is_that_of_one_run(make, tmp_path, capsys
     )
     assert rows["nopt", 2]["discrepancy"] < rows["plain", 2]["discrepancy"]
     assert results["full"]["images"] == 21 and results["config"]["input_size"] == 8
-    assert "DsCo" in (tmp_path / "sliced" / "table.md").read_text()
-    assert all((tmp_path / "sliced" / name).stat().st_size > 1000 for name in ("samples.png", "accuracy.png"))
+    assert "DsCo" in (work / "sliced" / "table.md").read_text()
+    assert all((work / "sliced" / name).stat().st_size > 1000 for name in ("samples.png", "accuracy.png"))
     # the sets are kept apart from the evaluators: another evaluator takes them as they are
-    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").rglob("*.parquet")}
+    drawn = {path: path.stat().st_mtime_ns for path in (work / "sets").rglob("*.parquet")}
     assert len(drawn) == 2 * (3 * 2 + 1)
     AcceleratorState._reset_state(), PartialState._reset_state()
-    experiment.main([*common, "--output_dir", str(tmp_path / "other"), "--steps", "2", "--methods", "nopt"])
-    assert drawn == {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").rglob("*.parquet")}
-    other = json.loads((tmp_path / "other" / "results.json").read_text())
+    experiment.main([*common, "--output_dir", str(work / "other"), "--steps", "2", "--methods", "nopt"])
+    assert drawn == {path: path.stat().st_mtime_ns for path in (work / "sets").rglob("*.parquet")}
+    other = json.loads((work / "other" / "results.json").read_text())
     assert {row["method"] for row in other["rows"]} == {"random", "herding", "nopt"}
     assert torch.tensor([row["discrepancy"] for row in other["rows"] if row["method"] == "nopt"]).isfinite().all()
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_table_of_one(make, tmp_path):
-    data = DatasetDict(train=striped_images((9, 7, 5)), test=striped_images((4, 4, 4), seed=1))
-    data.save_to_disk(str(tmp_path / "data"))
-    make.pipe().save_pretrained(tmp_path / "pipe")
-    make.convnet().save_pretrained(tmp_path / "classifier")
-    (tmp_path / "tiny.yaml").write_text(
+def test_two_processes_make_the_table_of_one(work):
+    (work / "tiny.yaml").write_text(
         "generator: pipe\nclassifier: classifier\ndataset: data\nbudgets: [1, 2]\ntraining_seeds: 2\nsteps: 3\n"
         "num_inference_steps: 3\nsamples_per_class: 5\nquantile_iterations: 2\narchitecture: convnet-2\n"
         "model_options: '{\"width\": 4}'\nfeatures: both\n"
@@ -131,10 +121,10 @@ def test_two_processes_make_the_table_of_one(make, tmp_path):
     for processes in (1, 2):
         command = launch_command("experiment", "--config", "tiny.yaml", "--output_dir", processes, processes=processes)
         done = subprocess.run(
-            command, cwd=tmp_path, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False
+            command, cwd=work, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        rows = json.loads((tmp_path / str(processes) / "results.json").read_text())["rows"]
+        rows = json.loads((work / str(processes) / "results.json").read_text())["rows"]
         tables.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
     assert len(tables[0]) == 2 * 6
     for one, two in zip(*tables, strict=True):

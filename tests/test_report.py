@@ -204,3 +204,11 @@ def test_readme_table_is_written_between_marks_and_checked(tmp_path, results):
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="<!-- results:begin -->"):
         run()
+
+
+@pytest.mark.parametrize("page", ["README.md", "pipeline_card.md"])
+@pytest.mark.parametrize(("name", "folder"), [("results", "quickstart"), ("cifar10", "cifar10_16px")])
+def test_the_tables_shown_are_those_recorded(page, name, folder):
+    results = ROOT / "recipes" / "results" / folder / "results.json"
+    options = ["--results", str(results), "--readme", str(ROOT / page), "--name", name, "--check"]
+    assert readme_table.main(options) == 0
