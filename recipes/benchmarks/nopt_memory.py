@@ -9,7 +9,7 @@ a class in one block, by micro-batches; `blocks` draws them in blocks of ten.
 
 Prints one JSON object as its last line. `joint_ratio`, `blocks_ratio`: peak memory of the process at `--many` images
 per class by that at `--few`; `joint_extra_ratio`, `blocks_extra_ratio`: the same without what the process held before
-it drew the first image.
+it drew the first image, null if the few images never reached above that.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for kind in ("joint", "blocks"):
         few, many = measured[f"{kind}_few"], measured[f"{kind}_many"]
         results[f"{kind}_ratio"] = round(many["peak_mib"] / few["peak_mib"], 3)
-        results[f"{kind}_extra_ratio"] = round(
-            (many["peak_mib"] - many["before_mib"]) / (few["peak_mib"] - few["before_mib"]), 3
-        )
+        extra = {key: value["peak_mib"] - value["before_mib"] for key, value in (("few", few), ("many", many))}
+        results[f"{kind}_extra_ratio"] = round(extra["many"] / extra["few"], 3) if extra["few"] > 0 else None
     results |= {
         "measured": measured,
         "device": "cpu",
