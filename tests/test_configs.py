@@ -1,3 +1,7 @@
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -63,3 +67,33 @@ def test_bad_command_lines_are_explained(tmp_path):
     write(tmp_path, "")
     with pytest.raises(FileNotFoundError, match="Nearest: 'recipe.yaml'"):
         parse_config(Recipe, ["--config", str(tmp_path / "recipes.yaml")])
+
+
+FAULTS = """
+import os, resource, sys, torch
+for name in [n for n in os.environ if n in ("LD_PRELOAD", "GLIBC_TUNABLES") or n.startswith("MALLOC_")]:
+    del os.environ[name]
+from dsco_hf.configs import make_accelerator, keep_freed_memory
+if sys.argv[1] == "told":
+    os.environ["MALLOC_ARENA_MAX"] = "2"
+    assert not keep_freed_memory()
+else:
+    make_accelerator(cpu=True)
+for _ in range(2):
+    torch.ones(10_000_000)  # 40 MB: ten thousand pages
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of the GNU C library")
+@pytest.mark.parametrize(("kind", "kept"), [("recipe", True), ("told", False)])
+def test_what_a_step_frees_is_there_for_the_next(kind, kept):
+    environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "GLIBC_TUNABLES")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, kind], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    faults = int(done.stdout.split()[-1])
+    assert faults < 1000 if kept else faults > 5000

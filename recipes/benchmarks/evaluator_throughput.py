@@ -43,6 +43,7 @@ from datasets import disable_progress_bars
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dsco_hf.configs import make_accelerator
 from dsco_hf.data import load_image_dataset, select_per_class
 from dsco_hf.evaluators import build_evaluator, get_protocol, load_image_set, train_evaluator
 from dsco_hf.evaluators.augmentation import IMAGENET_MEAN, IMAGENET_STD, LUMA
@@ -170,7 +171,7 @@ def measure_ours(seed: int, settings: dict[str, Any], queue: Any) -> None:
     cuda = torch.cuda.is_available()
     if not cuda:
         torch.set_num_threads(1)
-    accelerator = Accelerator(mixed_precision=settings["precision"])
+    accelerator = make_accelerator(settings["precision"])  # as the recipes do
     protocol = protocol_for(settings)
     begin = time.perf_counter()
     train = load_image_set(load_image_dataset(settings["folder"], split="train"), protocol=protocol)
