@@ -23,6 +23,7 @@ from .kernels import herd
 from .labels import class_mapping
 from .pipeline import DsCoPipeline
 from .schema import class_names, find_columns
+from .seeds import image_seed
 from .targets import MatchingTargets
 
 
@@ -43,6 +44,7 @@ def dope(
     student: PreTrainedModel | None = None,
     protocol: str | Protocol = "quick",
     architecture: str = "convnet",
+    num_students: int = 1,
     class_wise: bool | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -68,6 +70,8 @@ def dope(
         student (`PreTrainedModel`, *optional*): for "clarity"; one is trained on `small` if None.
         protocol (`str` or `Protocol`): how that student is trained.
         architecture (`str`): of that student.
+        num_students (`int`): students that are trained for "clarity"; the mean of theirs ranks the images more
+            steadily than that of one, which is what the authors take.
         class_wise (`bool`, *optional*): fill every class to the same number. If False, "clarity" ranks over the whole
             dataset; the others always go by class. By default True with `images_per_class`, False with `total`.
         seed (`int`): of the random choice and the student.
@@ -77,10 +81,16 @@ def dope(
         `Dataset`: the rows of `small`, then the chosen real images as they are, with their row in `real_index`.
 
     Raises:
-        ValueError: for class names that differ, a budget smaller than `small` or larger than the data, a missing
-            classifier, or for "clarity" one that was trained on other classes.
+        ValueError: for class names that differ, a budget smaller than `small` or larger than the data, less than one
+            student or several beside a given one, a missing classifier, or for "clarity" one that was trained on
+            other classes.
     """
     check_choice("strategy", strategy, STRATEGIES)
+    if num_students < 1 or (student is not None and num_students > 1):
+        raise ValueError(
+            f"`num_students` must be at least 1, and 1 where a `student` is given; got {num_students}"
+            f"{' and a student' if student is not None else ''}."
+        )
     if (images_per_class is None) == (total is None):
         raise ValueError(
             "Pass either `images_per_class` or `total`, the size of the result with its synthetic images."
@@ -94,7 +104,7 @@ def dope(
     if strategy == "clarity" and not class_wise:
         size = total if total is not None else (images_per_class or 0) * len(names)
         budget = _check_budget(size, len(small), len(real))
-        scores = clarity(small, real, pipe, student, protocol, architecture, seed, progress)
+        scores = clarity(small, real, pipe, student, protocol, architecture, num_students, seed, progress)
         chosen = scores.argsort(stable=True)[:budget]
     else:
         wanted = _per_class(names, held, torch.bincount(labels, minlength=len(names)), images_per_class, total)
@@ -103,7 +113,7 @@ def dope(
         elif strategy == "herding":
             chosen = _herded(small, real, labels, wanted, pipe, targets, progress)
         else:
-            scores = clarity(small, real, pipe, student, protocol, architecture, seed, progress)
+            scores = clarity(small, real, pipe, student, protocol, architecture, num_students, seed, progress)
             order = scores.argsort(stable=True)
             chosen = torch.cat([order[labels[order] == row][:count] for row, count in enumerate(wanted)])
     return concatenate_datasets([small, _as_rows(real, chosen, names, small, image_column, label_column)])
@@ -122,28 +132,36 @@ def clarity(
     student: PreTrainedModel | None = None,
     protocol: str | Protocol = "quick",
     architecture: str = "convnet",
+    num_students: int = 1,
     seed: int = 0,
     progress: bool = True,
 ) -> torch.Tensor:
-    """Clarity of every real image `(N,)` to a student of the synthetic images; arguments as for [`dope`]."""
+    """Clarity of every real image `(N,)` to students of the synthetic images; arguments as for [`dope`]."""
     names = class_names(small)
     channels = pipe.num_channels if pipe is not None else student.config.num_channels if student is not None else 3
+    students = [] if student is None else [student]
     if student is None:
         teacher = _teacher(pipe, names)
         protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
         if teacher is not None:
             protocol = dataclasses.replace(protocol, label_type="teacher", temperature=1.0)
         pixels, labels, _ = load_pixels(small, image_size=protocol.input_size, num_channels=channels)
-        images = ImageSet(pixels, labels, tuple(names))
-        student = train_evaluator(
-            evaluator_builder(architecture, images, protocol),
-            pixels, labels, protocol=protocol, seed=seed, teacher=teacher, progress=progress,
-        ).model  # fmt: skip
-    check_same_classes(names, [student.config.id2label[i] for i in range(len(names))], what="student")
-    size = student.config.image_size
+        build = evaluator_builder(architecture, ImageSet(pixels, labels, tuple(names)), protocol)
+        seeds = [seed, *(image_seed(seed, 0, place, "student") for place in range(1, num_students))]
+        students = [
+            train_evaluator(
+                build, pixels, labels, protocol=protocol, seed=one, teacher=teacher, progress=progress
+            ).model
+            for one in seeds
+        ]
+    check_same_classes(names, [students[0].config.id2label[i] for i in range(len(names))], what="student")
+    size = students[0].config.image_size
     pixels, labels, indices = load_pixels(real, image_size=size, num_channels=channels, progress=progress)
     scores = torch.full((len(real),), float("inf"))  # images that could not be read are never chosen
-    scores[indices] = clarity_scores(predict_logits(student, pixels).float().softmax(dim=1).cpu(), labels)
+    found = [
+        clarity_scores(predict_logits(model, pixels).float().softmax(dim=1).cpu(), labels.cpu()) for model in students
+    ]
+    scores[indices] = torch.stack(found).mean(dim=0)
     return scores
 
 

@@ -164,6 +164,34 @@ def test_clarity_trains_a_student(small, real_images, pipe, caplog):
     assert "hard labels" in caplog.text and len(gray) == 10
 
 
+def test_the_mean_of_several_students_ranks(small, real_images, pipe):
+    def scores(students, seed=0):
+        return clarity(
+            small, real_images, pipe, protocol=short_protocol(), num_students=students, seed=seed, progress=False
+        )
+
+    one, three, again = scores(1), scores(3), scores(3)
+    assert torch.equal(three, again) and not torch.equal(one, three)
+    others = 3 * three - one  # the sum of two students, each within [-1, 1], none of them the first again
+    assert others.abs().max() <= 2 and not torch.allclose(others, 2 * one, atol=1e-4)
+    mixed = dope(
+        small, real_images, pipe, total=10, strategy="clarity", protocol=short_protocol(), num_students=3,
+        progress=False,
+    )  # fmt: skip
+    assert list(mixed["real_index"])[6:] == three.argsort(stable=True)[:4].tolist()
+
+
+@pytest.mark.parametrize("students", [0, -1])
+def test_a_number_of_students_that_cannot_be(mix, students):
+    with pytest.raises(ValueError, match=f"`num_students` must be at least 1.*got {students}"):
+        mix(strategy="clarity", student=None, num_students=students, total=8)
+
+
+def test_a_given_student_stands_alone(mix, pipe):
+    with pytest.raises(ValueError, match="1 where a `student` is given; got 2 and a student"):
+        mix(strategy="clarity", student=pipe.classifier, num_students=2, total=8)
+
+
 def short_protocol():
     return get_protocol("quick", epochs=2)
 
