@@ -8,9 +8,11 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from datasets import load_dataset
 
 from dsco_hf import MatchingTargets, verify
+from recipes import quickstart
 
 
 pytestmark = pytest.mark.slow
@@ -47,9 +49,9 @@ def test_results_have_a_row_per_method_and_budget(output):
         assert len(row["accuracies"]) == row["synthesis_seeds"] * row["training_seeds"]
         assert 0 < row["discrepancy"] < 2
     assert results["full"]["images"] == 1437
-    # 20 steps an image, of which nine look ahead
-    assert rows["plain", 10]["denoiser_calls"] == 100 * 20
-    assert rows["nopt", 10]["denoiser_calls"] == 100 * (20 + 9)
+    # 40 steps an image, of which 16 look ahead
+    assert rows["plain", 10]["denoiser_calls"] == 100 * 40
+    assert rows["nopt", 10]["denoiser_calls"] == 100 * (40 + 16)
     assert rows["nopt", 10]["discrepancy"] < rows["plain", 10]["discrepancy"]
 
 
@@ -91,3 +93,12 @@ def test_targets_are_left_to_be_used(output):
     assert with_data.class_names == without.class_names == [str(digit) for digit in range(10)]
     assert with_data.counts.sum() == 1437
     assert without.provenance["population"] == "generator"
+
+
+@pytest.mark.parametrize("make", [quickstart.new_classifier, quickstart.untrained_network])
+def test_initial_weights_are_those_of_a_seed(make):
+    torch.manual_seed(1)
+    first = make(["a", "b"]).state_dict()
+    torch.manual_seed(2)
+    again = make(["a", "b"]).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first) and len(first) > 4
