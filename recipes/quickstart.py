@@ -55,8 +55,7 @@ from dsco_hf.report import accuracy_figure, feature_figure, results_table, sampl
 
 METHODS = ("plain", "nopt", "nopt-data-free", "nopt-classifier-only", "nopt-quantile")
 BUDGETS = (1, 3, 10)
-# Ancestral sampling in few steps draws too much alike: with 20, a class varied 0.79 times as much as real images do.
-SAMPLING: dict[str, Any] = {"guidance_scale": 1.0, "num_inference_steps": 40}
+GUIDANCE = 1.0
 # With the generator's cosine noise, images are decided between these steps; chosen on a part of the training images.
 INTERVAL: dict[str, Any] = {"optimize_from": 0.5, "optimize_until": 0.9}
 DOPING: dict[str, Any] = {"strategy": "clarity", "num_students": 4}
@@ -77,6 +76,8 @@ class Quickstart:
         fresh: remove what an earlier run left.
         doped_share: size of the doped dataset, as a share of the training set.
         generator_steps: training steps of the generator.
+        num_inference_steps: of all sampling. In few steps ancestral sampling draws too much alike: with 20, a class
+            varied 0.79 times as much as real images do.
         templates_per_class: generator samples behind the data-free targets.
         synthesis_seeds, training_seeds: repetitions; the quantile rows have one synthesis seed.
         single_seeds: synthesis seeds at one image per class, where sets differ most; also of the random real images
@@ -89,6 +90,7 @@ class Quickstart:
     fresh: bool = False
     doped_share: float = 0.3
     generator_steps: int = 5000
+    num_inference_steps: int = 40
     templates_per_class: int = 200
     synthesis_seeds: int = 2
     single_seeds: int = 6
@@ -102,6 +104,7 @@ class Quickstart:
         return dataclasses.replace(
             self,
             generator_steps=300,
+            num_inference_steps=10,
             templates_per_class=20,
             synthesis_seeds=1,
             single_seeds=1,
@@ -163,6 +166,11 @@ class Run:
         if self.accelerator.is_main_process:
             seconds = int(time.perf_counter() - self.start)
             tqdm.write(f"[{seconds // 60}:{seconds % 60:02d}] {text}")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How every image is drawn."""
+        return {"guidance_scale": GUIDANCE, "num_inference_steps": self.recipe.num_inference_steps}
 
     def seeds(self, budget: int) -> range:
         """Synthesis seeds at so many images per class."""
@@ -268,7 +276,7 @@ def make_targets(run: Run, pipe: DsCoPipeline) -> dict[str, MatchingTargets]:
     makers: dict[str, Callable[..., MatchingTargets]] = {
         "nopt": lambda **shared: MatchingTargets.from_dataset(run.real, pipe, features=FEATURES, **shared),
         "nopt-data-free": lambda **shared: MatchingTargets.from_generator(
-            pipe, samples_per_class=run.recipe.templates_per_class, features=FEATURES, **SAMPLING, **shared
+            pipe, samples_per_class=run.recipe.templates_per_class, features=FEATURES, **run.sampling, **shared
         ),
     }
     folders = {method: run.work / f"targets-{method}" for method in makers}
@@ -310,7 +318,7 @@ def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]
         name = f"{method}-ipc{budget}-seed{seed}"
         if not run.has_set(name):
             choice: dict[str, Any] = {"images_per_class": budget, "seed": seed, "progress": False}
-            rows, report = concentrate_and_report(pipe, **options[method], **choice, **SAMPLING)
+            rows, report = concentrate_and_report(pipe, **options[method], **choice, **run.sampling)
             run.save_set(name, rows, dataclasses.asdict(report))
     run.accelerator.wait_for_everyone()
     names = [f"{method}-ipc{budget}-seed{seed}" for unit in units for method, budget, seed in unit]
@@ -401,8 +409,9 @@ def collect(
         "dataset": "digits",
         "config": {
             **dataclasses.asdict(run.recipe),
-            "sampling": SAMPLING,
+            "sampling": run.sampling,
             "interval": INTERVAL,
+            "doping": DOPING,
             "features": FEATURES,
             "protocol": run.protocol.name,
             **EVALUATOR,
@@ -473,7 +482,7 @@ def write_dataset(
                   if (value := run.cost(key).get(field.name)) is not None}  # fmt: skip
         parameters: dict[str, Any] = {
             "images_per_class": int(name[3:]) if name.startswith("ipc") else BUDGETS[-1],
-            **SAMPLING,
+            **run.sampling,
             **INTERVAL,
         }
         if name == "doped":

@@ -49,9 +49,9 @@ def test_results_have_a_row_per_method_and_budget(output):
         assert len(row["accuracies"]) == row["synthesis_seeds"] * row["training_seeds"]
         assert 0 < row["discrepancy"] < 2
     assert results["full"]["images"] == 1437
-    # 40 steps an image, of which 16 look ahead
-    assert rows["plain", 10]["denoiser_calls"] == 100 * 40
-    assert rows["nopt", 10]["denoiser_calls"] == 100 * (40 + 16)
+    # 10 steps an image, of which 4 look ahead
+    assert rows["plain", 10]["denoiser_calls"] == 100 * 10
+    assert rows["nopt", 10]["denoiser_calls"] == 100 * (10 + 4)
     assert rows["nopt", 10]["discrepancy"] < rows["plain", 10]["discrepancy"]
 
 
