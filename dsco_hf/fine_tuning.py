@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
@@ -17,9 +17,13 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def adapt_denoiser(
-    denoiser: Denoiser, num_classes: int, *, mapping: Mapping[int, int | Sequence[int]] | None = None
+    denoiser: Denoiser,
+    num_classes: int,
+    *,
+    mapping: Mapping[int, int | Sequence[int]] | None = None,
+    sample_size: int | None = None,
 ) -> Denoiser:
-    """A copy of a denoiser with embeddings of other classes; all other weights are its own.
+    """A copy of a denoiser with embeddings of other classes, and for another size; all other weights are its own.
 
     The embedding of the null class stays the last one. A DiT of diffusers holds a table of classes in every block, and
     all of them are replaced.
@@ -29,9 +33,11 @@ def adapt_denoiser(
         num_classes (`int`): number of the new classes.
         mapping (`dict`, *optional*): new class to old class, or to several old ones whose mean is taken. Classes that
             are not named start from the mean of all old classes.
+        sample_size (`int`, *optional*): height and width of the samples, in pixels or latents; its own if None. Only a
+            UNet knows no positions, so that its weights serve any size.
 
     Raises:
-        ValueError: for a class of `mapping` that does not exist.
+        ValueError: for a class of `mapping` that does not exist, or a size that the denoiser cannot take.
     """
     mapping, old_classes = dict(mapping or {}), null_class(denoiser)
     if num_classes < 1:
@@ -46,6 +52,9 @@ def adapt_denoiser(
     size = {"num_class_embeds": num_classes + 1}
     if hasattr(denoiser.config, "num_embeds_ada_norm"):
         size = {"num_embeds_ada_norm": num_classes}
+    if sample_size is not None and sample_size != denoiser.config.sample_size:
+        check_sample_size(denoiser, sample_size)
+        size["sample_size"] = sample_size
     adapted = type(denoiser).from_config(denoiser.config, **size).to(denoiser.device, denoiser.dtype)
     tables = {name: module.weight.detach() for name, module in class_tables(denoiser)}
     state = {
@@ -60,6 +69,18 @@ def adapt_denoiser(
         state[f"{name}.weight"] = torch.stack([*rows, table[old_classes]])
     adapted.load_state_dict(state)
     return adapted
+
+
+def check_sample_size(denoiser: Denoiser, sample_size: int) -> None:
+    """Refuses a size that a trained denoiser cannot be brought to."""
+    if not isinstance(denoiser, UNet2DModel):
+        raise ValueError(
+            f"A {type(denoiser).__name__} trained at size {denoiser.config.sample_size} has positions of that size "
+            f"and cannot be trained at {sample_size}. Leave `image_size` out, or start from a UNet."
+        )
+    halvings = len(denoiser.config.block_out_channels) - 1
+    if sample_size < 1 or sample_size % 2**halvings:
+        raise ValueError(f"The UNet halves its input {halvings} times; the size {sample_size} cannot be.")
 
 
 def class_tables(denoiser: Denoiser) -> Iterator[tuple[str, nn.Embedding]]:

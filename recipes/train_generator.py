@@ -48,8 +48,8 @@ class GeneratorRecipe(GeneratorTrainingConfig):
         on_error: "raise" or "skip" images that cannot be decoded.
         vae, vae_revision: an `AutoencoderKL` (folder or Hub id) to train in its latents; none for pixel space.
         finetune_from, finetune_revision: a pipeline (folder or Hub id) to train further: its denoiser with new class
-            embeddings, its noise schedule, its autoencoder and, unless told otherwise, its image size. A learned
-            variance stays as it is.
+            embeddings, its noise schedule, its autoencoder and its image size (a UNet takes another `image_size`
+            too). A learned variance stays as it is.
         class_mapping: a YAML file with `dataset class: class of that pipeline`, index or name, or a list of them, for
             classes that should start from others than the mean of all.
         classifier, classifier_revision: an image classifier to store with the pipeline, and to score samples with.
@@ -129,7 +129,10 @@ class GeneratorRun:
             self.config = with_schedule_of(self.config, base.scheduler)
             self.vae = base.vae
             self.denoiser = adapt_denoiser(
-                base.denoiser, len(self.names), mapping=read_mapping(recipe, self.names, base)
+                base.denoiser,
+                len(self.names),
+                mapping=read_mapping(recipe, self.names, base),
+                sample_size=(recipe.image_size or base.image_size) // base.vae_scale_factor,
             )
         elif recipe.vae is not None:
             self.vae = AutoencoderKL.from_pretrained(recipe.vae, revision=recipe.vae_revision)

@@ -121,6 +121,24 @@ def test_the_schedule_is_that_of_the_trained_generator():
         with_schedule_of(TUNING, DDPMScheduler(trained_betas=[0.1] * 10, num_train_timesteps=10))
 
 
+def test_a_unet_is_brought_to_another_size():
+    old = unet()
+    new = adapt_denoiser(old, 3, sample_size=12, mapping={0: 0, 1: 1, 2: 2})
+    assert new.config.sample_size == 12 and old.config.sample_size == 8
+    assert not changed(state(old), state(new))
+    trained = tune(new, "all", 3, size=12).denoiser
+    assert trained.config.sample_size == 12 and changed(state(old), state(trained))
+    with pytest.raises(ValueError, match="halves its input 1 times; the size 9 cannot be"):
+        adapt_denoiser(old, 3, sample_size=9)
+
+
+def test_a_transformer_keeps_its_size(make):
+    old = make.transformer()
+    assert adapt_denoiser(old, 3, sample_size=8).config.sample_size == 8
+    with pytest.raises(ValueError, match="trained at size 8 has positions .* at 16. Leave `image_size` out"):
+        adapt_denoiser(old, 3, sample_size=16)
+
+
 def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match=r"\(1, 8, 3\), the data has \(1, 8, 2\)"):
         tune(make.transformer(), "all", 2)
