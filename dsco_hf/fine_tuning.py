@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
-from .generators import Denoiser, GeneratorTrainingConfig, null_class
+from .generators import Denoiser, GeneratorTrainingConfig, check_unet_size, null_class
 
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -78,9 +78,7 @@ def check_sample_size(denoiser: Denoiser, sample_size: int) -> None:
             f"A {type(denoiser).__name__} trained at size {denoiser.config.sample_size} has positions of that size "
             f"and cannot be trained at {sample_size}. Leave `image_size` out, or start from a UNet."
         )
-    halvings = len(denoiser.config.block_out_channels) - 1
-    if sample_size < 1 or sample_size % 2**halvings:
-        raise ValueError(f"The UNet halves its input {halvings} times; the size {sample_size} cannot be.")
+    check_unet_size(sample_size, len(denoiser.config.block_out_channels))
 
 
 def class_tables(denoiser: Denoiser) -> Iterator[tuple[str, nn.Embedding]]:

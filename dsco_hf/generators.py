@@ -186,6 +186,15 @@ def build_transformer(
     return transformer
 
 
+def check_unet_size(sample_size: int, levels: int) -> None:
+    """Refuses a sample size that a UNet of so many levels cannot halve from each to the next."""
+    if sample_size < 1 or sample_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"A UNet of {levels} levels (as many as `block_out_channels`) halves its input {levels - 1} times; the "
+            f"sample size {sample_size} cannot be. Choose fewer levels, or another `image_size` for the data."
+        )
+
+
 def build_unet(
     config: GeneratorTrainingConfig, *, num_classes: int, sample_size: int, num_channels: int
 ) -> UNet2DModel:
@@ -196,12 +205,7 @@ def build_unet(
     is.
     """
     channels, levels = config.channels, len(config.channels)
-    if sample_size % 2 ** (levels - 1):
-        raise ValueError(
-            f"A UNet of {levels} levels (`block_out_channels={config.block_out_channels!r}`) halves its input "
-            f"{levels - 1} times; the sample size {sample_size} cannot be. Choose fewer levels, or another "
-            "`image_size` for the data."
-        )
+    check_unet_size(sample_size, levels)
     attends = [level >= levels - config.attention_levels for level in range(levels)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

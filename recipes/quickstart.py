@@ -76,8 +76,7 @@ class Quickstart:
         fresh: remove what an earlier run left.
         doped_share: size of the doped dataset, as a share of the training set.
         generator_steps: training steps of the generator.
-        num_inference_steps: of all sampling. In few steps ancestral sampling draws too much alike: with 20, a class
-            varied 0.79 times as much as real images do.
+        num_inference_steps: of all sampling. Few steps of ancestral sampling draw images that are too much alike.
         templates_per_class: generator samples behind the data-free targets.
         synthesis_seeds, training_seeds: repetitions; the quantile rows have one synthesis seed.
         single_seeds: synthesis seeds at one image per class, where sets differ most; also of the random real images
@@ -330,7 +329,8 @@ def real_sets(run: Run, classifier: PreTrainedModel) -> dict[str, Dataset]:
     chosen: dict[str, torch.Tensor] = {}
     for budget in (*BUDGETS, run.doped_per_class):
         chosen[f"herding-ipc{budget}-seed0"] = herd_per_class(run.train, budget, classifier=classifier)
-        for seed in run.seeds(1 if budget == run.doped_per_class else budget):  # nothing but evaluators to pay for
+        many = budget in (1, run.doped_per_class)
+        for seed in range(run.recipe.single_seeds if many else run.recipe.synthesis_seeds):
             chosen[f"random-ipc{budget}-seed{seed}"] = select_per_class(run.train.labels, budget, seed=seed)
     return {name: run.real.select(rows.tolist()) for name, rows in chosen.items()}
 

@@ -128,7 +128,7 @@ def test_a_unet_is_brought_to_another_size():
     assert not changed(state(old), state(new))
     trained = tune(new, "all", 3, size=12).denoiser
     assert trained.config.sample_size == 12 and changed(state(old), state(trained))
-    with pytest.raises(ValueError, match="halves its input 1 times; the size 9 cannot be"):
+    with pytest.raises(ValueError, match="halves its input 1 times; the sample size 9 cannot be"):
         adapt_denoiser(old, 3, sample_size=9)
 
 
