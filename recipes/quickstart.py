@@ -283,7 +283,7 @@ def make_targets(run: Run, pipe: DsCoPipeline) -> dict[str, MatchingTargets]:
         if not folders[method].is_dir():
             run.say(f"targets of {method}")
             start = time.perf_counter()
-            targets = make(accelerator=run.accelerator, work_dir=run.work / f"{method}-pass")
+            targets = make(accelerator=run.accelerator)
             targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
             if run.accelerator.is_main_process:
                 targets.save_pretrained(folders[method].with_suffix(".partial"))
