@@ -3,7 +3,7 @@
 from .cards import DatasetCardFields
 from .concentrate import ConcentrationReport, concentrate, concentrate_and_report, measure_discrepancy
 from .data import load_digits_dataset, load_image_dataset
-from .doping import dope
+from .doping import clearest, dope
 from .evaluators import ConvNetConfig, ConvNetForImageClassification, build_evaluator, get_protocol, train_evaluator
 from .failures import NonFiniteError
 from .feature_spec import FeatureSpec
@@ -32,6 +32,7 @@ __all__ = [
     "NonFiniteError",
     "QuantileTargets",
     "build_evaluator",
+    "clearest",
     "concentrate",
     "concentrate_and_report",
     "concentrate_to_folder",

@@ -54,6 +54,7 @@ def check_call(
         ("guidance_scale", guidance_scale, 0, math.inf),
         ("step_size", plan.step_size, 0, math.inf),
         ("step_decay", plan.step_decay, 0, 1),
+        ("contrast", plan.contrast, 0, math.inf),
     ):
         if not low <= value <= high or not math.isfinite(value):
             raise ValueError(f"`{name}` must be a number from {low} to {high}, got {value!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .evaluators.protocols import Protocol, get_protocol
 from .evaluators.training import train_evaluator
 from .kernels import herd
 from .labels import class_mapping
+from .objectives import class_margin
 from .pipeline import DsCoPipeline
 from .schema import class_names, find_columns
 from .seeds import image_seed
@@ -163,6 +165,61 @@ def clarity(
     ]
     scores[indices] = torch.stack(found).mean(dim=0)
     return scores
+
+
+def clearest(
+    real: Dataset,
+    pipe: DsCoPipeline,
+    *,
+    share: float = 0.2,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """The real images of every class that the pipeline's classifier is surest of: what a small set should match.
+
+    Few images that match all of a class, its unclear images included, train worse evaluators than few that match its
+    clearest part: `MatchingTargets.from_dataset(clearest(real, pipe), pipe)`.
+
+    Args:
+        real (`Dataset`): one split with an `Image` and a `ClassLabel` column.
+        pipe (`DsCoPipeline`): its classifier must know the dataset's classes.
+        share (`float`): of the images of a class, in (0, 1]; at least one is taken.
+        image_column (`str`, *optional*): where there are several of the kind.
+        label_column (`str`, *optional*): where there are several of the kind.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        `Dataset`: rows of `real`, in their order. Images are ranked by log p / (1 - p), p the probability of their
+        class, and by their place where that is the same.
+
+    Raises:
+        ValueError: for a share out of range, a missing classifier, or one that was trained on other classes.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"`share` must be above 0 and at most 1, got {share!r}.")
+    if pipe.classifier is None:
+        raise ValueError(
+            "Choosing the clearest images asks the pipeline's classifier, and there is none: pass `classifier=` to "
+            "`DsCoPipeline.from_pretrained`."
+        )
+    columns = {"image_column": image_column, "label_column": label_column}
+    names, config = class_names(real, label_column=label_column), pipe.classifier.config
+    try:
+        known = torch.tensor(class_mapping(names, config.id2label, config.num_labels))
+    except ValueError as error:
+        raise ValueError(f"The classifier was trained on other classes than the dataset: {error}") from error
+    pixels, labels, indices = load_pixels(
+        real, image_size=pipe.image_size, num_channels=pipe.num_channels, progress=progress, **columns
+    )
+    labels = labels.cpu()
+    margins = class_margin(predict_logits(pipe.classifier, pixels).cpu(), known[labels])
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        order = margins[members].argsort(descending=True, stable=True)
+        chosen.append(members[order[: math.ceil(share * len(members))]])
+    return real.select(indices[torch.cat(chosen)].sort().values.tolist())
 
 
 def _teacher(pipe: DsCoPipeline | None, names: Sequence[str]) -> PreTrainedModel | None:

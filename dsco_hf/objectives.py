@@ -31,8 +31,11 @@ def rkhs(
     rows: torch.Tensor,
     targets: MatchingTargets,
     previous: tuple[torch.Tensor, torch.Tensor] | None = None,
+    contrast: float = 0.0,
 ) -> torch.Tensor:
     """Squared maximum mean discrepancy of every class: ‖(1/n) Σ_j ψ(φ(x_j)) - μ_c‖² (DsCo, arXiv 2603.27987, Prop. 1).
+
+    With `contrast` the images aim beyond μ_c, away from the other classes; see [`contrasted_means`].
 
     Args:
         observation (`Observation`): features `(B, d)` of the images.
@@ -40,6 +43,7 @@ def rkhs(
         targets (`MatchingTargets`): the mean embeddings.
         previous (`tuple`, *optional*): sums `(C, D)` and counts `(C,)` of the embeddings of images that are in the set
             already, by row of the targets: the new images then match what these leave.
+        contrast (`float`): γ, at least 0.
 
     Returns:
         `torch.Tensor` of shape `(K,)`: one loss per class that occurs, in ascending order of its row.
@@ -49,7 +53,16 @@ def rkhs(
     counts = torch.bincount(index, minlength=len(present)).to(sums)
     if previous is not None:
         sums, counts = sums + previous[0][present].to(sums), counts + previous[1][present].to(counts)
-    return mmd2(sums / counts[:, None], targets.embeddings[present])
+    return mmd2(sums / counts[:, None], contrasted_means(targets.embeddings, contrast)[present])
+
+
+def contrasted_means(means: torch.Tensor, contrast: float) -> torch.Tensor:
+    """μ_c + γ (μ_c - μ̄), with μ̄ the mean over all classes: `(C, D)` → `(C, D)`; the same means for γ = 0.
+
+    ‖s - μ_c‖² - 2γ ⟨s, μ_c - μ̄⟩ up to a constant in s: few images cannot resemble a whole class, and teach more if
+    they show what sets it apart. With many images the classes themselves should be matched, γ = 0.
+    """
+    return means + contrast * (means - means.mean(dim=0)) if contrast else means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +114,14 @@ def class_means(values: torch.Tensor, index: torch.Tensor, num_classes: int) -> 
 
 
 def class_evidence(logits: torch.Tensor, labels: torch.Tensor, *, margin: float) -> torch.Tensor:
-    """softplus(margin - m), m = logit of the class - logsumexp of the others: `(B, K)` → `(B,)`. Lower is better."""
+    """softplus(margin - m), with m by [`class_margin`]: `(B, K)` → `(B,)`. Lower is better."""
+    return F.softplus(margin - class_margin(logits, labels))
+
+
+def class_margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logit of the class - logsumexp of the others: `(B, K)` → `(B,)`; log p / (1 - p), where p itself rounds to 1."""
     own = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], float("-inf")).logsumexp(dim=1)
-    return F.softplus(margin - (own - others))
+    return own - logits.scatter(1, labels[:, None], float("-inf")).logsumexp(dim=1)
 
 
 def repulsion(features: torch.Tensor, index: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ class NoisePlan:
     classifier_objective: ClassifierObjective
     previous: tuple[torch.Tensor, torch.Tensor] | None = None
     step_decay: float = 0.25
+    contrast: float = 0.0
     steps: range = range(0)  # indices of the optimised sampling steps
 
     @property
@@ -61,7 +62,7 @@ class NoisePlan:
         """The losses of the classes, `(K,)`."""
         if self.objective == "classifier":
             return self.classifier_objective(observation, self.rows, self.labels, self.classifier)
-        return rkhs(observation, self.rows, self.targets, self.previous)
+        return rkhs(observation, self.rows, self.targets, self.previous, self.contrast)
 
 
 def optimized_steps(num_steps: int, optimize_from: float, optimize_until: float) -> range:

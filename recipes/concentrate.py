@@ -111,6 +111,7 @@ class ConcentrateRecipe:
     optimize_from: float = 0.6
     optimize_until: float = 1.0
     lookahead: str = "conditional"
+    contrast: float = 0.0
     batch_size: int | None = None
     output_dir: str = "outputs/concentrated"
     max_hours: float | None = None
@@ -122,7 +123,7 @@ class ConcentrateRecipe:
 
 
 SAMPLING = ("objective", "guidance_scale", "num_inference_steps", "eta", "optimization_steps", "step_size",
-            "step_decay", "optimize_from", "optimize_until", "lookahead", "batch_size")  # fmt: skip
+            "step_decay", "optimize_from", "optimize_until", "lookahead", "contrast", "batch_size")  # fmt: skip
 SIZES = ("images_per_class", "block_size", "images_per_call")
 WITH_FROM = {"output_dir", "max_hours", "cpu_threads", "accept_changed"}  # what `--from` leaves to the user
 

@@ -30,6 +30,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from dsco_hf.concentrate import concentrate_and_report, measure_discrepancy
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, select_per_class
+from dsco_hf.doping import clearest
 from dsco_hf.evaluators import (
     ImageSet,
     build_evaluator,
@@ -77,7 +78,10 @@ class ExperimentRecipe:
         synthesis_seeds, training_seeds: repetitions of the sets, and of the trainings on each. "nopt-quantile", whose
             cost is many times that of the others, has one synthesis seed.
         num_inference_steps, guidance_scale: of sampling.
-        step_size: of NOpt; a weak generator wants less than 1, as it follows the noise off the images it knows.
+        clearest_share: targets are made of this share of every class: the images that the classifier is surest of.
+        step_size, optimize_from, optimize_until: of NOpt. With a weak generator, steps of less than 1 stay closer to
+            the images it knows.
+        contrast: of NOpt at one image per class; at n of them it is divided by n.
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
         samples_per_class: generator samples behind the data-free targets.
@@ -110,7 +114,11 @@ class ExperimentRecipe:
     training_seeds: int = 3
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
+    clearest_share: float = 1.0
     step_size: float = 1.0
+    optimize_from: float = 0.6
+    optimize_until: float = 1.0
+    contrast: float = 0.0
     block_size: int = 10
     images_per_call: int = 128
     samples_per_class: int = 200
@@ -142,8 +150,8 @@ class ExperimentRecipe:
 # What a set depends on beside the models; the rest of the options is about evaluators or about folders.
 _SETS = (
     "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
-    "images_per_call", "samples_per_class", "quantile_iterations", "features",
-    "step_size",
+    "images_per_call", "samples_per_class", "quantile_iterations", "features", "clearest_share", "step_size",
+    "optimize_from", "optimize_until", "contrast",
 )  # fmt: skip
 
 
@@ -251,18 +259,27 @@ class Experiment:
         sampling = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
         columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
         features = FEATURES[recipe.features]
+
+        def of_images(share: float = 1.0, **shared: Any) -> MatchingTargets:
+            chosen = self.real
+            if share < 1:
+                chosen = clearest(self.real, self.pipe, share=share, progress=False, **columns)
+            return MatchingTargets.from_dataset(chosen, self.pipe, features=features, **columns, **shared)
+
         makers: dict[str, Callable[..., MatchingTargets]] = {
-            "nopt": lambda **shared: MatchingTargets.from_dataset(
-                self.real, self.pipe, features=features, **columns, **shared
-            ),
+            "real": of_images,  # the discrepancy of all sets is measured by these
+            "nopt": lambda **shared: of_images(recipe.clearest_share, **shared),
             "nopt-data-free": lambda **shared: MatchingTargets.from_generator(
                 self.pipe, samples_per_class=recipe.samples_per_class, features=features, **sampling, **shared
             ),
         }
         for method, make in makers.items():
             folder = self.work / f"targets-{method}"
-            if not folder.is_dir() and (method == "nopt" or method in recipe.methods):
-                self.say(f"targets of {method}")
+            if method == "nopt" and recipe.clearest_share == 1:
+                self.targets[method] = self.targets["real"]
+                continue
+            if not folder.is_dir() and (method == "real" or method in recipe.methods):
+                self.say(f"targets: {method}")
                 start = time.perf_counter()
                 targets = make(accelerator=self.accelerator, work_dir=self.work / f"{method}-pass", progress=False)
                 targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
@@ -292,7 +309,8 @@ class Experiment:
             path = self.work / "sets" / f"{name}.parquet"
             if path.is_file() or self.out_of_time():
                 continue
-            options: dict[str, Any] = {"targets": self.targets.get(method), "step_size": recipe.step_size}
+            options: dict[str, Any] = {"targets": self.targets.get(method), "contrast": recipe.contrast / budget}
+            options |= {name: getattr(recipe, name) for name in ("step_size", "optimize_from", "optimize_until")}
             if method == "nopt-quantile":
                 quantile = quantile or QuantileTargets.from_dataset(self.real, self.pipe, draws=1, progress=False)
                 options = {"targets": quantile, "objective": "quantile", "optimize_from": 0.0}
@@ -304,7 +322,7 @@ class Experiment:
                 seed=seed,
                 block_size=recipe.block_size,
                 images_per_call=recipe.images_per_call,
-                measure_by=self.targets["nopt"],
+                measure_by=self.targets["real"],
                 progress=False,
                 num_inference_steps=recipe.num_inference_steps,
                 guidance_scale=recipe.guidance_scale,
@@ -404,7 +422,7 @@ class Experiment:
     def discrepancy(self, images: ImageSet) -> float:
         """MMD² of a set from the real classes, mean over classes."""
         return statistics.fmean(
-            measure_discrepancy(images.pixels, images.labels, self.pipe, self.targets["nopt"]).values()
+            measure_discrepancy(images.pixels, images.labels, self.pipe, self.targets["real"]).values()
         )
 
     def draw_samples(self, path: Path) -> None:

@@ -27,6 +27,8 @@ def nothing_ran(pipe):
         ({"optimize_until": -1}, "`optimize_until` must be a number from 0 to 1"),
         ({"optimize_from": 0.8, "optimize_until": 0.5}, "`optimize_from=0.8` must not exceed `optimize_until=0.5`"),
         ({"step_decay": 1.5}, "`step_decay` must be a number from 0 to 1"),
+        ({"contrast": -1.0}, "`contrast` must be a number from 0 to inf, got -1.0"),
+        ({"contrast": float("nan")}, "`contrast` must be"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be a number from 0 to inf"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ({"step_size": float("inf")}, "`step_size` must be"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dsco_hf import ConvNetForImageClassification, MatchingTargets, concentrate, dope, get_protocol
+from dsco_hf import ConvNetForImageClassification, MatchingTargets, clearest, concentrate, dope, get_protocol
 from dsco_hf.concentrate import embed_pixels
 from dsco_hf.data import load_pixels
 from dsco_hf.doping import clarity, clarity_scores
@@ -255,3 +255,41 @@ def test_targets_are_made_of_the_real_images(mix, real_images, pipe):
     made = MatchingTargets.from_dataset(real_images, pipe, progress=False)
     given = mix(strategy="herding", images_per_class=4, targets=made)
     assert list(given["real_index"]) == list(mix(strategy="herding", images_per_class=4)["real_index"])
+
+
+@pytest.mark.parametrize(("share", "sizes"), [(0.01, [1, 1, 1]), (0.5, [5, 4, 3]), (1.0, [9, 7, 5])])
+def test_the_clearest_of_every_class(real_images, pipe, share, sizes):
+    numbered = real_images.add_column("row", range(len(real_images)))
+    chosen = clearest(numbered, pipe, share=share, progress=False)
+    assert per_class(chosen) == sizes and chosen.features == numbered.features
+    rows = list(chosen["row"])
+    assert rows == sorted(rows)
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    with torch.no_grad():
+        p = pipe.classifier(pixels).logits.double().softmax(1)[range(len(labels)), labels]
+    for label in range(3):
+        taken = [row for row in rows if labels[row] == label]
+        left = [row for row in range(len(labels)) if labels[row] == label and row not in rows]
+        assert all(p[a] >= p[b] for a in taken for b in left)
+
+
+def test_the_clearest_by_a_classifier_that_orders_classes_otherwise(real_images, make):
+    names = ("square", "circle", "triangle")
+    turned = make.pipe(classifier=make.convnet(names=names))
+    chosen = clearest(real_images.add_column("row", range(len(real_images))), turned, share=0.01, progress=False)
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    own = torch.tensor([1, 0, 2])[labels]
+    with torch.no_grad():
+        p = turned.classifier(pixels).logits.double().softmax(1)[range(len(labels)), own]
+    best = [max((i for i in range(len(labels)) if labels[i] == label), key=lambda i: p[i]) for label in range(3)]
+    assert sorted(best) == list(chosen["row"])
+
+
+def test_clearest_bad_input(real_images, pipe, make):
+    for share in (0, -0.2, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="`share` must be above 0 and at most 1"):
+            clearest(real_images, pipe, share=share)
+    with pytest.raises(ValueError, match="there is none: pass `classifier=`"):
+        clearest(real_images, make.pipe())
+    with pytest.raises(ValueError, match="trained on other classes than the dataset"):
+        clearest(real_images, make.pipe(classifier=make.convnet(names=("cat", "dog", "cow"))))

@@ -6,7 +6,16 @@ import torch
 from dsco_hf import ClassifierObjective
 from dsco_hf.features import Observation, batchnorm_layers, observe
 from dsco_hf.kernels import mmd2
-from dsco_hf.objectives import batchnorm_distance, class_evidence, class_means, class_sums, repulsion, rkhs
+from dsco_hf.objectives import (
+    batchnorm_distance,
+    class_evidence,
+    class_margin,
+    class_means,
+    class_sums,
+    contrasted_means,
+    repulsion,
+    rkhs,
+)
 
 
 def normal(*shape, seed=0):
@@ -30,6 +39,37 @@ def test_rkhs_is_the_discrepancy_of_each_class(targets):
     expected = [mmd2(psi[rows == row].mean(0), targets.embeddings[row]) for row in (0, 2)]
     torch.testing.assert_close(losses, torch.stack(expected))
     assert losses.min() > 0.01 and not math.isclose(losses[0], losses[1])
+
+
+def test_contrast_aims_away_from_the_other_classes(targets):
+    means = torch.tensor([[1.0, 0.0], [3.0, 2.0], [2.0, 1.0]])  # of mean (2, 1)
+    expected = torch.tensor([[-1.0, -2.0], [5.0, 4.0], [2.0, 1.0]])
+    torch.testing.assert_close(contrasted_means(means, 2.0), expected)
+    assert contrasted_means(means, 0.0) is means
+    torch.testing.assert_close(contrasted_means(means[:1], 5.0), means[:1])  # nothing to stand out from
+    features, rows = normal(5, targets.feature_dim), torch.tensor([2, 0, 2, 0, 2])
+    psi = torch.stack([targets.embed(features)[rows == row].mean(0) for row in (0, 2)])
+    aims = contrasted_means(targets.embeddings, 3.0)[[0, 2]]
+    torch.testing.assert_close(rkhs(seen(features), rows, targets, contrast=3.0), mmd2(psi, aims))
+    torch.testing.assert_close(rkhs(seen(features), rows, targets, contrast=0.0), rkhs(seen(features), rows, targets))
+
+
+def test_the_contrasted_loss_is_the_discrepancy_less_what_sets_the_class_apart(targets):
+    rows, gamma = torch.tensor([0, 1, 2]), 4.0
+    one, other = (targets.embed(normal(3, targets.feature_dim, seed=seed)) for seed in (1, 2))
+    features = [normal(3, targets.feature_dim, seed=seed) for seed in (1, 2)]
+    change = torch.subtract(*(rkhs(seen(f), rows, targets, contrast=gamma) for f in features))
+    plain = torch.subtract(*(rkhs(seen(f), rows, targets) for f in features))
+    apart = targets.embeddings - targets.embeddings.mean(0)
+    torch.testing.assert_close(change, plain - 2 * gamma * ((one - other) * apart).sum(1), atol=1e-4, rtol=0)
+
+
+def test_margin_is_the_log_odds_of_the_class():
+    logits, labels = normal(6, 4) * 3, torch.tensor([0, 1, 2, 3, 0, 1])
+    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(class_margin(logits, labels), p.logit(), atol=1e-4, rtol=1e-4)
+    sure = class_margin(torch.tensor([[40.0, 0.0], [50.0, 0.0]]), torch.tensor([0, 0]))
+    assert sure[1] > sure[0]  # both probabilities are 1 in float32
 
 
 def test_previous_images_count_as_if_they_were_drawn_along(targets):

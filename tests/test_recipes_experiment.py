@@ -1,4 +1,5 @@
 import json
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -6,9 +7,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, DatasetDict
+from transformers import AutoModelForImageClassification
 
 from conftest import striped_images
+from dsco_hf import DsCoPipeline, concentrate, measure_discrepancy
 from dsco_hf.configs import parse_config
+from dsco_hf.data import load_pixels
 from dsco_hf.targets import MatchingTargets
 from launches import launch_command, launch_environment
 from recipes import experiment
@@ -65,11 +69,44 @@ def test_matched_features_are_of_the_chosen_networks(work):
         experiment.main([*options, "--features", features, "--output_dir", str(work / features)])
         AcceleratorState._reset_state(), PartialState._reset_state()
         (new,) = set((work / "sets").iterdir()) - set(networks)  # sets of other features are kept apart
-        networks[new] = [spec.network for spec in MatchingTargets.from_pretrained(new / "targets-nopt").features]
+        networks[new] = [spec.network for spec in MatchingTargets.from_pretrained(new / "targets-real").features]
         rows = Dataset.from_parquet(str(new / "sets" / "nopt-ipc1-seed0.parquet"), keep_in_memory=True)
         pixels[features] = [image.tobytes() for image in rows["image"]]
     assert list(networks.values()) == [["classifier"], ["classifier_2"], ["classifier", "classifier_2"]]
     assert len({tuple(images) for images in pixels.values()}) == 3
+
+
+def test_contrast_falls_with_the_budget_and_targets_are_of_the_clearest_images(work):
+    (work / "tiny.yaml").write_text(
+        f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\nmethods: [nopt]\n"
+        "budgets: [1, 2]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\nnum_inference_steps: 3\ncontrast: 6\n"
+        "clearest_share: 0.5\noptimize_from: 0.4\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\n"
+    )
+    experiment.main(["--config", str(work / "tiny.yaml"), "--output_dir", str(work / "out")])
+    (folder,) = (work / "out" / "work").iterdir()
+    targets = MatchingTargets.from_pretrained(folder / "targets-nopt")
+    real = MatchingTargets.from_pretrained(folder / "targets-real")
+    assert (targets.counts.tolist(), real.counts.tolist()) == ([5, 4, 3], [9, 7, 5])
+    classifier = AutoModelForImageClassification.from_pretrained(work / "classifier").eval()
+    pipe = DsCoPipeline.from_pretrained(work / "pipe", classifier=classifier)
+    pipe.set_progress_bar_config(disable=True)
+    for budget in (1, 2):
+        rows = Dataset.from_parquet(str(folder / "sets" / f"nopt-ipc{budget}-seed0.parquet"), keep_in_memory=True)
+        drawn = [
+            concentrate(
+                pipe, targets, budget, num_inference_steps=3, guidance_scale=1.0, optimize_from=0.4, contrast=contrast,
+                progress=False,
+            )
+            for contrast in (6 / budget, 0)
+        ]  # fmt: skip
+        same, other = ([image.tobytes() for image in one["image"]] for one in drawn)
+        assert [image.tobytes() for image in rows["image"]] == same != other
+    (first, second) = (
+        row for row in json.loads((work / "out" / "results.json").read_text())["rows"] if row["method"] == "nopt"
+    )
+    measured = measure_discrepancy(*load_pixels(rows, num_channels=1)[:2], pipe, real)
+    assert second["discrepancy"] == pytest.approx(statistics.fmean(measured.values()), rel=1e-4)
+    assert first["images_per_class"] == 1
 
 
 def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
