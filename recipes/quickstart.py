@@ -58,6 +58,8 @@ BUDGETS = (1, 3, 10)
 GUIDANCE = 1.0
 # With the generator's cosine noise, images are decided between these steps; chosen on a part of the training images.
 INTERVAL: dict[str, Any] = {"optimize_from": 0.5, "optimize_until": 0.9}
+# One image cannot resemble a class: it aims at what sets the class apart. With three it no longer helped, there.
+CONTRAST = {1: 2.0}
 DOPING: dict[str, Any] = {"strategy": "clarity", "num_students": 4}
 EVALUATOR: dict[str, Any] = {"architecture": "convnet-2", "overrides": {"width": 64}}
 # What is matched: an untrained network of the evaluators' kind (as in distribution matching, arXiv 2110.04181), which
@@ -81,6 +83,8 @@ class Quickstart:
         synthesis_seeds, training_seeds: repetitions; the quantile rows have one synthesis seed.
         single_seeds: synthesis seeds at one image per class, where sets differ most; also of the random real images
             that the doped dataset is compared with.
+        herding_seeds: herded sets at each budget, by as many classifiers: which images are herded depends on the
+            classifier, and accuracy with it.
         quantile_iterations: of the released objective, per sampling step; its authors use 200.
     """
 
@@ -93,6 +97,7 @@ class Quickstart:
     templates_per_class: int = 200
     synthesis_seeds: int = 2
     single_seeds: int = 6
+    herding_seeds: int = 4
     training_seeds: int = 3
     quantile_iterations: int = 20
 
@@ -107,6 +112,7 @@ class Quickstart:
             templates_per_class=20,
             synthesis_seeds=1,
             single_seeds=1,
+            herding_seeds=2,
             training_seeds=2,
             quantile_iterations=3,
         )
@@ -122,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = train_models(run)
     targets = make_targets(run, pipe)
     sets = synthesise(run, pipe, targets)
-    sets |= doped_sets(run, pipe, sets) | real_sets(run, pipe.classifier)
+    sets |= doped_sets(run, pipe, sets) | real_sets(run)
     run.say("training evaluators")
     jobs = train_evaluators(run, sets, rank=accelerator.process_index, world=accelerator.num_processes)
     accelerator.wait_for_everyone()
@@ -180,6 +186,15 @@ class Run:
         """Size of the doped dataset and of its baselines, per class."""
         return round(self.recipe.doped_share * len(self.real) / len(self.train.names))
 
+    def classifier_folder(self, seed: int) -> Path:
+        """Where a trained classifier lies."""
+        return self.work / f"classifier-seed{seed}"
+
+    def classifier(self, seed: int) -> PreTrainedModel:
+        """A trained classifier; that of seed 0 is the pipeline's."""
+        model = AutoModelForImageClassification.from_pretrained(self.classifier_folder(seed))
+        return model.to(self.accelerator.device).eval()
+
     @property
     def evaluators(self) -> Path:
         """Where the evaluators' results lie."""
@@ -211,20 +226,13 @@ class Run:
 
 
 def train_models(run: Run) -> DsCoPipeline:
-    """The classifier and then the generator, by the main process.
+    """The classifiers, and then the generator by the main process.
 
     Meanwhile the other processes train the evaluators that need no generator: real baselines and all data.
     """
     folder, recipe, accelerator = run.work / "pipeline", run.recipe, run.accelerator
-    if accelerator.is_main_process and not (run.work / "classifier").is_dir():
-        run.say("training the classifier")
-        classifier = new_classifier(run.train.names)
-        protocol = dataclasses.replace(run.protocol, steps=100 if recipe.small else 800, learning_rate=2e-3)
-        train_evaluator(classifier, run.train.pixels, run.train.labels, protocol=protocol, accelerator=accelerator)
-        classifier.save_pretrained(run.work / "classifier.partial")
-        (run.work / "classifier.partial").rename(run.work / "classifier")
-    accelerator.wait_for_everyone()
-    classifier = AutoModelForImageClassification.from_pretrained(run.work / "classifier").to(accelerator.device).eval()
+    train_classifiers(run)
+    classifier = run.classifier(0)
     if not folder.is_dir():
         if accelerator.is_main_process:
             run.say("training the generator" + "; real baselines meanwhile" * (accelerator.num_processes > 1))
@@ -250,15 +258,33 @@ def train_models(run: Run) -> DsCoPipeline:
             folder.with_suffix(".partial").rename(folder)
         else:
             others = {"rank": accelerator.process_index - 1, "world": accelerator.num_processes - 1}
-            train_evaluators(run, real_sets(run, classifier), **others)
+            train_evaluators(run, real_sets(run), **others)
     accelerator.wait_for_everyone()
     return DsCoPipeline.from_pretrained(folder).to(accelerator.device)
 
 
-def new_classifier(names: list[str]) -> PreTrainedModel:
-    """The classifier before its training."""
+def train_classifiers(run: Run) -> None:
+    """The pipeline's classifier, and those of the other herded sets; every process trains its share."""
+    run.say("training the classifiers")
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    protocol = dataclasses.replace(run.protocol, steps=100 if run.recipe.small else 800, learning_rate=2e-3)
+    for seed in range(run.recipe.herding_seeds)[rank::world]:
+        folder = run.classifier_folder(seed)
+        if not folder.is_dir():
+            classifier = new_classifier(run.train.names, seed)
+            train_evaluator(
+                classifier, run.train.pixels, run.train.labels, protocol=protocol, seed=seed,
+                accelerator=run.accelerator,
+            )  # fmt: skip
+            classifier.save_pretrained(folder.with_suffix(".partial"))
+            folder.with_suffix(".partial").rename(folder)
+    run.accelerator.wait_for_everyone()
+
+
+def new_classifier(names: list[str], seed: int) -> PreTrainedModel:
+    """A classifier before its training."""
     return build_evaluator(
-        "convnet-2", class_names=names, image_size=8, num_channels=1, width=64, norm="batch", seed=0
+        "convnet-2", class_names=names, image_size=8, num_channels=1, width=64, norm="batch", seed=seed
     )
 
 
@@ -317,6 +343,8 @@ def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]
         name = f"{method}-ipc{budget}-seed{seed}"
         if not run.has_set(name):
             choice: dict[str, Any] = {"images_per_class": budget, "seed": seed, "progress": False}
+            if method in targets:
+                choice["contrast"] = CONTRAST.get(budget, 0.0)
             rows, report = concentrate_and_report(pipe, **options[method], **choice, **run.sampling)
             run.save_set(name, rows, dataclasses.asdict(report))
     run.accelerator.wait_for_everyone()
@@ -324,11 +352,13 @@ def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]
     return {name: run.load_set(name) for name in names}
 
 
-def real_sets(run: Run, classifier: PreTrainedModel) -> dict[str, Dataset]:
+def real_sets(run: Run) -> dict[str, Dataset]:
     """The baselines that need no generator: random and herded real images at every budget."""
     chosen: dict[str, torch.Tensor] = {}
     for budget in (*BUDGETS, run.doped_per_class):
-        chosen[f"herding-ipc{budget}-seed0"] = herd_per_class(run.train, budget, classifier=classifier)
+        for seed in range(run.recipe.herding_seeds if budget in BUDGETS else 1):
+            herded = herd_per_class(run.train, budget, classifier=run.classifier(seed))
+            chosen[f"herding-ipc{budget}-seed{seed}"] = herded
         many = budget in (1, run.doped_per_class)
         for seed in range(run.recipe.single_seeds if many else run.recipe.synthesis_seeds):
             chosen[f"random-ipc{budget}-seed{seed}"] = select_per_class(run.train.labels, budget, seed=seed)
@@ -411,6 +441,7 @@ def collect(
             **dataclasses.asdict(run.recipe),
             "sampling": run.sampling,
             "interval": INTERVAL,
+            "contrast": CONTRAST,
             "doping": DOPING,
             "features": FEATURES,
             "protocol": run.protocol.name,
@@ -485,6 +516,7 @@ def write_dataset(
             **run.sampling,
             **INTERVAL,
         }
+        parameters["contrast"] = CONTRAST.get(parameters["images_per_class"], 0.0)
         if name == "doped":
             parameters["doping"] = {**DOPING, "total": len(sets[key])}
         records[name] = concentration_record(

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import load_dataset
+from safetensors.torch import load_file
 
 from dsco_hf import MatchingTargets, verify
 from recipes import quickstart
@@ -95,7 +96,20 @@ def test_targets_are_left_to_be_used(output):
     assert without.provenance["population"] == "generator"
 
 
-@pytest.mark.parametrize("make", [quickstart.new_classifier, quickstart.untrained_network])
+def test_herded_sets_are_those_of_several_classifiers(output):
+    rows = {
+        (row["method"], row["images_per_class"]): row
+        for row in json.loads((output / "results.json").read_text())["rows"]
+    }
+    assert [rows["herding", budget]["synthesis_seeds"] for budget in (1, 3, 10, 43)] == [2, 2, 2, 1]
+    work = next((output / "work").iterdir())
+    first, second = (load_file(work / f"classifier-seed{seed}" / "model.safetensors") for seed in (0, 1))
+    assert first.keys() == second.keys() and not all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda names: quickstart.new_classifier(names, 3), quickstart.untrained_network], ids=["new", "untrained"]
+)
 def test_initial_weights_are_those_of_a_seed(make):
     torch.manual_seed(1)
     first = make(["a", "b"]).state_dict()
