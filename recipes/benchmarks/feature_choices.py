@@ -1,4 +1,4 @@
-"""Which features to match: layers, poolings, two classifiers and a random network, by what the small set trains.
+"""What to match: features, contrast to the other classes, all images or clear ones, by what the small set trains.
 
     python recipes/benchmarks/feature_choices.py --out feature_choices.json
     python recipes/benchmarks/feature_choices.py --pipeline FOLDER --synthesis_seeds 2 --training_seeds 3
@@ -13,7 +13,8 @@ deviation of the accuracy (%) of a ConvNet-2 over synthesis and training seeds, 
 features, which is the same measure for all; `features`: the specs behind the names; `best`: name of the best choice
 by images per class; `classifiers`: the accuracies of the two. Two rows weigh the layers otherwise than the package,
 where each counts alike: "by size" leaves every dimension its weight, "kernel each" gives every layer a kernel of its
-own bandwidth and as many of the random features.
+own bandwidth and as many of the random features. Rows "pooled (default), contrast ..." and "..., clearest fifth" match
+the default features with `contrast`, and targets of `clearest` images.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, build_evaluator, concentrate, load_digits_dataset
+from dsco_hf import DsCoPipeline, MatchingTargets, build_evaluator, clearest, concentrate, load_digits_dataset
 from dsco_hf.concentrate import measure_discrepancy
 from dsco_hf.data import load_pixels, select_per_class
 from dsco_hf.evaluators import get_protocol, load_image_set, predict_logits, train_evaluator, train_job
@@ -48,8 +49,9 @@ from dsco_hf.kernels import draw_frequencies, fourier_embedding, median_bandwidt
 
 
 FIRST, LAST = "convnet.blocks.3", "convnet.blocks.7"  # what leaves the two blocks: 4x4 and 2x2 positions
+DEFAULT = "pooled (default)"
 CHOICES: dict[str, Any] = {
-    "pooled (default)": None,
+    DEFAULT: None,
     "last block, average": {"layers": [LAST]},
     "last block, mean and std": {"layers": [LAST], "pooling": "mean_std"},
     "first block, grid": {"layers": [FIRST], "pooling": "grid2"},
@@ -67,6 +69,8 @@ CHOICES: dict[str, Any] = {
     "pooled + random network": [{}, {"network": "random"}],
 }  # fmt: skip
 WEIGHED = "pooled + first block, grid"
+CONTRASTS = {f"{DEFAULT}, contrast {contrast:g}": contrast for contrast in (0.5, 1.0, 2.0, 4.0, 8.0)}
+CLEAR = {f"{DEFAULT}, clearest fifth": 0.0, f"{DEFAULT}, clearest fifth, contrast 2": 2.0}
 OTHERWISE = (f"{WEIGHED}, by size", f"{WEIGHED}, kernel each")
 SAMPLING = {"guidance_scale": 1.0, "num_inference_steps": 20, "progress": False}
 
@@ -87,13 +91,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if WEIGHED in targets:
         targets |= {name: weighed_otherwise(targets[WEIGHED], train, pipe, name) for name in OTHERWISE}
     judge = MatchingTargets.from_dataset(train, pipe, progress=False)
+    variants: dict[str, tuple[MatchingTargets | None, float]] = {"plain": (None, 0.0)}
+    variants |= {name: (value, 0.0) for name, value in targets.items()}
+    if DEFAULT in targets:
+        clear = MatchingTargets.from_dataset(clearest(train, pipe, progress=False), pipe, progress=False)
+        variants |= {name: (targets[DEFAULT], contrast) for name, contrast in CONTRASTS.items()}
+        variants |= {name: (clear, contrast) for name, contrast in CLEAR.items()}
     sets: dict[tuple[str, int, int], Dataset] = {}
     for budget in options.budgets:
         for seed in range(options.synthesis_seeds):
             labels = torch.tensor(train["label"])
             sets["random real", budget, seed] = train.select(select_per_class(labels, budget, seed=seed).tolist())
-            for name, chosen in {"plain": None, **targets}.items():
-                sets[name, budget, seed] = concentrate(pipe, chosen, budget, seed=seed, **SAMPLING)
+            for name, (chosen, contrast) in variants.items():
+                sets[name, budget, seed] = concentrate(pipe, chosen, budget, seed=seed, contrast=contrast, **SAMPLING)
     rows = evaluate(sets, options)
     for row in rows:
         row["discrepancy"] = round(mean_discrepancy(sets, row, pipe, judge), 5)
