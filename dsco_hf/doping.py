@@ -203,15 +203,15 @@ def clearest(
             "Choosing the clearest images asks the pipeline's classifier, and there is none: pass `classifier=` to "
             "`DsCoPipeline.from_pretrained`."
         )
-    columns = {"image_column": image_column, "label_column": label_column}
     names, config = class_names(real, label_column=label_column), pipe.classifier.config
     try:
         known = torch.tensor(class_mapping(names, config.id2label, config.num_labels))
     except ValueError as error:
         raise ValueError(f"The classifier was trained on other classes than the dataset: {error}") from error
     pixels, labels, indices = load_pixels(
-        real, image_size=pipe.image_size, num_channels=pipe.num_channels, progress=progress, **columns
-    )
+        real, image_size=pipe.image_size, num_channels=pipe.num_channels, image_column=image_column,
+        label_column=label_column, progress=progress,
+    )  # fmt: skip
     labels = labels.cpu()
     margins = class_margin(predict_logits(pipe.classifier, pixels).cpu(), known[labels])
     chosen = []

@@ -12,6 +12,7 @@ on when it is started again. Sets do not depend on how evaluators are trained: g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -78,10 +79,11 @@ class ExperimentRecipe:
         synthesis_seeds, training_seeds: repetitions of the sets, and of the trainings on each. "nopt-quantile", whose
             cost is many times that of the others, has one synthesis seed.
         num_inference_steps, guidance_scale: of sampling.
-        clearest_share: targets are made of this share of every class: the images that the classifier is surest of.
+        clearest_share: "nopt" matches this share of every class, the images that the classifier is surest of; one
+            value, or one for each of the budgets. Fewer images can only show clearer ones.
         step_size, optimize_from, optimize_until: of NOpt. With a weak generator, steps of less than 1 stay closer to
             the images it knows.
-        contrast: of NOpt at one image per class; at n of them it is divided by n.
+        contrast: of NOpt; one value, or one for each of the budgets.
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
         samples_per_class: generator samples behind the data-free targets.
@@ -114,11 +116,11 @@ class ExperimentRecipe:
     training_seeds: int = 3
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
-    clearest_share: float = 1.0
+    clearest_share: list[float] = field(default_factory=lambda: [1.0])
     step_size: float = 1.0
     optimize_from: float = 0.6
     optimize_until: float = 1.0
-    contrast: float = 0.0
+    contrast: list[float] = field(default_factory=lambda: [0.0])
     block_size: int = 10
     images_per_call: int = 128
     samples_per_class: int = 200
@@ -145,13 +147,24 @@ class ExperimentRecipe:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
+        for name in ("clearest_share", "contrast"):
+            if len(values := getattr(self, name)) not in (1, len(self.budgets)):
+                raise ValueError(
+                    f"`{name}` must be one value or one for each of the {len(self.budgets)} budgets {self.budgets}, "
+                    f"got {values}."
+                )
+
+    def at_budget(self, name: str, budget: int) -> float:
+        """The value of an option that may differ between budgets."""
+        values: list[float] = getattr(self, name)
+        return values[self.budgets.index(budget) if len(values) > 1 else 0]
 
 
-# What a set depends on beside the models; the rest of the options is about evaluators or about folders.
+# What all sets depend on beside the models; the rest is about single sets, about evaluators or about folders.
 _SETS = (
     "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
-    "images_per_call", "samples_per_class", "quantile_iterations", "features", "clearest_share", "step_size",
-    "optimize_from", "optimize_until", "contrast",
+    "images_per_call", "samples_per_class", "quantile_iterations", "features", "step_size", "optimize_from",
+    "optimize_until",
 )  # fmt: skip
 
 
@@ -177,6 +190,11 @@ def main(arguments: list[str] | None = None) -> None:
         run.say(f"done: {run.output}")
         print(f"\n{results_table(results)}")
     accelerator.end_training()
+
+
+def clear_name(share: float) -> str:
+    """Name of the targets of the clearest images."""
+    return f"clearest-{share:g}"
 
 
 class Experiment:
@@ -268,17 +286,18 @@ class Experiment:
 
         makers: dict[str, Callable[..., MatchingTargets]] = {
             "real": of_images,  # the discrepancy of all sets is measured by these
-            "nopt": lambda **shared: of_images(recipe.clearest_share, **shared),
+            **{
+                clear_name(share): functools.partial(of_images, share)
+                for share in sorted(set(recipe.clearest_share) - {1})
+            },
             "nopt-data-free": lambda **shared: MatchingTargets.from_generator(
                 self.pipe, samples_per_class=recipe.samples_per_class, features=features, **sampling, **shared
             ),
         }
         for method, make in makers.items():
             folder = self.work / f"targets-{method}"
-            if method == "nopt" and recipe.clearest_share == 1:
-                self.targets[method] = self.targets["real"]
-                continue
-            if not folder.is_dir() and (method == "real" or method in recipe.methods):
+            wanted = method == "real" or ("nopt" if method.startswith("clearest") else method) in recipe.methods
+            if not folder.is_dir() and wanted:
                 self.say(f"targets: {method}")
                 start = time.perf_counter()
                 targets = make(accelerator=self.accelerator, work_dir=self.work / f"{method}-pass", progress=False)
@@ -300,6 +319,11 @@ class Experiment:
             for seed in range(1 if method == "nopt-quantile" else self.recipe.synthesis_seeds)
         }
 
+    def matching(self, method: str, budget: int) -> dict[str, float]:
+        """What may differ between the budgets of a method; kept with each set."""
+        names = {"nopt": ("clearest_share", "contrast"), "nopt-data-free": ("contrast",)}.get(method, ())
+        return {name: self.recipe.at_budget(name, budget) for name in names}
+
     def draw_sets(self) -> None:
         """Draws the synthetic sets; every process its share."""
         recipe, quantile = self.recipe, None
@@ -307,9 +331,15 @@ class Experiment:
         for name in list(self.set_names())[self.rank :: self.world]:
             method, budget, seed = self.set_names()[name]
             path = self.work / "sets" / f"{name}.parquet"
-            if path.is_file() or self.out_of_time():
+            matching = self.matching(method, budget)
+            if (path.is_file() and self.cost(name).get("matching", matching) == matching) or self.out_of_time():
                 continue
-            options: dict[str, Any] = {"targets": self.targets.get(method), "contrast": recipe.contrast / budget}
+            share = matching.get("clearest_share", 1)
+            population = {"nopt": "real" if share == 1 else clear_name(share)}.get(method, method)
+            options: dict[str, Any] = {
+                "targets": self.targets.get(population),
+                "contrast": matching.get("contrast", 0),
+            }
             options |= {name: getattr(recipe, name) for name in ("step_size", "optimize_from", "optimize_until")}
             if method == "nopt-quantile":
                 quantile = quantile or QuantileTargets.from_dataset(self.real, self.pipe, draws=1, progress=False)
@@ -327,7 +357,7 @@ class Experiment:
                 num_inference_steps=recipe.num_inference_steps,
                 guidance_scale=recipe.guidance_scale,
             )
-            cost = json.dumps(dataclasses.asdict(report)).encode()
+            cost = json.dumps(dataclasses.asdict(report) | {"matching": matching}).encode()
             write_atomically(path.with_suffix(".json"), cost)
             partial = path.with_suffix(f".{self.rank}.partial")
             rows.to_parquet(partial)

@@ -76,15 +76,26 @@ def test_matched_features_are_of_the_chosen_networks(work):
     assert len({tuple(images) for images in pixels.values()}) == 3
 
 
-def test_contrast_falls_with_the_budget_and_targets_are_of_the_clearest_images(work):
+def test_options_for_each_budget():
+    recipe = experiment.ExperimentRecipe("a", "b", "c", budgets=[10, 1], contrast=[0.5, 8], clearest_share=[0.2])
+    assert [recipe.at_budget("contrast", budget) for budget in (1, 10)] == [8, 0.5]
+    assert [recipe.at_budget("clearest_share", budget) for budget in (1, 10)] == [0.2, 0.2]
+    with pytest.raises(
+        ValueError, match=r"`contrast` must be one value or one for each of the 3 budgets \[1, 10, 50\]"
+    ):
+        experiment.ExperimentRecipe("a", "b", "c", contrast=[8, 0])
+
+
+def test_contrast_and_the_clearest_images_by_budget(work):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\nmethods: [nopt]\n"
-        "budgets: [1, 2]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\nnum_inference_steps: 3\ncontrast: 6\n"
-        "clearest_share: 0.5\noptimize_from: 0.4\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\n"
+        "budgets: [1, 2]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\nnum_inference_steps: 3\n"
+        "contrast: [6, 3]\nclearest_share: [1, 0.5]\noptimize_from: 0.4\narchitecture: convnet-2\n"
+        "model_options: '{\"width\": 4}'\n"
     )
     experiment.main(["--config", str(work / "tiny.yaml"), "--output_dir", str(work / "out")])
     (folder,) = (work / "out" / "work").iterdir()
-    targets = MatchingTargets.from_pretrained(folder / "targets-nopt")
+    targets = MatchingTargets.from_pretrained(folder / "targets-clearest-0.5")
     real = MatchingTargets.from_pretrained(folder / "targets-real")
     assert (targets.counts.tolist(), real.counts.tolist()) == ([5, 4, 3], [9, 7, 5])
     classifier = AutoModelForImageClassification.from_pretrained(work / "classifier").eval()
@@ -92,13 +103,9 @@ def test_contrast_falls_with_the_budget_and_targets_are_of_the_clearest_images(w
     pipe.set_progress_bar_config(disable=True)
     for budget in (1, 2):
         rows = Dataset.from_parquet(str(folder / "sets" / f"nopt-ipc{budget}-seed0.parquet"), keep_in_memory=True)
-        drawn = [
-            concentrate(
-                pipe, targets, budget, num_inference_steps=3, guidance_scale=1.0, optimize_from=0.4, contrast=contrast,
-                progress=False,
-            )
-            for contrast in (6 / budget, 0)
-        ]  # fmt: skip
+        matched, options = (real if budget == 1 else targets), {"guidance_scale": 1.0, "num_inference_steps": 3}
+        options |= {"optimize_from": 0.4, "progress": False}
+        drawn = [concentrate(pipe, matched, budget, contrast=contrast, **options) for contrast in (6 / budget, 0)]
         same, other = ([image.tobytes() for image in one["image"]] for one in drawn)
         assert [image.tobytes() for image in rows["image"]] == same != other
     (first, second) = (
