@@ -47,6 +47,7 @@ from dsco_hf.evaluators import herd_per_class, load_image_set, run_job, summaris
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.evaluators.training import content_hash
+from dsco_hf.files import write_atomically
 from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
@@ -186,14 +187,9 @@ class Run:
         """Size of the doped dataset and of its baselines, per class."""
         return round(self.recipe.doped_share * len(self.real) / len(self.train.names))
 
-    def classifier_folder(self, seed: int) -> Path:
-        """Where a trained classifier lies."""
-        return self.work / f"classifier-seed{seed}"
-
-    def classifier(self, seed: int) -> PreTrainedModel:
-        """A trained classifier; that of seed 0 is the pipeline's."""
-        model = AutoModelForImageClassification.from_pretrained(self.classifier_folder(seed))
-        return model.to(self.accelerator.device).eval()
+    def herded(self, seed: int) -> Path:
+        """The rows herded by the features of a classifier, by budget."""
+        return self.work / f"herded-seed{seed}.json"
 
     @property
     def evaluators(self) -> Path:
@@ -232,7 +228,6 @@ def train_models(run: Run) -> DsCoPipeline:
     """
     folder, recipe, accelerator = run.work / "pipeline", run.recipe, run.accelerator
     train_classifiers(run)
-    classifier = run.classifier(0)
     if not folder.is_dir():
         if accelerator.is_main_process:
             run.say("training the generator" + "; real baselines meanwhile" * (accelerator.num_processes > 1))
@@ -250,7 +245,7 @@ def train_models(run: Run) -> DsCoPipeline:
             pipe = DsCoPipeline(
                 **trained.components,
                 scheduler=scheduler,
-                classifier=classifier,
+                classifier=AutoModelForImageClassification.from_pretrained(run.work / "classifier").eval(),
                 classifier_2=untrained_network(run.train.names),
                 id2label=names,
             )
@@ -264,20 +259,22 @@ def train_models(run: Run) -> DsCoPipeline:
 
 
 def train_classifiers(run: Run) -> None:
-    """The pipeline's classifier, and those of the other herded sets; every process trains its share."""
+    """Trains the pipeline's classifier and others, each of which herds real images; every process does its share."""
     run.say("training the classifiers")
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     protocol = dataclasses.replace(run.protocol, steps=100 if run.recipe.small else 800, learning_rate=2e-3)
     for seed in range(run.recipe.herding_seeds)[rank::world]:
-        folder = run.classifier_folder(seed)
-        if not folder.is_dir():
-            classifier = new_classifier(run.train.names, seed)
-            train_evaluator(
-                classifier, run.train.pixels, run.train.labels, protocol=protocol, seed=seed,
-                accelerator=run.accelerator,
-            )  # fmt: skip
-            classifier.save_pretrained(folder.with_suffix(".partial"))
-            folder.with_suffix(".partial").rename(folder)
+        if run.herded(seed).is_file():
+            continue
+        classifier = new_classifier(run.train.names, seed)
+        train_evaluator(
+            classifier, run.train.pixels, run.train.labels, protocol=protocol, seed=seed, accelerator=run.accelerator
+        )
+        if seed == 0:
+            classifier.save_pretrained(run.work / "classifier")
+        budgets = (*BUDGETS, run.doped_per_class)
+        rows = {budget: herd_per_class(run.train, budget, classifier=classifier.eval()).tolist() for budget in budgets}
+        write_atomically(run.herded(seed), json.dumps(rows).encode())
     run.accelerator.wait_for_everyone()
 
 
@@ -357,8 +354,8 @@ def real_sets(run: Run) -> dict[str, Dataset]:
     chosen: dict[str, torch.Tensor] = {}
     for budget in (*BUDGETS, run.doped_per_class):
         for seed in range(run.recipe.herding_seeds if budget in BUDGETS else 1):
-            herded = herd_per_class(run.train, budget, classifier=run.classifier(seed))
-            chosen[f"herding-ipc{budget}-seed{seed}"] = herded
+            herded = json.loads(run.herded(seed).read_text(encoding="utf-8"))
+            chosen[f"herding-ipc{budget}-seed{seed}"] = torch.tensor(herded[str(budget)])
         many = budget in (1, run.doped_per_class)
         for seed in range(run.recipe.single_seeds if many else run.recipe.synthesis_seeds):
             chosen[f"random-ipc{budget}-seed{seed}"] = select_per_class(run.train.labels, budget, seed=seed)
