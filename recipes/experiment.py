@@ -284,30 +284,28 @@ class Experiment:
                 chosen = clearest(self.real, self.pipe, share=share, progress=False, **columns)
             return MatchingTargets.from_dataset(chosen, self.pipe, features=features, **columns, **shared)
 
-        makers: dict[str, Callable[..., MatchingTargets]] = {
-            "real": of_images,  # the discrepancy of all sets is measured by these
-            **{
-                clear_name(share): functools.partial(of_images, share)
-                for share in sorted(set(recipe.clearest_share) - {1})
-            },
-            "nopt-data-free": lambda **shared: MatchingTargets.from_generator(
+        # the discrepancy of all sets is measured by the first
+        makers: dict[str, Callable[..., MatchingTargets]] = {"real": of_images}
+        if "nopt" in recipe.methods:
+            shares = sorted(set(recipe.clearest_share) - {1})
+            makers |= {clear_name(share): functools.partial(of_images, share) for share in shares}
+        if "nopt-data-free" in recipe.methods:
+            makers["nopt-data-free"] = lambda **shared: MatchingTargets.from_generator(
                 self.pipe, samples_per_class=recipe.samples_per_class, features=features, **sampling, **shared
-            ),
-        }
+            )
         for method, make in makers.items():
             folder = self.work / f"targets-{method}"
-            wanted = method == "real" or ("nopt" if method.startswith("clearest") else method) in recipe.methods
-            if not folder.is_dir() and wanted:
+            if not folder.is_dir():
                 self.say(f"targets: {method}")
                 start = time.perf_counter()
                 targets = make(accelerator=self.accelerator, work_dir=self.work / f"{method}-pass", progress=False)
                 targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
                 if self.accelerator.is_main_process:
-                    targets.save_pretrained(folder.with_suffix(".partial"))
-                    folder.with_suffix(".partial").rename(folder)
+                    partial = folder.with_name(f"{folder.name}.partial")
+                    targets.save_pretrained(partial)
+                    partial.rename(folder)
             self.accelerator.wait_for_everyone()
-            if folder.is_dir():
-                self.targets[method] = MatchingTargets.from_pretrained(folder)
+            self.targets[method] = MatchingTargets.from_pretrained(folder)
 
     def set_names(self) -> dict[str, tuple[str, int, int]]:
         """Names of all synthetic sets, the slow ones first, with method, budget and seed."""
@@ -334,6 +332,7 @@ class Experiment:
             matching = self.matching(method, budget)
             if (path.is_file() and self.cost(name).get("matching", matching) == matching) or self.out_of_time():
                 continue
+            path.unlink(missing_ok=True)  # of other settings
             share = matching.get("clearest_share", 1)
             population = {"nopt": "real" if share == 1 else clear_name(share)}.get(method, method)
             options: dict[str, Any] = {

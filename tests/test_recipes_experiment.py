@@ -108,6 +108,11 @@ def test_contrast_and_the_clearest_images_by_budget(work):
         drawn = [concentrate(pipe, matched, budget, contrast=contrast, **options) for contrast in (6 / budget, 0)]
         same, other = ([image.tobytes() for image in one["image"]] for one in drawn)
         assert [image.tobytes() for image in rows["image"]] == same != other
+    sets = {path.stem: path.read_bytes() for path in (folder / "sets").glob("*.parquet")}
+    again = ["--sets_dir", str(folder.parent), "--contrast", "0", "3", "--output_dir", str(work / "again")]
+    experiment.main(["--config", str(work / "tiny.yaml"), *again])
+    changed = {path.stem for path in (folder / "sets").glob("*.parquet") if path.read_bytes() != sets[path.stem]}
+    assert changed == {"nopt-ipc1-seed0"} and len(sets) == 2
     (first, second) = (
         row for row in json.loads((work / "out" / "results.json").read_text())["rows"] if row["method"] == "nopt"
     )
