@@ -43,6 +43,7 @@ class QuantileTargets:
     latents: list[torch.Tensor]
     draws: int = 5
     seed: int = 0
+    _counts: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     _pivots: dict[tuple[int, int, int], QuantilePivots] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -56,9 +57,14 @@ class QuantileTargets:
         draws: int = 5,
         batch_size: int = 64,
         seed: int = 0,
+        counts: Sequence[int] = (),
         progress: bool = True,
     ) -> QuantileTargets:
-        """Encodes every image of a dataset; arguments as in [`MatchingTargets.from_dataset`]."""
+        """Encodes every image of a dataset; arguments as above and in [`MatchingTargets.from_dataset`].
+
+        `counts` are the numbers of images of a class that will be drawn together, where there are several: most of the
+        work at a noise level is the same for all of them, and is then done once.
+        """
         names = class_names(dataset)
         labels = class_mapping(names, pipe.id2label, pipe.num_classes, mapping=mapping)
         found: list[list[torch.Tensor]] = [[] for _ in names]
@@ -74,7 +80,7 @@ class QuantileTargets:
             for row in batch.labels.unique().tolist():
                 found[row].append(latents[batch.labels == row])
         refuse_empty_classes([len(chunks) for chunks in found], names)
-        return cls(names, labels, [torch.cat(chunks) for chunks in found], draws, seed)
+        return cls(names, labels, [torch.cat(chunks) for chunks in found], draws, seed, tuple(counts))
 
     def rows_of(self, generator_labels: Sequence[int]) -> torch.Tensor:
         """Row of the targets for each of the generator's classes, see [`MatchingTargets.rows_of`]."""
@@ -96,7 +102,8 @@ class QuantileTargets:
             noised = scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep, device=weight.device))
             with torch.no_grad():
                 features = torch.cat([extractor(part) for part in noised.split(512)])
-            self._pivots[key] = quantile_pivots(features.float(), count)
+            for number in {count, *self._counts}:
+                self._pivots[row, number, timestep] = quantile_pivots(features.float(), number)
         return self._pivots[key]
 
 

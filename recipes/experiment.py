@@ -341,7 +341,10 @@ class Experiment:
             }
             options |= {name: getattr(recipe, name) for name in ("step_size", "optimize_from", "optimize_until")}
             if method == "nopt-quantile":
-                quantile = quantile or QuantileTargets.from_dataset(self.real, self.pipe, draws=1, progress=False)
+                counts = {min(number, recipe.block_size) for number in recipe.budgets}
+                quantile = quantile or QuantileTargets.from_dataset(
+                    self.real, self.pipe, draws=1, counts=sorted(counts), progress=False
+                )
                 options = {"targets": quantile, "objective": "quantile", "optimize_from": 0.0}
                 options["optimization_steps"] = recipe.quantile_iterations
             rows, report = concentrate_and_report(

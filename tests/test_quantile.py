@@ -3,6 +3,7 @@ import torch
 
 from dsco_hf import QuantileTargets
 from dsco_hf.data import load_pixels
+from dsco_hf.digests import targets_sha256
 from dsco_hf.quantile import RandomExtractor, quantile_loss, quantile_pivots, shell_penalty
 
 
@@ -90,6 +91,20 @@ def test_pivots_are_kept_and_follow_the_noise_level(pipe, real_images):
     assert torch.equal(fresh.pivots(0, 3, 500, extractor, pipe.scheduler).pivots, first.pivots)
     for other in ((1, 3, 500), (0, 3, 20)):
         assert not torch.equal(targets.pivots(*other, extractor, pipe.scheduler).mean, first.mean)
+
+
+def test_several_counts_share_the_passes_of_a_level(pipe, real_images):
+    alone = QuantileTargets.from_dataset(real_images, pipe, draws=1, progress=False)
+    shared = QuantileTargets.from_dataset(real_images, pipe, draws=1, counts=[1, 3], progress=False)
+    extractor, passes = RandomExtractor(1), []
+    extractor.register_forward_hook(lambda *_: passes.append(1))
+    found = [shared.pivots(0, count, 500, extractor, pipe.scheduler) for count in (3, 1, 2)]
+    assert len(passes) == 2  # 2 is not among the counts
+    for count, pivots in zip((3, 1, 2), found, strict=True):
+        expected = alone.pivots(0, count, 500, extractor, pipe.scheduler)
+        for name in ("pivots", "mean", "std"):
+            assert torch.equal(getattr(pivots, name), getattr(expected, name))
+    assert targets_sha256(alone) == targets_sha256(shared)
 
 
 def test_a_class_without_image_is_named(pipe, make):
