@@ -7,7 +7,7 @@ describes another objective, the one in `dsco_hf.objectives.rkhs`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -102,8 +102,8 @@ class QuantileTargets:
             noised = scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep, device=weight.device))
             with torch.no_grad():
                 features = torch.cat([extractor(part) for part in noised.split(512)])
-            for number in {count, *self._counts}:
-                self._pivots[row, number, timestep] = quantile_pivots(features.float(), number)
+            found = pivots_by_count(features.float(), {count, *self._counts})
+            self._pivots |= {(row, number, timestep): pivots for number, pivots in found.items()}
         return self._pivots[key]
 
 
@@ -121,11 +121,21 @@ def quantile_pivots(features: torch.Tensor, count: int) -> QuantilePivots:
 
     With N not a multiple of `count`, chunks differ by one row at most; with N < `count`, rows are repeated.
     """
-    if len(features) < count:
-        features = features.repeat(-(-count // len(features)), 1)
-    mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False).clamp_min(1e-6)
-    ordered = ((features - mean) / std).sort(dim=0).values
-    return QuantilePivots(torch.stack([chunk.mean(dim=0) for chunk in ordered.tensor_split(count)]), mean, std)
+    return pivots_by_count(features, [count])[count]
+
+
+def pivots_by_count(features: torch.Tensor, counts: Iterable[int]) -> dict[int, QuantilePivots]:
+    """[`quantile_pivots`] for several numbers of images; the features are sorted once."""
+    found, ordered = {}, {}
+    for count in counts:
+        repeats = -(-count // len(features)) if len(features) < count else 1
+        if repeats not in ordered:
+            rows = features.repeat(repeats, 1)
+            mean, std = rows.mean(dim=0), rows.std(dim=0, unbiased=False).clamp_min(1e-6)
+            ordered[repeats] = (((rows - mean) / std).sort(dim=0).values, mean, std)
+        values, mean, std = ordered[repeats]
+        found[count] = QuantilePivots(torch.stack([c.mean(dim=0) for c in values.tensor_split(count)]), mean, std)
+    return found
 
 
 def quantile_loss(features: torch.Tensor, target: QuantilePivots, *, strength: float = 0.0005) -> torch.Tensor:
