@@ -348,7 +348,7 @@ def _draw_all_classes(
             fontsize=9,
             weight="bold",
             color=_INK,
-            zorder=2,
+            zorder=6,
             bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
         )
     axes.set_title("all classes: means of the small sets and of the real classes", loc="left", fontsize=10)
