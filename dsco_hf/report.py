@@ -17,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
 from .methods import find_method, find_methods, in_order
@@ -330,11 +331,11 @@ def _draw_all_classes(
     labels = real[1].cpu()
     _scatter(axes, _subsample(points, 4000), s=5, color=_FAINT, linewidths=0, zorder=1)
     for label in sorted(set(labels.tolist())):
-        target = points[labels == label].mean(dim=0)
+        target, drawn = points[labels == label].mean(dim=0), 0.0
         for method, (features, own) in sets.items():
             if (own == label).any():
                 mean = ((features[own == label].mean(dim=0) - center) @ directions).cpu()
-                style = find_method(method)
+                style, drawn = find_method(method), drawn + float(mean[0] - target[0])
                 axes.plot(
                     *zip(target.tolist(), mean.tolist(), strict=True), color=style.color, linewidth=1.4, zorder=3
                 )
@@ -343,13 +344,14 @@ def _draw_all_classes(
         axes.annotate(
             _shorten(class_names[label], 14),
             (float(target[0]), float(target[1])),
-            xytext=(8, 7),
+            xytext=(-8 if drawn > 0 else 8, 7),  # on the side where fewer points are
+            ha="right" if drawn > 0 else "left",
             textcoords="offset points",
             fontsize=9,
             weight="bold",
             color=_INK,
             zorder=6,
-            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # a box would hide points
         )
     axes.set_title("all classes: means of the small sets and of the real classes", loc="left", fontsize=10)
     _bare(axes, shares)
