@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from .components import cannot_run, check_sizes, side_of
-from .objectives import OBJECTIVES
+from .objectives import MATCHING, OBJECTIVES
 from .quantile import QuantileTargets
 from .schema import nearest
 from .targets import MatchingTargets
@@ -64,6 +64,8 @@ def check_call(
         raise ValueError(
             f"Got {len(generator)} generators for {len(ids)} images: pass one per image, or a single one."
         )
+    if not 0 < plan.regularization < math.inf:
+        raise ValueError(f"`regularization` must be a finite number above 0, got {plan.regularization!r}.")
     for name in tensor_inputs or []:
         check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
     if latents is not None:
@@ -127,7 +129,7 @@ def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
 
 def check_targets(pipe: DiffusionPipeline, plan: Any) -> None:
     """Raises ValueError if the objective, the targets and the classifier do not fit together."""
-    wanted = {"rkhs": MatchingTargets, "quantile": QuantileTargets}.get(plan.objective)
+    wanted = {"quantile": QuantileTargets, **dict.fromkeys(MATCHING, MatchingTargets)}.get(plan.objective)
     if wanted is None:
         if plan.targets is not None:
             raise ValueError(
@@ -143,6 +145,22 @@ def check_targets(pipe: DiffusionPipeline, plan: Any) -> None:
         )
     if isinstance(plan.targets, MatchingTargets):
         plan.targets.check_pipeline(pipe)
+        if plan.objective == "ridge":
+            check_ridge_targets(plan.targets)
+
+
+def check_ridge_targets(targets: MatchingTargets) -> None:
+    """Raises ValueError for targets that the "ridge" objective cannot work with."""
+    if targets.num_classes < 2:
+        raise ValueError(
+            f"objective='ridge' tells classes apart, and the targets have only {targets.class_names}: choose "
+            "objective='rkhs'."
+        )
+    if targets.second_moment is None:
+        raise ValueError(
+            "objective='ridge' takes targets with a second moment, and these have none: make them with "
+            "`MatchingTargets.from_dataset(dataset, pipe, second_moment=True)`."
+        )
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from .data import images_from_pixels
 from .failures import NonFiniteError
 from .feature_spec import FeatureSource
 from .kernels import mmd2
-from .objectives import ClassifierObjective, class_means
+from .objectives import MATCHING, ClassifierObjective, class_means
 from .pipeline import DsCoPipeline, DsCoPipelineOutput
 from .quantile import QuantileTargets
 from .schema import nearest
@@ -143,6 +143,8 @@ def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
     values = {**known, **options}
     if values["optimization_steps"] is None:
         values["optimization_steps"] = 200 if values["objective"] == "quantile" else 1
+    if values["objective"] != "ridge":
+        values.pop("regularization")
     if values["objective"] != "classifier":
         values.pop("classifier_objective")
     elif not isinstance(values["classifier_objective"], Mapping):
@@ -189,8 +191,10 @@ class UnitSampler:
             options["classifier_objective"] = ClassifierObjective(**weights)
         self.pipe, self.targets, self.seed, self.options = pipe, targets, seed, options
         self.class_labels, self.class_names = _classes(pipe, targets, class_labels)
-        matches = isinstance(targets, MatchingTargets) and options.get("objective", "rkhs") == "rkhs"
-        self.previous = PreviousBlocks(targets) if matches else None  # type: ignore[arg-type]
+        objective = options.get("objective", "rkhs")
+        self.previous: PreviousBlocks | None = None
+        if isinstance(targets, MatchingTargets) and objective in MATCHING:
+            self.previous = PreviousBlocks(targets, each=objective == "ridge")
 
     def draw(self, unit: Unit) -> tuple[list[dict[str, Any]], DsCoPipelineOutput]:
         """Draws a unit; all earlier blocks of its classes must have been given to `add`.
@@ -206,7 +210,7 @@ class UnitSampler:
         options = dict(self.options)
         if unit.block and self.previous is not None:
             device = self.pipe._execution_device  # where the images are; the targets may lie elsewhere
-            options["previous"] = tuple(tensor.to(device) for tensor in self.previous.statistics)
+            options["previous"] = tuple(tensor.to(device) for tensor in self.previous.statistics(unit.rows))
         labels = [self.class_labels[row] for row, _ in batch]
         try:
             output = self.pipe.sample(labels, self.targets, seeds=seeds, **options)
@@ -305,17 +309,23 @@ def concentrate_and_report(
 
 
 class PreviousBlocks:
-    """Embedding sums and counts of the images that are finished, by row of the targets."""
+    """Embedding sums and counts of the finished images by row of the targets; if wanted, `each` embedding, too."""
 
-    def __init__(self, targets: MatchingTargets) -> None:
+    def __init__(self, targets: MatchingTargets, *, each: bool = False) -> None:
         self.targets = targets
         self.sums = torch.zeros_like(targets.embeddings)
         self.counts = torch.zeros(targets.num_classes, device=targets.embeddings.device)
+        self.each: dict[int, list[torch.Tensor]] | None = {} if each else None
 
-    @property
-    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums `(C, D)` and counts `(C,)`."""
-        return self.sums.clone(), self.counts.clone()
+    def statistics(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a call for these classes takes as `previous`.
+
+        Sums `(C, D)` and counts `(C,)`; of each image, embeddings `(n, D)` and rows `(n,)`.
+        """
+        if self.each is None:
+            return self.sums.clone(), self.counts.clone()
+        found = [(row, psi) for row in rows for psi in self.each[row]]
+        return torch.stack([psi for _, psi in found]), torch.tensor([row for row, _ in found])
 
     def add(self, images: Sequence[PIL.Image.Image], rows: Sequence[int], pipe: DsCoPipeline) -> None:
         """Takes finished images as they are stored, so that a run can go on from stored images."""
@@ -323,6 +333,9 @@ class PreviousBlocks:
         index = torch.tensor(rows, device=psi.device)
         self.sums.index_add_(0, index, psi)
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
+        if self.each is not None:
+            for row, embedding in zip(rows, psi, strict=True):
+                self.each.setdefault(row, []).append(embedding)
 
     def discrepancies(self, rows: Sequence[int]) -> list[float]:
         """MMD² of the images so far from the targets, for each of these classes."""

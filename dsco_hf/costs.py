@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from .concentrate import Unit, plan_units, sampling_options
 from .feature_spec import Features, FeatureSource, feature_specs
+from .objectives import MATCHING
 from .pipeline import DsCoPipeline
 from .plan import optimized_steps
 from .quantile import RandomExtractor
@@ -200,7 +201,7 @@ def count_unit(
     """
     objective = options.get("objective", "rkhs")
     passes = count_passes(pipe, unit.images, optimised=optimised, **options)
-    if objective == "rkhs" and optimised and not last:
+    if objective in MATCHING and optimised and not last:
         passes["embedding"] = unit.images
     if objective == "quantile" and optimised and unit.block == 0:
         pivots = count_pivots(pipe, population, **options)

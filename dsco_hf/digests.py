@@ -21,6 +21,8 @@ def targets_sha256(targets: Any) -> str:
         if field.name == "provenance" or field.name.startswith("_"):
             continue
         value = getattr(targets, field.name)
+        if value is None:  # what is not there is no content: targets keep their digest when a field is added
+            continue
         parts = value if isinstance(value, list) and value and isinstance(value[0], torch.Tensor) else [value]
         for part in parts:
             _update(digest, field.name, part)

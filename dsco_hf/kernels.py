@@ -98,6 +98,32 @@ def mmd2(mu_p: torch.Tensor, mu_q: torch.Tensor) -> torch.Tensor:
     return (mu_p - mu_q).square().sum(dim=-1)
 
 
+def regression_errors(
+    psi: torch.Tensor, labels: torch.Tensor, second_moment: torch.Tensor, cross: torch.Tensor, regularization: float
+) -> torch.Tensor:
+    """Squared errors, on a population, of a kernel ridge regression that knows a few images only. Lower is better.
+
+    The loss of "Dataset Meta-Learning from Kernel Ridge-Regression" (Nguyen, Chen & Lee 2021, arXiv 2011.00050),
+    written in the embedding: with W = Ψᵀ(ΨΨᵀ + λI)⁻¹Y the error of output k is E(w_kᵀψ - y_k)² = w_kᵀ M w_k - 2 w_kᵀ
+    b_k + E y_k², and M = E ψψᵀ and b_k = E y_k ψ are all that has to be known of the population.
+
+    Args:
+        psi (`torch.Tensor` of shape `(n, D)`): Ψ, embeddings of the few images; with gradient, if wanted.
+        labels (`torch.Tensor` of shape `(n, K)`): Y, what is to be predicted of them.
+        second_moment (`torch.Tensor` of shape `(D, D)`): M.
+        cross (`torch.Tensor` of shape `(D, K)`): b_k as columns.
+        regularization (`float`): λ > 0, in units of the mean ‖ψ‖² of the few images, which is 1 for random Fourier
+            features.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`: the errors less E y_k², so 0 for W = 0.
+    """
+    gram = psi @ psi.T  # (n, n)
+    ridge = regularization * gram.diagonal().mean().detach()
+    weights = psi.T @ torch.linalg.solve(gram + torch.diag(ridge.expand(len(gram))), labels)  # (D, K)
+    return ((second_moment @ weights - 2 * cross) * weights).sum(dim=0)
+
+
 def frechet_distance(mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tensor, cov2: torch.Tensor) -> torch.Tensor:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson & Landau 1982): the formula of the FID.
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .features import Observation, batchnorm_layers
-from .kernels import mmd2
+from .kernels import mmd2, regression_errors
 from .targets import MatchingTargets
 
 
-OBJECTIVES = ("rkhs", "quantile", "classifier")
+OBJECTIVES = ("rkhs", "ridge", "quantile", "classifier")
+MATCHING = ("rkhs", "ridge")  # those that take `MatchingTargets`
 
 
 def class_sums(values: torch.Tensor, index: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -63,6 +64,44 @@ def contrasted_means(means: torch.Tensor, contrast: float) -> torch.Tensor:
     they show what sets it apart. With many images the classes themselves should be matched, γ = 0.
     """
     return means + contrast * (means - means.mean(dim=0)) if contrast else means
+
+
+def ridge(
+    observation: Observation,
+    rows: torch.Tensor,
+    targets: MatchingTargets,
+    previous: tuple[torch.Tensor, torch.Tensor] | None = None,
+    regularization: float = 1.0,
+) -> torch.Tensor:
+    """What the images teach: errors on the targets' population of a ridge regression that is trained on them.
+
+    The closed form of "train on the small set, test on the large one", see [`~dsco_hf.kernels.regression_errors`]: the
+    regression tells by ψ(φ(x)) whether an image is of class c (1 - 1/C) or of another (-1/C). Errors are means over
+    classes of equal weight, so that b_c = (μ_c - μ̄) / C. Unlike [`rkhs`] it couples the classes that are drawn
+    together, and only those are told apart. With networks whose weights are random this is the loss of "Efficient
+    Dataset Distillation using Random Feature Approximation" (Loo et al. 2022, arXiv 2210.12067) without its rescaling.
+
+    Args:
+        observation (`Observation`): features `(B, d)` of the images.
+        rows (`torch.Tensor` of shape `(B,)`): each image's row of the targets.
+        targets (`MatchingTargets`): of two classes or more, with their second moment.
+        previous (`tuple`, *optional*): embeddings `(n, D)` and rows `(n,)` of images that are in the set already; the
+            regression is trained on them too.
+        regularization (`float`): λ.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`: one loss per class that occurs among the new images, in ascending order of its
+            row; the error of always answering zero is 0.
+    """
+    present = rows.unique()
+    psi = targets.embed(observation.features)  # (B, D)
+    if previous is not None:
+        psi, rows = torch.cat([previous[0].to(psi), psi]), torch.cat([previous[1].to(rows), rows])
+    labels = (rows[:, None] == present).to(psi) - 1 / targets.num_classes  # (n + B, K)
+    means = targets.embeddings
+    cross = (means[present] - means.mean(dim=0)).T / targets.num_classes  # (D, K)
+    assert targets.second_moment is not None  # `check_targets` refuses targets without
+    return regression_errors(psi, labels, targets.second_moment, cross, regularization)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -328,6 +328,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         optimize_until: float = 1.0,
         lookahead: str = "conditional",
         contrast: float = 0.0,
+        regularization: float = 1.0,
         classifier_objective: ClassifierObjective | None = None,
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
         batch_size: int | None = None,
@@ -344,8 +345,9 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
             class_labels (sequence of `int` or `str`): the generator's classes, by index or name.
             targets ([`MatchingTargets`], *optional*): what each class has to match; plain sampling if None (and the
                 objective is not "classifier"). The "quantile" objective takes [`QuantileTargets`].
-            objective (`str`): "rkhs" (kernel mean matching), "quantile" (the released algorithm) or "classifier"
-                (class evidence only, no targets).
+            objective (`str`): "rkhs" (kernel mean matching), "ridge" (what a ridge regression learns from the images,
+                for a few images of several classes), "quantile" (the released algorithm) or "classifier" (class
+                evidence only, no targets).
             guidance_scale (`float`): classifier-free guidance; 1 is off.
             num_inference_steps (`int`): sampling steps.
             eta (`float`): 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
@@ -362,9 +364,10 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
             contrast (`float`): γ of "rkhs": a class aims at μ_c + γ (μ_c - μ̄), away from the mean over all classes. 0
                 matches the class itself, which suits all but the smallest sets. At one image per class, values like 2
                 (digits) and 8 (CIFAR-10 at 16 px) train better evaluators.
+            regularization (`float`): λ of "ridge", see [`~dsco_hf.objectives.ridge`].
             classifier_objective ([`ClassifierObjective`], *optional*): weights of the "classifier" objective.
-            previous (`tuple`, *optional*): embedding sums `(C, D)` and counts `(C,)` of images that are in the set
-                already.
+            previous (`tuple`, *optional*): of images that are in the set already: embedding sums `(C, D)` and counts
+                `(C,)`, or for "ridge" their embeddings `(n, D)` and rows of the targets `(n,)`.
             batch_size (`int`, *optional*): images per pass through denoiser, decoder and classifier; all at once if
                 None. Memory grows with it; the joint gradient stays exact.
             generator (`torch.Generator` or list of them, *optional*): with one per image, an image's noise does not
@@ -390,6 +393,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         plan = NoisePlan(
             objective, targets, optimization_steps, step_size, lookahead,
             classifier_objective or ClassifierObjective(), previous, step_decay, contrast,
+            regularization,
         )  # fmt: skip
         self.check_inputs(
             ids=ids, plan=plan, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, eta=eta,

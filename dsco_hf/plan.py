@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from .feature_spec import DEFAULT_FEATURES, FeatureSource
 from .features import Observation
-from .objectives import ClassifierObjective, rkhs
+from .objectives import ClassifierObjective, ridge, rkhs
 from .quantile import RandomExtractor
 
 
@@ -28,6 +28,7 @@ class NoisePlan:
     previous: tuple[torch.Tensor, torch.Tensor] | None = None
     step_decay: float = 0.25
     contrast: float = 0.0
+    regularization: float = 1.0
     steps: range = range(0)  # indices of the optimised sampling steps
 
     @property
@@ -62,6 +63,8 @@ class NoisePlan:
         """The losses of the classes, `(K,)`."""
         if self.objective == "classifier":
             return self.classifier_objective(observation, self.rows, self.labels, self.classifier)
+        if self.objective == "ridge":
+            return ridge(observation, self.rows, self.targets, self.previous, self.regularization)
         return rkhs(observation, self.rows, self.targets, self.previous, self.contrast)
 
 

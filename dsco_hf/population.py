@@ -191,14 +191,22 @@ class Population:
             self._moments = merge_moments(self._moments, moments_of(features[part], weights[part]))
         self._sample.offer(features[weights > 0], tensors["keys"][weights > 0])
 
-    def embed(self, *, embedding_dim: int, bandwidth: float | None, layer_sizes: Sequence[int] = ()) -> dict[str, Any]:
+    def embed(
+        self,
+        *,
+        embedding_dim: int,
+        bandwidth: float | None,
+        layer_sizes: Sequence[int] = (),
+        second_moment: bool = False,
+    ) -> dict[str, Any]:
         """Standardises, chooses the bandwidth, embeds, and averages per class; the same on all processes.
 
         Features of several layers, of the given sizes, are weighted so that each layer counts alike.
 
         Returns:
-            `dict`: `embeddings`, `counts`, `feature_mean`, `feature_std`, `frequencies` and `bandwidth`, as in
-            `dsco_hf.targets.MatchingTargets`, and `images`, the number of images.
+            `dict`: `embeddings`, `counts`, `feature_mean`, `feature_std`, `frequencies`, `bandwidth` and
+            `second_moment` (None unless asked for), as in `dsco_hf.targets.MatchingTargets`, and `images`, the number
+            of images.
         """
         self._finish_unit()
         weight = self.team.sum(self._weight)
@@ -216,8 +224,11 @@ class Population:
         frequencies = draw_frequencies(
             len(mean), embedding_dim, bandwidth, generator=torch.Generator().manual_seed(self.seed)
         )
+        # of a class, whatever its size, the images weigh 1 / C together
+        sums, moment = self._embedding_sums(mean, std, frequencies, 1 / (weight * len(weight)), second_moment)
         return {
-            "embeddings": (self.team.sum(self._embedding_sums(mean, std, frequencies)) / weight[:, None]).float(),
+            "embeddings": (self.team.sum(sums) / weight[:, None]).float(),
+            "second_moment": None if moment is None else self.team.sum(moment).float(),
             "counts": weight.float(),
             "feature_mean": mean,
             "feature_std": std,
@@ -226,17 +237,32 @@ class Population:
             "images": sum(self.team.gather(self._images)),
         }
 
-    def _embedding_sums(self, mean: torch.Tensor, std: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of ψ over the images of this process, per class, float64 `(C, D)`."""
-        sums = torch.zeros(len(self.names), 2 * frequencies.shape[1], dtype=torch.float64, device=self.device)
-        mean, std, frequencies = (x.to(self.device) for x in (mean, std, frequencies))
+    def _embedding_sums(
+        self,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        frequencies: torch.Tensor,
+        class_scales: torch.Tensor,
+        second_moment: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weighted sums over the images of this process, in float64: of ψ per class, and of ψψᵀ if wanted.
+
+        `(C, D)` and `(D, D)`; the latter with the scale of each image's class, `class_scales` `(C,)`.
+        """
+        dim = 2 * frequencies.shape[1]
+        sums = torch.zeros(len(self.names), dim, dtype=torch.float64, device=self.device)
+        moment = torch.zeros(dim, dim, dtype=torch.float64, device=self.device) if second_moment else None
+        mean, std, frequencies, scales = (x.to(self.device) for x in (mean, std, frequencies, class_scales))
         for name in self._mine:
             unit = self._store.read(name)
             for part in torch.arange(len(unit["rows"])).split(_PART_IMAGES):
                 features, rows, weights = (unit[key][part].to(self.device) for key in ("features", "rows", "weights"))
                 psi = fourier_embedding((features - mean) / std, frequencies)
                 sums.index_add_(0, rows, psi.double() * weights[:, None].double())
-        return sums
+                if moment is not None:
+                    scaled = psi * (weights * scales[rows].float()).sqrt()[:, None]
+                    moment += scaled.T @ scaled
+        return sums, moment
 
 
 class _Sample:

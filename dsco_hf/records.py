@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 
 from .concentrate import ConcentrationReport, concentrate_and_report, sampling_options
 from .digests import model_sha256, targets_sha256
-from .objectives import ClassifierObjective
+from .objectives import OBJECTIVES, ClassifierObjective
 from .schema import nearest
 from .targets import MatchingTargets
 
@@ -64,7 +64,7 @@ def record_parameters(record: Mapping[str, Any]) -> dict[str, Any]:
             "The record has no parameters of a concentration: the dataset was not made by `concentrate`, or its maker "
             "did not record it (`concentration_record`)."
         )
-    known = resolve_parameters(images_per_class=1, objective="classifier")
+    known = {name for kind in OBJECTIVES for name in resolve_parameters(images_per_class=1, objective=kind)}
     if unknown := [name for name in recorded if name not in known]:
         raise ValueError(
             f"The record has a parameter that this version of dsco_hf does not know: {unknown[0]!r}."

@@ -80,8 +80,8 @@ def read_config(path: Path, fields: Sequence[str], *, optional: bool = False) ->
     return {name: config[name] for name in fields if name in config}
 
 
-def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The tensors of the other file; ValueError if it is damaged or lacks one."""
+def read_tensors(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The tensors of the other file, the optional ones if there; ValueError if it is damaged or lacks one."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -89,7 +89,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Any]:
     missing = [name for name in names if name not in tensors]
     if missing:
         raise ValueError(f"{path} lacks {missing}: it does not hold targets, or those of another version.")
-    return {name: tensors[name] for name in names}
+    return {name: tensors[name] for name in (*names, *optional) if name in tensors}
 
 
 def check_shapes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: Path) -> None:
@@ -102,6 +102,8 @@ def check_shapes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor],
         "feature_std": (d,),
         "probe": (len(tensors["probe"]), d),
     }
+    if "second_moment" in tensors:
+        expected["second_moment"] = (2 * half, 2 * half)
     wrong = [
         f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}"
         for name, shape in expected.items()

@@ -41,6 +41,7 @@ from .target_files import check_shapes, find_targets, read_config, read_tensors,
 logger = logging.getLogger(__name__)
 
 _TENSORS = ("embeddings", "counts", "feature_mean", "feature_std", "frequencies", "probe")
+_OPTIONAL_TENSORS = ("second_moment",)
 
 
 @dataclasses.dataclass
@@ -64,6 +65,8 @@ class MatchingTargets:
         provenance (`dict`): how the targets were made; plain JSON values.
         features (`tuple[FeatureSpec, ...]`): what φ consists of. Several layers are concatenated, and weighted so that
             each counts alike ([`~dsco_hf.feature_spec.layer_weights`]; the weights are part of `feature_std`).
+        second_moment (`torch.Tensor` of shape `(D, D)`, *optional*): E ψψᵀ over the population, every class of equal
+            weight, for the "ridge" objective.
     """
 
     class_names: list[str]
@@ -77,6 +80,7 @@ class MatchingTargets:
     probe: torch.Tensor
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     features: tuple[FeatureSpec, ...] = DEFAULT_FEATURES
+    second_moment: torch.Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -95,8 +99,13 @@ class MatchingTargets:
 
     def to(self, device: str | torch.device) -> MatchingTargets:
         """The same targets with their tensors on another device."""
-        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, **moved)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, those that are optional only if they are there."""
+        optional = {name: getattr(self, name) for name in _OPTIONAL_TENSORS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in _TENSORS} | optional
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """ψ of features: `(n, d)` → `(n, D)`, float32; gradients reach the features."""
@@ -157,6 +166,7 @@ class MatchingTargets:
         label_column: str | None = None,
         embedding_dim: int = 2048,
         bandwidth: float | None = None,
+        second_moment: bool = False,
         batch_size: int = 256,
         seed: int = 0,
         on_error: str = "raise",
@@ -183,6 +193,7 @@ class MatchingTargets:
             label_column (`str`, *optional*): where there are several of the kind.
             embedding_dim (`int`): D.
             bandwidth (`float`, *optional*): of the kernel; the median distance of up to 2,000 images if None.
+            second_moment (`bool`): also keep E ψψᵀ, `(D, D)`, for the "ridge" objective: 4·D² bytes.
             batch_size (`int`): images per pass through the classifier.
             seed (`int`): of the random Fourier features and of the sample behind the bandwidth.
             on_error (`str`): "raise" or "skip" images that cannot be decoded (counted in `provenance`).
@@ -237,7 +248,9 @@ class MatchingTargets:
                 check_finite(seen, f"image {int(batch.indices[0])} and following")
                 population.add(seen, batch.labels, keys=batch.keys, unit=unit)
             sizes = [block.shape[1] for block in probe]
-            statistics = population.embed(embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes)
+            statistics = population.embed(
+                embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes, second_moment=second_moment
+            )
         images = statistics.pop("images")
         provenance = {
             "population": "data",
@@ -265,6 +278,7 @@ class MatchingTargets:
         eta: float = 1.0,
         embedding_dim: int = 2048,
         bandwidth: float | None = None,
+        second_moment: bool = False,
         batch_size: int = 200,
         seed: int = 0,
         accelerator: Accelerator | PartialState | None = None,
@@ -289,6 +303,7 @@ class MatchingTargets:
             eta (`float`): of the sampling, likewise.
             embedding_dim (`int`): see [`MatchingTargets.from_dataset`].
             bandwidth (`float`, *optional*): see [`MatchingTargets.from_dataset`].
+            second_moment (`bool`): see [`MatchingTargets.from_dataset`].
             seed (`int`): of the samples, the random Fourier features and the sample behind the bandwidth.
             batch_size (`int`): samples drawn at a time.
             accelerator (`Accelerator` or `PartialState`, *optional*): the processes that share the work, see
@@ -351,7 +366,9 @@ class MatchingTargets:
                     population.add(seen.features, rows, weigh(logits, row), keys=keys, unit=unit)
                     bar.update(len(seeds))
             sizes = [block.shape[1] for block in probe]
-            statistics = population.embed(embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes)
+            statistics = population.embed(
+                embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes, second_moment=second_moment
+            )
         del statistics["images"]
         provenance = {
             "population": "generator",
@@ -371,7 +388,7 @@ class MatchingTargets:
             "provenance": self.provenance,
             "features": [dataclasses.asdict(spec) for spec in self.features],
         }
-        write_targets(Path(folder), config, {name: getattr(self, name) for name in _TENSORS})
+        write_targets(Path(folder), config, self._tensors())
 
     @classmethod
     def from_pretrained(
@@ -393,7 +410,7 @@ class MatchingTargets:
             name_or_path, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir
         )
         fields = read_config(config, ("class_names", "class_labels", "bandwidth", "provenance"))
-        tensors = read_tensors(weights, _TENSORS)
+        tensors = read_tensors(weights, _TENSORS, _OPTIONAL_TENSORS)
         check_shapes(fields, tensors, config.parent)
         specs = feature_specs(read_config(config, ("features",), optional=True).get("features"))
         return cls(**fields, **tensors, features=specs)

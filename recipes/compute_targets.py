@@ -44,8 +44,8 @@ class TargetsRecipe:
         classifier, classifier_revision: folder or Hub id; that of the pipeline if none.
         dtype: "float32", "bfloat16" or "float16".
         features: what to match, as JSON; see `dsco_hf.feature_spec`.
-        embedding_dim, bandwidth, seed: see `MatchingTargets.from_dataset`; another choice of them needs no new pass as
-            long as the work folder is there (`keep_work`).
+        embedding_dim, bandwidth, second_moment, seed: see `MatchingTargets.from_dataset`; another choice of them needs
+            no new pass as long as the work folder is there (`keep_work`). The "ridge" objective needs `second_moment`.
         batch_size: images at a time.
         dataset, dataset_name, split, revision: what to match; see `dsco_hf.data.load_image_dataset`.
         streaming: read the dataset row by row, without downloading or converting the whole.
@@ -67,6 +67,7 @@ class TargetsRecipe:
     features: str | None = None
     embedding_dim: int = 2048
     bandwidth: float | None = None
+    second_moment: bool = False
     seed: int = 0
     batch_size: int = 256
     dataset: str | None = None
@@ -92,7 +93,7 @@ class TargetsRecipe:
 
 DATA = ("image_column", "label_column", "on_error", "mapping", "decode_threads")
 DRAWING = ("samples_per_class", "weighting", "num_inference_steps", "guidance_scale", "eta")
-COMMON = ("embedding_dim", "bandwidth", "seed", "batch_size")
+COMMON = ("embedding_dim", "bandwidth", "second_moment", "seed", "batch_size")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -36,6 +36,7 @@ from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset
 from dsco_hf.files import write_atomically
 from dsco_hf.folder import concentration_record, save_dataset_folder, to_json
+from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
 from dsco_hf.records import library_versions, record_parameters
@@ -112,6 +113,7 @@ class ConcentrateRecipe:
     optimize_until: float = 1.0
     lookahead: str = "conditional"
     contrast: float = 0.0
+    regularization: float = 1.0
     batch_size: int | None = None
     output_dir: str = "outputs/concentrated"
     max_hours: float | None = None
@@ -123,7 +125,8 @@ class ConcentrateRecipe:
 
 
 SAMPLING = ("objective", "guidance_scale", "num_inference_steps", "eta", "optimization_steps", "step_size",
-            "step_decay", "optimize_from", "optimize_until", "lookahead", "contrast", "batch_size")  # fmt: skip
+            "step_decay", "optimize_from", "optimize_until", "lookahead", "contrast", "regularization",
+            "batch_size")  # fmt: skip
 SIZES = ("images_per_class", "block_size", "images_per_call")
 WITH_FROM = {"output_dir", "max_hours", "cpu_threads", "accept_changed"}  # what `--from` leaves to the user
 
@@ -200,7 +203,7 @@ def check_recipe(recipe: ConcentrateRecipe) -> None:
         raise ValueError(f"The 'classifier' objective matches nothing: leave {sources[0]!r} out.")
     if recipe.objective == "quantile" and sources != ["dataset"]:
         raise ValueError("The 'quantile' objective matches real images: give `dataset`.")
-    if recipe.objective == "rkhs" and not sources and recipe.optimization_steps != 0:
+    if recipe.objective in MATCHING and not sources and recipe.optimization_steps != 0:
         raise ValueError(
             "Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0` for plain samples."
         )
@@ -307,6 +310,8 @@ def make_targets(
         names = ("image_column", "label_column", "on_error", "mapping", "seed")
     options |= {name: getattr(recipe, name) for name in names}
     chosen = ("dataset", "dataset_name", "split", "revision", "data_free")
+    if recipe.objective == "ridge":
+        options["second_moment"] = True
     request = {**options, **{name: getattr(recipe, name) for name in chosen}}
     return kept_targets(Path(recipe.output_dir), request, dataset, pipe, options, accelerator)
 

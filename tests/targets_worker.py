@@ -17,7 +17,7 @@ from dsco_hf import MatchingTargets
 from dsco_hf.configs import make_accelerator
 
 
-SMALL = {"embedding_dim": 64, "progress": False}
+SMALL = {"embedding_dim": 64, "second_moment": True, "progress": False}
 DRAWN = {"num_inference_steps": 2, "guidance_scale": 1.0, "samples_per_class": 5, "batch_size": 2, **SMALL}
 
 

@@ -29,6 +29,10 @@ def nothing_ran(pipe):
         ({"step_decay": 1.5}, "`step_decay` must be a number from 0 to 1"),
         ({"contrast": -1.0}, "`contrast` must be a number from 0 to inf, got -1.0"),
         ({"contrast": float("nan")}, "`contrast` must be"),
+        ({"regularization": 0.0}, "`regularization` must be a finite number above 0, got 0.0"),
+        ({"regularization": float("inf")}, "`regularization` must be"),
+        ({"regularization": float("nan")}, "`regularization` must be"),
+        ({"objective": "ridge"}, r"targets with a second moment, and these have none: .*second_moment=True"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be a number from 0 to inf"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ({"step_size": float("inf")}, "`step_size` must be"),
@@ -128,6 +132,14 @@ def test_objectives_and_targets_must_fit(pipe, targets, real_images):
         pipe([0], quantiles)
     with pytest.raises(ValueError, match="takes MatchingTargets, got ndarray"):
         pipe([0], np.zeros(3))
+
+
+def test_ridge_needs_classes_to_tell_apart(pipe, make):
+    one = make.images((3,), names=("square",))
+    targets = MatchingTargets.from_dataset(one, pipe, embedding_dim=32, second_moment=True, progress=False)
+    with pytest.raises(ValueError, match=r"tells classes apart, and the targets have only \['square'\]"):
+        pipe([1], targets, objective="ridge")
+    assert nothing_ran(pipe)
 
 
 def test_class_without_target(pipe, make):

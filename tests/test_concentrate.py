@@ -9,7 +9,9 @@ from datasets import ClassLabel, Image
 from dsco_hf import MatchingTargets, QuantileTargets, concentrate, concentrate_and_report, measure_discrepancy
 from dsco_hf.concentrate import PreviousBlocks, embed_pixels, pixels_from_images
 from dsco_hf.data import images_from_pixels, load_pixels
+from dsco_hf.feature_spec import FeatureSource
 from dsco_hf.kernels import mmd2
+from dsco_hf.objectives import ridge
 from dsco_hf.seeds import image_seed
 
 
@@ -79,7 +81,7 @@ def test_a_block_matches_what_the_finished_ones_leave(pipe, targets):
     labels, seeds = list(second["label"]), list(second["seed"])
     previous = PreviousBlocks(targets)
     previous.add(list(first["image"]), list(first["label"]), pipe)
-    joint = pipe.sample(labels, targets, seeds=seeds, previous=previous.statistics, **options)
+    joint = pipe.sample(labels, targets, seeds=seeds, previous=previous.statistics(range(3)), **options)
     alone = pipe.sample(labels, targets, seeds=seeds, **options)
     expected, otherwise = (pixels_from_images(images_from_pixels(o.images * 2 - 1)) for o in (joint, alone))
     assert torch.equal(pixels_of(second), expected)
@@ -90,7 +92,7 @@ def test_previous_blocks_add_up(pipe, targets, real_images):
     previous = PreviousBlocks(targets)
     images, labels = list(real_images["image"]), list(real_images["label"])
     previous.add(images[:8], labels[:8], pipe)
-    sums, counts = previous.statistics
+    sums, counts = previous.statistics(range(3))
     previous.add(images[8:], labels[8:], pipe)
     assert counts.sum() == 8 and previous.counts.tolist() == [9, 7, 5]  # the statistics are a copy
     torch.testing.assert_close(previous.sums / previous.counts[:, None], targets.embeddings, atol=1e-3, rtol=0)
@@ -162,6 +164,46 @@ def test_other_objectives(pipe, real_images):
     assert len(small) == 6 and report.classifier_calls == 6 * 2 * 2 and report.discrepancy is None
     alone = concentrate(pipe, None, 2, objective="classifier", **OPTIONS)
     assert not torch.equal(pixels_of(alone), pixels_of(concentrate(pipe, None, 2, **OPTIONS)))
+
+
+@pytest.fixture
+def ridge_targets(pipe, real_images):
+    return MatchingTargets.from_dataset(real_images, pipe, embedding_dim=64, second_moment=True, progress=False)
+
+
+def test_ridge_lowers_the_error_of_a_regression(pipe, ridge_targets):
+    options = {"guidance_scale": 1.0, "num_inference_steps": 10, "optimize_from": 0.0, "seeds": range(6)}
+    labels = [0, 0, 1, 1, 2, 2]
+
+    def error(**changes):
+        images = pipe.sample(labels, ridge_targets, **options, **changes).images
+        observed = FeatureSource(pipe, ridge_targets.features).of_pixels(images * 2 - 1)
+        return ridge(observed, torch.tensor(labels), ridge_targets).sum()
+
+    plain, matched, optimised = (
+        error(optimization_steps=steps, objective=objective)
+        for steps, objective in ((0, "ridge"), (2, "rkhs"), (2, "ridge"))
+    )
+    assert optimised < matched < plain
+
+
+def test_ridge_learns_from_finished_blocks(pipe, ridge_targets):
+    options = {**OPTIONS, "objective": "ridge"}
+    small = concentrate(pipe, ridge_targets, 3, block_size=2, **options)
+    first, second = (small.select(rows_of(small, block=block)) for block in (0, 1))
+    assert len(second) == 3  # the last block has one image of each class
+    previous = PreviousBlocks(ridge_targets, each=True)
+    previous.add(list(first["image"]), list(first["label"]), pipe)
+    psi, rows = previous.statistics(range(1, 3))
+    assert rows.tolist() == [1, 1, 2, 2] and psi.shape == (4, 64)
+    labels, seeds = list(second["label"]), list(second["seed"])
+    options = {key: value for key, value in options.items() if key != "progress"}
+    drawn = [
+        pipe.sample(labels, ridge_targets, seeds=seeds, previous=given, **options).images
+        for given in (previous.statistics(range(3)), None)
+    ]
+    joint, alone = (pixels_from_images(images_from_pixels(images * 2 - 1)) for images in drawn)
+    assert torch.equal(pixels_of(second), joint) and not torch.equal(joint, alone)
 
 
 def test_latent_generator(latent_pipe, make):

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from sklearn.kernel_ridge import KernelRidge
 
 from dsco_hf.kernels import (
     draw_frequencies,
@@ -12,6 +13,7 @@ from dsco_hf.kernels import (
     median_bandwidth,
     mmd2,
     mmd2_exact,
+    regression_errors,
 )
 
 
@@ -145,6 +147,23 @@ def test_herding_all_none_and_ties():
 def test_herding_more_than_there_are(count):
     with pytest.raises(ValueError, match=f"Cannot pick {count} rows out of 4"):
         herd(torch.eye(4), torch.zeros(4), count)
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_regression_errors_are_those_of_a_kernel_ridge_regression(n):
+    generator = torch.Generator().manual_seed(0)
+    few, labels, many, answers = (
+        torch.randn(rows, size, generator=generator, dtype=torch.float64)
+        for rows, size in ((n, 4), (n, 3), (50, 4), (50, 3))
+    )
+    regularization = 0.3
+    alpha = regularization * few.square().sum(1).mean().item()
+    reference = KernelRidge(alpha=alpha, kernel="linear").fit(few.numpy(), labels.numpy())
+    predicted = torch.from_numpy(reference.predict(many.numpy())).view(50, 3)
+    expected = (predicted - answers).square().mean(0) - answers.square().mean(0)
+    moment, cross = many.T @ many / 50, many.T @ answers / 50
+    torch.testing.assert_close(regression_errors(few, labels, moment, cross, regularization), expected)
+    assert not regression_errors(few, torch.zeros_like(labels), moment, cross, regularization).any()
 
 
 def test_frechet_distance_of_diagonal_gaussians_is_that_of_means_and_deviations():

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from dsco_hf import ClassifierObjective
+from dsco_hf import ClassifierObjective, MatchingTargets
+from dsco_hf.data import load_pixels
 from dsco_hf.features import Observation, batchnorm_layers, observe
 from dsco_hf.kernels import mmd2
 from dsco_hf.objectives import (
@@ -14,6 +15,7 @@ from dsco_hf.objectives import (
     class_sums,
     contrasted_means,
     repulsion,
+    ridge,
     rkhs,
 )
 
@@ -84,6 +86,44 @@ def test_previous_images_count_as_if_they_were_drawn_along(targets):
     alone = rkhs(seen(features[new]), rows[new], targets)
     torch.testing.assert_close(rkhs(seen(features[new]), rows[new], targets, nothing), alone)
     assert (joint - alone).abs().max() > 1e-3
+
+
+@pytest.fixture
+def ridge_targets(pipe, real_images):
+    return MatchingTargets.from_dataset(real_images, pipe, embedding_dim=64, second_moment=True, progress=False)
+
+
+def test_ridge_is_the_error_of_a_regression_on_the_population(pipe, real_images, ridge_targets):
+    features, rows = normal(5, ridge_targets.feature_dim), torch.tensor([2, 0, 2, 0, 2])
+    psi, labels = ridge_targets.embed(features), torch.eye(3)[rows] - 1 / 3
+    weights = psi.T @ torch.linalg.inv(psi @ psi.T + 0.5 * torch.eye(5)) @ labels  # ‖ψ‖ = 1
+    pixels, classes, _ = load_pixels(real_images, num_channels=1)
+    with torch.no_grad():
+        population = ridge_targets.embed(observe(pipe.classifier, pixels).features)
+    answers = torch.eye(3)[classes] - 1 / 3
+    errors = (population @ weights - answers).square() - answers.square()
+    expected = torch.stack([errors[classes == row].mean(0) for row in range(3)]).mean(0)  # classes of equal weight
+    losses = ridge(seen(features), rows, ridge_targets, regularization=0.5)
+    torch.testing.assert_close(losses, expected[[0, 2]], atol=1e-5, rtol=1e-4)
+    alone = ridge(seen(features[:1]), rows[:1], ridge_targets)
+    assert alone.shape == (1,) and alone.isfinite().all()
+
+
+def test_images_of_the_population_teach_more_than_wrong_ones(pipe, real_images, ridge_targets):
+    pixels, classes, _ = load_pixels(real_images, num_channels=1)
+    with torch.no_grad():
+        observed = observe(pipe.classifier, pixels)
+    right, wrong = (ridge(observed, rows, ridge_targets).sum() for rows in (classes, (classes + 1) % 3))
+    assert right < -0.3 < 0 < wrong  # 0: as good as no answer; -2/3: no error
+
+
+def test_ridge_learns_from_previous_images_as_if_they_were_drawn_along(ridge_targets):
+    features, rows = normal(7, ridge_targets.feature_dim), torch.tensor([0, 1, 0, 1, 0, 0, 1])
+    old, new = slice(0, 4), slice(4, 7)
+    previous = (ridge_targets.embed(features[old]), rows[old])
+    joint = ridge(seen(features[new]), rows[new], ridge_targets, previous)
+    torch.testing.assert_close(joint, ridge(seen(features), rows, ridge_targets))
+    assert (joint - ridge(seen(features[new]), rows[new], ridge_targets)).abs().max() > 1e-3
 
 
 def test_evidence_by_the_formula():

@@ -31,6 +31,20 @@ def embed(x, rows, weights=None, *, chunk=7, names=("a", "b", "c"), seed=0, **op
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_the_second_moment_has_classes_of_equal_weight(chunk):
+    x, rows = features(60), torch.arange(60) % 3
+    rows[:20], weights = 0, torch.rand(60, generator=torch.Generator().manual_seed(1))
+    found = embed(x, rows, weights, chunk=chunk, second_moment=True)
+    psi = fourier_embedding((x - found["feature_mean"]) / found["feature_std"], found["frequencies"])
+    moments = [
+        (psi[rows == row] * weights[rows == row, None]).T @ psi[rows == row] / weights[rows == row].sum()
+        for row in range(3)
+    ]
+    torch.testing.assert_close(found["second_moment"], torch.stack(moments).mean(0), atol=1e-5, rtol=0)
+    assert embed(x, rows, weights, chunk=chunk)["second_moment"] is None
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_statistics_equal_those_of_everything_in_memory(chunk):
     x, rows = features(60), torch.arange(60) % 3
     rows[:5] = 0

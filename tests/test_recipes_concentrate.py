@@ -67,7 +67,7 @@ def read(path):
 
 
 def test_fields_are_those_of_the_pipeline():
-    usual, recipe = sampling_options({"optimization_steps": 7}), ConcentrateRecipe()
+    usual, recipe = sampling_options({"objective": "ridge"}), ConcentrateRecipe(objective="ridge")
     assert set(SAMPLING) == set(usual)
     assert {name: getattr(recipe, name) for name in SAMPLING} == {**usual, "optimization_steps": None}
 
@@ -138,6 +138,7 @@ def test_a_finished_run_is_extended_and_other_settings_are_refused(work, monkeyp
 @pytest.mark.parametrize(("options", "method"), [
     (["--optimization_steps", "0", "--class_labels", "2", "circle"], "plain"),
     (["--objective", "classifier"], "nopt-classifier-only"),
+    (["--objective", "ridge", "--dataset", "real", "--block_size", "1", "--regularization", "0.5"], "nopt"),
     (["--data_free", "--samples_per_class", "4", "--weighting", "none"], "nopt-data-free"),
     (["--objective", "quantile", "--dataset", "real", "--optimization_steps", "1", "--draws", "1"], "nopt-quantile"),
 ])  # fmt: skip

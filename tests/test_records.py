@@ -43,6 +43,12 @@ def test_the_objective_of_the_classifier_survives_json():
     assert records.record_parameters({"parameters": found})["classifier_objective"] == ClassifierObjective()
 
 
+def test_the_regularization_is_recorded_where_it_counts():
+    assert "regularization" not in records.resolve_parameters(images_per_class=1)
+    found = records.resolve_parameters(images_per_class=1, objective="ridge", regularization=0.5)
+    assert records.record_parameters({"parameters": found})["regularization"] == 0.5
+
+
 def test_unknown_parameters_are_refused():
     with pytest.raises(TypeError, match="step_sise.*step_size"):
         records.resolve_parameters(images_per_class=1, step_sise=0.1)

@@ -1,12 +1,15 @@
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 from datasets import ClassLabel
+from safetensors.torch import load_file, save_file
 
 from dsco_hf import MatchingTargets
 from dsco_hf.data import load_pixels
+from dsco_hf.digests import targets_sha256
 from dsco_hf.features import features_and_logits, probe_features
 from dsco_hf.kernels import fourier_embedding
 from dsco_hf.targets import CONFIG_NAME, WEIGHTS_NAME, rows_of_labels
@@ -188,6 +191,28 @@ def test_round_trip(targets, tmp_path):
     assert loaded.provenance == targets.provenance
     loaded = MatchingTargets.from_pretrained(tmp_path / "deep", subfolder="folder")
     assert_same(loaded, targets)
+
+
+def test_the_second_moment_is_kept_if_it_was_asked_for(pipe, targets, real_images, tmp_path):
+    assert targets.second_moment is None
+    with_moment = MatchingTargets.from_dataset(real_images, pipe, second_moment=True, **SMALL)
+    assert_same(with_moment, MatchingTargets.from_dataset(real_images, pipe, **SMALL))
+    assert with_moment.second_moment.shape == (64, 64) and with_moment.second_moment.trace() == pytest.approx(1.0)
+    assert with_moment.to("cpu").second_moment is not None
+    with_moment.save_pretrained(tmp_path)
+    loaded = MatchingTargets.from_pretrained(tmp_path)
+    assert torch.equal(loaded.second_moment, with_moment.second_moment)
+    drawn = MatchingTargets.from_generator(pipe, samples_per_class=3, second_moment=True, **DRAWN)
+    assert drawn.second_moment.trace() == pytest.approx(1.0)
+    # targets without one have the digest of the time before there was such a field
+    without = dataclasses.replace(with_moment, second_moment=None)
+    before = {field.name: getattr(without, field.name) for field in dataclasses.fields(without)[:-1]}
+    earlier = dataclasses.make_dataclass("Earlier", before)(**before)
+    assert targets_sha256(without) == targets_sha256(earlier) != targets_sha256(with_moment)
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    save_file({**tensors, "second_moment": torch.zeros(2, 2)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=r"second_moment has shape \(2, 2\) instead of \(64, 64\)"):
+        MatchingTargets.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])

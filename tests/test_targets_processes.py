@@ -19,7 +19,7 @@ from targets_worker import CASES, DRAWN, SMALL, made_from_dataset, sorted_images
 
 
 TESTS = Path(__file__).parent
-TENSORS = ("embeddings", "counts", "feature_mean", "feature_std", "frequencies")
+TENSORS = ("embeddings", "counts", "feature_mean", "feature_std", "frequencies", "second_moment")
 
 
 def assert_same(a, b, tolerance=1e-6):
