@@ -46,6 +46,7 @@ from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.evaluators.training import content_hash
 from dsco_hf.files import write_atomically
 from dsco_hf.generator_training import weights_fingerprint
+from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
 from dsco_hf.report import accuracy_figure, results_table, sample_grid
@@ -72,6 +73,7 @@ class ExperimentRecipe:
         features: what is matched: those of the "trained" classifier; of an "untrained" network of the evaluators'
             architecture, whose seed no evaluator has (as in distribution matching, https://arxiv.org/abs/2110.04181);
             or of "both".
+        feature_options: what differs between the untrained network and the evaluators', as JSON: '{"width": 256}'.
         dataset, dataset_name, revision, train_split, test_split: the real images.
         image_column, label_column: for datasets with several of them.
         methods: of "plain", "nopt", "nopt-data-free" and "nopt-quantile" (the released objective).
@@ -83,7 +85,8 @@ class ExperimentRecipe:
             value, or one for each of the budgets. Fewer images can only show clearer ones.
         step_size, optimize_from, optimize_until: of NOpt. With a weak generator, steps of less than 1 stay closer to
             the images it knows.
-        contrast: of NOpt; one value, or one for each of the budgets.
+        objective: of NOpt, "rkhs" or "ridge"; one, or one for each of the budgets.
+        contrast, regularization: of NOpt with "rkhs" and with "ridge"; one value, or one for each of the budgets.
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
         samples_per_class: generator samples behind the data-free targets.
@@ -104,6 +107,7 @@ class ExperimentRecipe:
     generator_revision: str | None = None
     classifier_revision: str | None = None
     features: str = "trained"
+    feature_options: str = "{}"
     dataset_name: str | None = None
     revision: str | None = None
     train_split: str = "train"
@@ -120,7 +124,9 @@ class ExperimentRecipe:
     step_size: float = 1.0
     optimize_from: float = 0.6
     optimize_until: float = 1.0
+    objective: list[str] = field(default_factory=lambda: ["rkhs"])
     contrast: list[float] = field(default_factory=lambda: [0.0])
+    regularization: list[float] = field(default_factory=lambda: [1.0])
     block_size: int = 10
     images_per_call: int = 128
     samples_per_class: int = 200
@@ -147,16 +153,21 @@ class ExperimentRecipe:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
-        for name in ("clearest_share", "contrast"):
+        for objective in self.objective:
+            if objective not in MATCHING:
+                raise ValueError(
+                    f"`objective` may hold {list(MATCHING)}, got {objective!r}.{nearest(objective, MATCHING)}"
+                )
+        for name in ("clearest_share", "objective", "contrast", "regularization"):
             if len(values := getattr(self, name)) not in (1, len(self.budgets)):
                 raise ValueError(
                     f"`{name}` must be one value or one for each of the {len(self.budgets)} budgets {self.budgets}, "
                     f"got {values}."
                 )
 
-    def at_budget(self, name: str, budget: int) -> float:
+    def at_budget(self, name: str, budget: int) -> Any:
         """The value of an option that may differ between budgets."""
-        values: list[float] = getattr(self, name)
+        values: list[Any] = getattr(self, name)
         return values[self.budgets.index(budget) if len(values) > 1 else 0]
 
 
@@ -216,6 +227,8 @@ class Experiment:
         if recipe.features != "trained":
             self.pipe.register_modules(classifier_2=self.untrained_network())
             settings |= {"architecture": recipe.architecture, "model_options": recipe.model_options}
+            settings |= {"feature_options": recipe.feature_options}
+        settings |= {"second_moment": "ridge" in recipe.objective}
         identity = content_hash(settings, weights_fingerprint(self.pipe.denoiser), self.classifier)[:8]
         self.work = Path(recipe.sets_dir or self.output / "work") / identity
         (self.work / "sets").mkdir(parents=True, exist_ok=True)
@@ -246,7 +259,7 @@ class Experiment:
             image_size=self.pipe.image_size,
             num_channels=self.pipe.num_channels,
             seed=FEATURE_SEED,
-            **json.loads(self.recipe.model_options),
+            **json.loads(self.recipe.model_options) | json.loads(self.recipe.feature_options),
         )
         return network.eval().requires_grad_(False).to(self.accelerator.device)
 
@@ -276,13 +289,13 @@ class Experiment:
         recipe = self.recipe
         sampling = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
         columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
-        features = FEATURES[recipe.features]
+        matched = {"features": FEATURES[recipe.features], "second_moment": "ridge" in recipe.objective}
 
         def of_images(share: float = 1.0, **shared: Any) -> MatchingTargets:
             chosen = self.real
             if share < 1:
                 chosen = clearest(self.real, self.pipe, share=share, progress=False, **columns)
-            return MatchingTargets.from_dataset(chosen, self.pipe, features=features, **columns, **shared)
+            return MatchingTargets.from_dataset(chosen, self.pipe, **matched, **columns, **shared)
 
         # the discrepancy of all sets is measured by the first
         makers: dict[str, Callable[..., MatchingTargets]] = {"real": of_images}
@@ -291,7 +304,7 @@ class Experiment:
             makers |= {clear_name(share): functools.partial(of_images, share) for share in shares}
         if "nopt-data-free" in recipe.methods:
             makers["nopt-data-free"] = lambda **shared: MatchingTargets.from_generator(
-                self.pipe, samples_per_class=recipe.samples_per_class, features=features, **sampling, **shared
+                self.pipe, samples_per_class=recipe.samples_per_class, **matched, **sampling, **shared
             )
         for method, make in makers.items():
             folder = self.work / f"targets-{method}"
@@ -317,10 +330,13 @@ class Experiment:
             for seed in range(1 if method == "nopt-quantile" else self.recipe.synthesis_seeds)
         }
 
-    def matching(self, method: str, budget: int) -> dict[str, float]:
+    def matching(self, method: str, budget: int) -> dict[str, Any]:
         """What may differ between the budgets of a method; kept with each set."""
-        names = {"nopt": ("clearest_share", "contrast"), "nopt-data-free": ("contrast",)}.get(method, ())
-        return {name: self.recipe.at_budget(name, budget) for name in names}
+        if method not in ("nopt", "nopt-data-free"):
+            return {}
+        objective = self.recipe.at_budget("objective", budget)
+        names = ["contrast" if objective == "rkhs" else "regularization", *(["clearest_share"] * (method == "nopt"))]
+        return {"objective": objective} | {name: self.recipe.at_budget(name, budget) for name in names}
 
     def draw_sets(self) -> None:
         """Draws the synthetic sets; every process its share."""
@@ -335,10 +351,8 @@ class Experiment:
             path.unlink(missing_ok=True)  # of other settings
             share = matching.get("clearest_share", 1)
             population = {"nopt": "real" if share == 1 else clear_name(share)}.get(method, method)
-            options: dict[str, Any] = {
-                "targets": self.targets.get(population),
-                "contrast": matching.get("contrast", 0),
-            }
+            options: dict[str, Any] = {"targets": self.targets.get(population)}
+            options |= {name: value for name, value in matching.items() if name != "clearest_share"}
             options |= {name: getattr(recipe, name) for name in ("step_size", "optimize_from", "optimize_until")}
             if method == "nopt-quantile":
                 counts = {min(number, recipe.block_size) for number in recipe.budgets}

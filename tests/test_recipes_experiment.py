@@ -9,8 +9,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForImageClassification
 
-from conftest import striped_images
-from dsco_hf import DsCoPipeline, concentrate, measure_discrepancy
+from conftest import NAMES, striped_images
+from dsco_hf import DsCoPipeline, build_evaluator, concentrate, measure_discrepancy
 from dsco_hf.configs import parse_config
 from dsco_hf.data import load_pixels
 from dsco_hf.targets import MatchingTargets
@@ -119,6 +119,35 @@ def test_contrast_and_the_clearest_images_by_budget(work):
     measured = measure_discrepancy(*load_pixels(rows, num_channels=1)[:2], pipe, real)
     assert second["discrepancy"] == pytest.approx(statistics.fmean(measured.values()), rel=1e-4)
     assert first["images_per_class"] == 1
+
+
+def test_objectives_by_budget_and_wider_features(work):
+    (work / "tiny.yaml").write_text(
+        f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\n"
+        "methods: [nopt, nopt-data-free]\nbudgets: [1, 2]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\n"
+        "num_inference_steps: 3\nsamples_per_class: 3\nobjective: [ridge, rkhs]\nregularization: [0.5]\n"
+        "optimize_from: 0.4\nfeatures: both\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\n"
+        "feature_options: '{\"width\": 5}'\n"
+    )
+    experiment.main(["--config", str(work / "tiny.yaml"), "--output_dir", str(work / "out")])
+    (folder,) = (work / "out" / "work").iterdir()
+    wider = build_evaluator(
+        "convnet-2", class_names=NAMES, image_size=8, num_channels=1, seed=experiment.FEATURE_SEED, width=5
+    ).eval()
+    classifier = AutoModelForImageClassification.from_pretrained(work / "classifier").eval()
+    pipe = DsCoPipeline.from_pretrained(work / "pipe", classifier=classifier, classifier_2=wider)
+    options = {"optimize_from": 0.4, "guidance_scale": 1.0, "num_inference_steps": 3, "progress": False}
+    for method, population in (("nopt", "real"), ("nopt-data-free", "nopt-data-free")):
+        targets = MatchingTargets.from_pretrained(folder / f"targets-{population}")
+        for budget, chosen in ((1, {"objective": "ridge", "regularization": 0.5}), (2, {"objective": "rkhs"})):
+            name = f"{method}-ipc{budget}-seed0"
+            rows = Dataset.from_parquet(str(folder / "sets" / f"{name}.parquet"), keep_in_memory=True)
+            expected = concentrate(pipe, targets, budget, **chosen, **options)
+            assert [image.tobytes() for image in rows["image"]] == [image.tobytes() for image in expected["image"]]
+            matching = json.loads((folder / "sets" / f"{name}.json").read_text())["matching"]
+            assert chosen.items() <= matching.items() and ("clearest_share" in matching) == (method == "nopt")
+    with pytest.raises(ValueError, match=r"may hold \['rkhs', 'ridge'\], got 'ridg'. Nearest: 'ridge'"):
+        experiment.ExperimentRecipe("a", "b", "c", objective=["ridg"])
 
 
 def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
