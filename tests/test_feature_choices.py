@@ -21,7 +21,8 @@ def test_a_row_for_every_choice_and_budget(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(results))
     names = [row["features"] for row in results["rows"]]
     matched = [*choices, *feature_choices.OTHERWISE]
-    assert names == ["random real", "plain", *matched, *feature_choices.CONTRASTS, *feature_choices.CLEAR]
+    others = [*feature_choices.CONTRASTS, *feature_choices.CLEAR, *feature_choices.RIDGE]
+    assert names == ["random real", "plain", *matched, *others]
     assert all(0 <= row["accuracy"] <= 100 and row["discrepancy"] > 0 for row in results["rows"])
     assert results["feature_dims"] == dict.fromkeys([choices[1], *feature_choices.OTHERWISE], 512) | {
         choices[0]: 256, choices[2]: 384, choices[3]: 2048

@@ -1,4 +1,4 @@
-"""What to match: features, contrast to the other classes, all images or clear ones, by what the small set trains.
+"""What to match: features, objective, contrast, all images or clear ones, by what the small set trains.
 
     python recipes/benchmarks/feature_choices.py --out feature_choices.json
     python recipes/benchmarks/feature_choices.py --pipeline FOLDER --synthesis_seeds 2 --training_seeds 3
@@ -14,7 +14,8 @@ features, which is the same measure for all; `features`: the specs behind the na
 by images per class; `classifiers`: the accuracies of the two. Two rows weigh the layers otherwise than the package,
 where each counts alike: "by size" leaves every dimension its weight, "kernel each" gives every layer a kernel of its
 own bandwidth and as many of the random features. Rows "pooled (default), contrast ..." and "..., clearest fifth" match
-the default features with `contrast`, and targets of `clearest` images.
+the default features with `contrast`, and targets of `clearest` images. Rows "ridge, ..." have that objective: with the
+default features, those of an untrained ConvNet-2 of another seed than the evaluators', or of both.
 """
 
 from __future__ import annotations
@@ -69,8 +70,14 @@ CHOICES: dict[str, Any] = {
     "pooled + random network": [{}, {"network": "random"}],
 }  # fmt: skip
 WEIGHED = "pooled + first block, grid"
-CONTRASTS = {f"{DEFAULT}, contrast {contrast:g}": contrast for contrast in (0.5, 1.0, 2.0, 4.0, 8.0)}
-CLEAR = {f"{DEFAULT}, clearest fifth": 0.0, f"{DEFAULT}, clearest fifth, contrast 2": 2.0}
+CONTRASTS = {f"{DEFAULT}, contrast {contrast:g}": {"contrast": contrast} for contrast in (0.5, 1.0, 2.0, 4.0, 8.0)}
+CLEAR = {f"{DEFAULT}, clearest fifth": {}, f"{DEFAULT}, clearest fifth, contrast 2": {"contrast": 2.0}}
+RIDGE: dict[str, Any] = {
+    "ridge, pooled": None,
+    "ridge, untrained": {"network": "classifier_2"},
+    "ridge, pooled + untrained": [{}, {"network": "classifier_2"}],
+}
+UNTRAINED = {"image_size": 8, "num_channels": 1, "width": 256, "seed": 1000}  # no evaluator's seed
 OTHERWISE = (f"{WEIGHED}, by size", f"{WEIGHED}, kernel each")
 SAMPLING = {"guidance_scale": 1.0, "num_inference_steps": 20, "progress": False}
 
@@ -91,19 +98,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if WEIGHED in targets:
         targets |= {name: weighed_otherwise(targets[WEIGHED], train, pipe, name) for name in OTHERWISE}
     judge = MatchingTargets.from_dataset(train, pipe, progress=False)
-    variants: dict[str, tuple[MatchingTargets | None, float]] = {"plain": (None, 0.0)}
-    variants |= {name: (value, 0.0) for name, value in targets.items()}
+    variants: dict[str, tuple[DsCoPipeline, MatchingTargets | None, dict[str, Any]]] = {"plain": (pipe, None, {})}
+    variants |= {name: (pipe, value, {}) for name, value in targets.items()}
     if DEFAULT in targets:
         clear = MatchingTargets.from_dataset(clearest(train, pipe, progress=False), pipe, progress=False)
-        variants |= {name: (targets[DEFAULT], contrast) for name, contrast in CONTRASTS.items()}
-        variants |= {name: (clear, contrast) for name, contrast in CLEAR.items()}
+        variants |= {name: (pipe, targets[DEFAULT], changes) for name, changes in CONTRASTS.items()}
+        variants |= {name: (pipe, clear, changes) for name, changes in CLEAR.items()}
+        untrained = build_evaluator("convnet-2", class_names=list(pipe.id2label.values()), **UNTRAINED).eval()
+        other = DsCoPipeline(**{**pipe.components, "classifier_2": untrained}, id2label=pipe.id2label)
+        for name, spec in RIDGE.items():
+            regressed = MatchingTargets.from_dataset(train, other, features=spec, second_moment=True, progress=False)
+            variants[name] = (other, regressed, {"objective": "ridge"})
     sets: dict[tuple[str, int, int], Dataset] = {}
     for budget in options.budgets:
         for seed in range(options.synthesis_seeds):
             labels = torch.tensor(train["label"])
             sets["random real", budget, seed] = train.select(select_per_class(labels, budget, seed=seed).tolist())
-            for name, (chosen, contrast) in variants.items():
-                sets[name, budget, seed] = concentrate(pipe, chosen, budget, seed=seed, contrast=contrast, **SAMPLING)
+            for name, (drawing, chosen, changes) in variants.items():
+                sets[name, budget, seed] = concentrate(drawing, chosen, budget, seed=seed, **changes, **SAMPLING)
     rows = evaluate(sets, options)
     for row in rows:
         row["discrepancy"] = round(mean_discrepancy(sets, row, pipe, judge), 5)
