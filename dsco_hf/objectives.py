@@ -71,7 +71,7 @@ def ridge(
     rows: torch.Tensor,
     targets: MatchingTargets,
     previous: tuple[torch.Tensor, torch.Tensor] | None = None,
-    regularization: float = 1.0,
+    regularization: float = 2.0,
 ) -> torch.Tensor:
     """What the images teach: errors on the targets' population of a ridge regression that is trained on them.
 

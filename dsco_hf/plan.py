@@ -28,7 +28,7 @@ class NoisePlan:
     previous: tuple[torch.Tensor, torch.Tensor] | None = None
     step_decay: float = 0.25
     contrast: float = 0.0
-    regularization: float = 1.0
+    regularization: float = 2.0
     steps: range = range(0)  # indices of the optimised sampling steps
 
     @property

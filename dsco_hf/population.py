@@ -28,6 +28,7 @@ from .team import Team
 
 
 BANDWIDTH_IMAGES = 2000  # the median of all pairwise distances of so many
+LEAST_SHARE = 0.01  # probability of a class below which a sample does not count for it
 _UNIT_IMAGES = 512  # as many wait in memory before they are stored
 _PART_IMAGES = 256  # converted to float64 or embedded at a time: few enough for a CPU's cache
 
@@ -369,7 +370,7 @@ def dataset_units(rows: int, batch_size: int) -> dict[str, range]:
 
 
 class Weighting:
-    """Weight of a template sample by what the classifier says of it."""
+    """Of which classes a template sample is an image, and how much, by what the classifier says of it."""
 
     def __init__(
         self,
@@ -378,7 +379,7 @@ class Weighting:
         names: Sequence[str],
         own_labels: Sequence[int] | None = None,
     ) -> None:
-        kinds = ("confidence", "agreement", "none")
+        kinds = ("confidence", "agreement", "posterior", "none")
         if kind not in kinds:
             raise ValueError(f"`weighting` must be one of {list(kinds)}, got {kind!r}.{nearest(kind, kinds)}")
         self.kind = kind
@@ -398,13 +399,23 @@ class Weighting:
                     f"others: {error} Or pass `weighting='none'`, which uses its features only."
                 ) from error
 
-    def __call__(self, logits: torch.Tensor, row: int) -> torch.Tensor:
-        """Weights `(B,)` of samples of class `row` from the classifier's logits `(B, K)`."""
+    def __call__(self, logits: torch.Tensor, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Samples that count for a class, from the classifier's logits `(B, K)` of samples drawn for class `row`.
+
+        Returns:
+            `tuple`: samples, their classes and weights, each `(n,)`. "posterior" has an entry for every class that the
+                classifier gives a sample a probability of 1 % or more; the others have one for every sample.
+        """
+        if self.kind == "posterior":
+            shares = logits.softmax(dim=1)[:, self.labels]  # (B, C)
+            samples, rows = (shares >= LEAST_SHARE).nonzero(as_tuple=True)
+            return samples, rows, shares[samples, rows]
+        everything, rows = torch.arange(len(logits)), torch.full((len(logits),), row)
         if self.kind == "none":
-            return torch.ones(len(logits))
+            return everything, rows, torch.ones(len(logits))
         if self.kind == "agreement":
-            return (logits.argmax(dim=1) == self.labels[row]).float()
-        return logits.softmax(dim=1)[:, self.labels[row]]
+            return everything, rows, (logits.argmax(dim=1) == self.labels[row]).float()
+        return everything, rows, logits.softmax(dim=1)[:, self.labels[row]]
 
 
 def refuse_empty_classes(weights: Iterable[float], names: Sequence[str]) -> None:

@@ -296,8 +296,10 @@ class MatchingTargets:
             features (*optional*): what to match, see [`MatchingTargets.from_dataset`].
             samples_per_class (`int`): plain samples drawn per class.
             weighting (`str`): "confidence" weighs a sample by the probability that the classifier gives its class,
-                "agreement" drops samples that the classifier takes for another class, "none" weighs all alike. The
-                first two need a classifier of the same classes.
+                "agreement" drops samples that the classifier takes for another class, "none" weighs all alike.
+                "posterior" lets a sample count for every class by its probability, whatever class it was drawn for:
+                the population is then labelled by the classifier alone. All but "none" need a classifier of the same
+                classes.
             num_inference_steps (`int`): of the sampling, see [`DsCoPipeline.__call__`]; use that of the synthesis.
             guidance_scale (`float`): of the sampling, likewise.
             eta (`float`): of the sampling, likewise.
@@ -362,8 +364,9 @@ class MatchingTargets:
                     logits = seen.logits
                     if weighting != "none" and not source.predicts:
                         logits = features_and_logits(pipe.classifier, drawn.images * 2 - 1)[1]
-                    rows, keys = torch.full((len(seeds),), row), torch.tensor(seeds)
-                    population.add(seen.features, rows, weigh(logits, row), keys=keys, unit=unit)
+                    samples, rows, weights = (part.cpu() for part in weigh(logits, row))
+                    keys = torch.tensor(seeds)[samples]
+                    population.add(seen.features.cpu()[samples], rows, weights, keys=keys, unit=unit)
                     bar.update(len(seeds))
             sizes = [block.shape[1] for block in probe]
             statistics = population.embed(

@@ -113,7 +113,7 @@ class ConcentrateRecipe:
     optimize_until: float = 1.0
     lookahead: str = "conditional"
     contrast: float = 0.0
-    regularization: float = 1.0
+    regularization: float = 2.0
     batch_size: int | None = None
     output_dir: str = "outputs/concentrated"
     max_hours: float | None = None

@@ -90,6 +90,9 @@ class ExperimentRecipe:
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
         samples_per_class: generator samples behind the data-free targets.
+        template_guidance_scale: of those samples, in place of `guidance_scale`: less of it makes them as varied as the
+            real images.
+        weighting: of those samples by what the classifier says of them, see `MatchingTargets.from_generator`.
         quantile_iterations: of the released objective, per sampling step; its authors use 200.
         protocol: how evaluators are trained: a name or a YAML file.
         steps, epochs, batch_size, learning_rate: changes to it.
@@ -126,10 +129,12 @@ class ExperimentRecipe:
     optimize_until: float = 1.0
     objective: list[str] = field(default_factory=lambda: ["rkhs"])
     contrast: list[float] = field(default_factory=lambda: [0.0])
-    regularization: list[float] = field(default_factory=lambda: [1.0])
+    regularization: list[float] = field(default_factory=lambda: [2.0])
     block_size: int = 10
     images_per_call: int = 128
     samples_per_class: int = 200
+    template_guidance_scale: float | None = None
+    weighting: str = "confidence"
     quantile_iterations: int = 200
     protocol: str = "quick"
     steps: int | None = None
@@ -174,8 +179,8 @@ class ExperimentRecipe:
 # What all sets depend on beside the models; the rest is about single sets, about evaluators or about folders.
 _SETS = (
     "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
-    "images_per_call", "samples_per_class", "quantile_iterations", "features", "step_size", "optimize_from",
-    "optimize_until",
+    "images_per_call", "samples_per_class", "template_guidance_scale", "weighting", "quantile_iterations", "features",
+    "step_size", "optimize_from", "optimize_until",
 )  # fmt: skip
 
 
@@ -287,7 +292,13 @@ class Experiment:
     def make_targets(self) -> None:
         """Targets with the data and without it; by all processes together."""
         recipe = self.recipe
-        sampling = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
+        guidance = recipe.guidance_scale if recipe.template_guidance_scale is None else recipe.template_guidance_scale
+        templates = {
+            "num_inference_steps": recipe.num_inference_steps,
+            "guidance_scale": guidance,
+            "samples_per_class": recipe.samples_per_class,
+            "weighting": recipe.weighting,
+        }
         columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
         matched = {"features": FEATURES[recipe.features], "second_moment": "ridge" in recipe.objective}
 
@@ -304,7 +315,7 @@ class Experiment:
             makers |= {clear_name(share): functools.partial(of_images, share) for share in shares}
         if "nopt-data-free" in recipe.methods:
             makers["nopt-data-free"] = lambda **shared: MatchingTargets.from_generator(
-                self.pipe, samples_per_class=recipe.samples_per_class, **matched, **sampling, **shared
+                self.pipe, **templates, **matched, **shared
             )
         for method, make in makers.items():
             folder = self.work / f"targets-{method}"

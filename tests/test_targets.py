@@ -159,6 +159,23 @@ def test_samples_are_weighted_by_the_classifier(pipe, kind):
             assert w.std() > 1e-4  # the weights do differ
 
 
+def test_samples_count_for_every_class_by_their_probability(pipe):
+    sharpen(pipe.classifier)
+    pipe.classifier.classifier.weight.data.mul_(10)
+    drawn, sample = [], pipe.sample
+    pipe.sample = lambda *args, **options: drawn.append(sample(*args, **options)) or drawn[-1]
+    centre(pipe)
+    drawn.clear()
+    targets = MatchingTargets.from_generator(pipe, [0, 1], samples_per_class=8, weighting="posterior", **DRAWN)
+    features, logits = features_and_logits(pipe.classifier, torch.cat([output.images for output in drawn]) * 2 - 1)
+    shares = logits.softmax(1)[:, :2].detach()
+    shares = torch.where(shares < 0.01, 0, shares)
+    torch.testing.assert_close(targets.counts, shares.sum(0), atol=1e-3, rtol=1e-4)
+    psi = targets.embed(features).detach()
+    torch.testing.assert_close(targets.embeddings, shares.T @ psi / shares.sum(0)[:, None], atol=1e-4, rtol=0)
+    assert shares[:8, 1].max() > 0.5 and shares.min() == 0  # drawn for the other class; for one class only
+
+
 def sharpen(classifier):
     """Two classes of which samples are on either side; the third is out of reach."""
     with torch.no_grad():
