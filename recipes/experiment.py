@@ -73,7 +73,8 @@ class ExperimentRecipe:
         features: what is matched: those of the "trained" classifier; of an "untrained" network of the evaluators'
             architecture, whose seed no evaluator has (as in distribution matching, https://arxiv.org/abs/2110.04181);
             or of "both".
-        feature_options: what differs between the untrained network and the evaluators', as JSON: '{"width": 256}'.
+        feature_architecture, feature_options: of the untrained network, if it should not be the evaluators'; options
+            as JSON. With both of them, sets do not depend on the evaluators' architecture.
         dataset, dataset_name, revision, train_split, test_split: the real images.
         image_column, label_column: for datasets with several of them.
         methods: of "plain", "nopt", "nopt-data-free" and "nopt-quantile" (the released objective).
@@ -90,8 +91,8 @@ class ExperimentRecipe:
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
         samples_per_class: generator samples behind the data-free targets.
-        template_guidance_scale: of those samples, in place of `guidance_scale`: less of it makes them as varied as the
-            real images.
+        template_guidance_scale, template_steps: of those samples, in place of `guidance_scale` and
+            `num_inference_steps`: less guidance and more steps bring them nearer to the real images.
         weighting: of those samples by what the classifier says of them, see `MatchingTargets.from_generator`.
         quantile_iterations: of the released objective, per sampling step; its authors use 200.
         protocol: how evaluators are trained: a name or a YAML file.
@@ -110,7 +111,8 @@ class ExperimentRecipe:
     generator_revision: str | None = None
     classifier_revision: str | None = None
     features: str = "trained"
-    feature_options: str = "{}"
+    feature_architecture: str | None = None
+    feature_options: str | None = None
     dataset_name: str | None = None
     revision: str | None = None
     train_split: str = "train"
@@ -134,6 +136,7 @@ class ExperimentRecipe:
     images_per_call: int = 128
     samples_per_class: int = 200
     template_guidance_scale: float | None = None
+    template_steps: int | None = None
     weighting: str = "confidence"
     quantile_iterations: int = 200
     protocol: str = "quick"
@@ -179,8 +182,8 @@ class ExperimentRecipe:
 # What all sets depend on beside the models; the rest is about single sets, about evaluators or about folders.
 _SETS = (
     "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
-    "images_per_call", "samples_per_class", "template_guidance_scale", "weighting", "quantile_iterations", "features",
-    "step_size", "optimize_from", "optimize_until",
+    "images_per_call", "samples_per_class", "template_guidance_scale", "template_steps", "weighting",
+    "quantile_iterations", "features", "step_size", "optimize_from", "optimize_until",
 )  # fmt: skip
 
 
@@ -230,9 +233,10 @@ class Experiment:
         self.pipe.set_progress_bar_config(disable=True)
         settings = {name: getattr(recipe, name) for name in _SETS}
         if recipe.features != "trained":
-            self.pipe.register_modules(classifier_2=self.untrained_network())
-            settings |= {"architecture": recipe.architecture, "model_options": recipe.model_options}
-            settings |= {"feature_options": recipe.feature_options}
+            untrained = {"architecture": recipe.feature_architecture or recipe.architecture}
+            untrained["model_options"] = recipe.feature_options or recipe.model_options
+            self.pipe.register_modules(classifier_2=self.untrained_network(**untrained))
+            settings |= untrained
         settings |= {"second_moment": "ridge" in recipe.objective}
         identity = content_hash(settings, weights_fingerprint(self.pipe.denoiser), self.classifier)[:8]
         self.work = Path(recipe.sets_dir or self.output / "work") / identity
@@ -256,15 +260,15 @@ class Experiment:
         self.unfinished = False
         self._sets: dict[str, ImageSet] = {}
 
-    def untrained_network(self) -> PreTrainedModel:
-        """A network as the evaluators are before their training, with a seed of its own."""
+    def untrained_network(self, architecture: str, model_options: str) -> PreTrainedModel:
+        """A network as evaluators are before their training, with a seed of its own."""
         network = build_evaluator(
-            self.recipe.architecture,
+            architecture,
             class_names=[self.classifier.config.id2label[i] for i in range(self.classifier.config.num_labels)],
             image_size=self.pipe.image_size,
             num_channels=self.pipe.num_channels,
             seed=FEATURE_SEED,
-            **json.loads(self.recipe.model_options) | json.loads(self.recipe.feature_options),
+            **json.loads(model_options),
         )
         return network.eval().requires_grad_(False).to(self.accelerator.device)
 
@@ -294,7 +298,7 @@ class Experiment:
         recipe = self.recipe
         guidance = recipe.guidance_scale if recipe.template_guidance_scale is None else recipe.template_guidance_scale
         templates = {
-            "num_inference_steps": recipe.num_inference_steps,
+            "num_inference_steps": recipe.template_steps or recipe.num_inference_steps,
             "guidance_scale": guidance,
             "samples_per_class": recipe.samples_per_class,
             "weighting": recipe.weighting,
