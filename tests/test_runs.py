@@ -107,6 +107,18 @@ def test_a_run_grows_and_keeps_its_first_blocks(pipe, targets, tmp_path):
         concentrate_to_folder(pipe, targets, 3, tmp_path, **OPTIONS)
 
 
+def test_a_grown_run_of_the_ridge_objective_remembers_every_image(pipe, real_images, tmp_path):
+    targets = MatchingTargets.from_dataset(real_images, pipe, embedding_dim=64, second_moment=True, progress=False)
+    options = {**OPTIONS, "objective": "ridge", "images_per_call": 4}  # two groups: of one class, and of two
+    concentrate_to_folder(pipe, targets, 2, tmp_path, **options)
+    grown = concentrate_to_folder(pipe, targets, 5, tmp_path, **options)
+    expected, report = concentrate_and_report(pipe, targets, 5, **options)
+    assert grown.session["images"] == 9 and same_rows(grown.dataset(), expected)
+    assert grown.report.discrepancy_by_class == pytest.approx(report.discrepancy_by_class, rel=1e-4)
+    with pytest.raises(ValueError, match="options.regularization: 2.0 there, 1.0 now"):
+        concentrate_to_folder(pipe, targets, 5, tmp_path, regularization=1.0, **options)
+
+
 def test_other_settings_are_refused_by_name(pipe, targets, make, tmp_path):
     concentrate_to_folder(pipe, targets, 2, tmp_path, **OPTIONS)
     for change, named in (
