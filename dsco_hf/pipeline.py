@@ -30,7 +30,7 @@ from .latents import decode, encode, to_output
 from .objectives import ClassifierObjective
 from .optimization import NoiseOptimizationMixin
 from .pipeline_loading import StoredPipeline
-from .plan import NoisePlan, optimized_steps
+from .plan import NoisePlan, optimized_steps, usable_eta
 from .quantile import QuantileTargets
 from .schema import nearest
 from .targets import MatchingTargets
@@ -425,6 +425,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         self._plan = plan
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        self._eta = usable_eta(self.scheduler, self._eta)
         self._watch = FiniteWatch(ids, self.scheduler.timesteps)
         if plan.active and self._eta > 0:
             plan.prepare(self, ids)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from .feature_spec import DEFAULT_FEATURES, FeatureSource
 from .features import Observation
@@ -71,3 +71,18 @@ class NoisePlan:
 def optimized_steps(num_steps: int, optimize_from: float, optimize_until: float) -> range:
     """Indices of the steps at which noise is optimised: never the last, whose variance is zero."""
     return range(math.floor(optimize_from * num_steps), min(math.ceil(optimize_until * num_steps), num_steps - 1))
+
+
+def usable_eta(scheduler: DDIMScheduler, eta: float) -> float:
+    """η, or a millionth less where rounding would have DDIM take the root of a negative number.
+
+    A step has the variance σ² = η² (1 - α_s) / (1 - α_t) · (1 - α_t / α_s) and a part of √(1 - α_s - σ²). Where α_t is
+    nearly zero, as at the first step of a cosine schedule, η = 1 makes that root 0, or in float32 a little less.
+    """
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    for t in scheduler.timesteps.tolist():
+        previous = scheduler.alphas_cumprod[t - stride] if t >= stride else scheduler.final_alpha_cumprod
+        deviation = eta * scheduler._get_variance(t, t - stride) ** 0.5
+        if 1 - previous - deviation**2 < 0:
+            return eta * (1 - 1e-6)
+    return eta
