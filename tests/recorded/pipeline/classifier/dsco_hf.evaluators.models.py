@@ -1,0 +1,1 @@
+from dsco_hf.evaluators.models import ConvNetForImageClassification as ConvNetForImageClassification

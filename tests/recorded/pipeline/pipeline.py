@@ -1,0 +1,1 @@
+from dsco_hf import DsCoPipeline as DsCoPipeline
