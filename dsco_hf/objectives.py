@@ -111,7 +111,8 @@ class ClassifierObjective:
     loss_c = evidence · mean_j softplus(margin - m_j) + repulsion · R_c + batchnorm · S, where m_j is the logit of the
     image's class minus the log-sum-exp of the others (images beyond the margin are left alone), R_c the mean kernel
     similarity of the images of a class (0 for one image), and S the distance of the images' statistics from those in
-    the classifier's BatchNorm layers (Yin et al. 2020, "Dreaming to Distill", eq. 4), over all images drawn together.
+    the classifier's BatchNorm layers (Yin et al. 2020, "Dreaming to Distill", eq. 4), over all images drawn together
+    (0 if it has no such layer).
 
     Attributes:
         evidence, repulsion, batchnorm (`float`): weights of the three parts.
@@ -141,7 +142,7 @@ class ClassifierObjective:
         loss = self.evidence * evidence[:, 0]
         if self.repulsion:
             loss = loss + self.repulsion * repulsion(observation.features, index, len(present))
-        if self.batchnorm and observation.moments is not None:
+        if self.batchnorm and observation.moments.numel():
             loss = loss + self.batchnorm * batchnorm_distance(observation.moments, classifier) / len(present)
         return loss
 

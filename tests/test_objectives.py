@@ -193,3 +193,16 @@ def test_classifier_objective_is_the_weighted_sum_of_its_parts(make):
         expected = sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
         torch.testing.assert_close(objective(observation, rows, labels, convnet), expected)
     assert all(part.abs().max() > 1e-4 for part in parts.values())
+
+
+def test_a_classifier_without_batchnorm_has_no_statistics_to_meet(pipe, make):
+    pipe.register_modules(classifier=make.convnet(norm="instance"))
+    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "optimize_from": 0.0, "objective": "classifier"}
+    every = (ClassifierObjective(), ClassifierObjective(batchnorm=0.0), ClassifierObjective(evidence=0.0))
+    for batch_size in (None, 2):  # at once, and in micro-batches
+        options |= {"batch_size": batch_size, "output_type": "pt"}
+        drawn = [
+            pipe([0, 1, 1], generator=make.generators(range(3)), classifier_objective=weights, **options).images
+            for weights in every
+        ]
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
