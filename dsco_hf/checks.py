@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from .components import cannot_run, check_sizes, side_of
 from .objectives import MATCHING, OBJECTIVES
 from .quantile import QuantileTargets
-from .schema import nearest
 from .targets import MatchingTargets
+from .values import check_choice, check_real
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -26,12 +25,10 @@ def check_call(
     *,
     ids: Sequence[int],
     plan: Any,
-    num_inference_steps: int,
     guidance_scale: float,
     eta: float,
     optimize_from: float,
     optimize_until: float,
-    batch_size: int | None,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     latents: torch.Tensor | None,
     output_type: str,
@@ -43,29 +40,23 @@ def check_call(
     check_choice("objective", plan.objective, OBJECTIVES)
     check_choice("output_type", output_type, OUTPUT_TYPES)
     check_choice("lookahead", plan.lookahead, LOOKAHEADS)
-    check_whole("num_inference_steps", num_inference_steps, 1)
-    check_whole("optimization_steps", plan.optimization_steps, 0)
-    if batch_size is not None:
-        check_whole("batch_size", batch_size, 1)
-    for name, value, low, high in (
-        ("eta", eta, 0, 1),
-        ("optimize_from", optimize_from, 0, 1),
-        ("optimize_until", optimize_until, 0, 1),
-        ("guidance_scale", guidance_scale, 0, math.inf),
-        ("step_size", plan.step_size, 0, math.inf),
-        ("step_decay", plan.step_decay, 0, 1),
-        ("contrast", plan.contrast, 0, math.inf),
+    for name, value, high in (
+        ("eta", eta, 1),
+        ("optimize_from", optimize_from, 1),
+        ("optimize_until", optimize_until, 1),
+        ("guidance_scale", guidance_scale, math.inf),
+        ("step_size", plan.step_size, math.inf),
+        ("step_decay", plan.step_decay, 1),
+        ("contrast", plan.contrast, math.inf),
     ):
-        if not low <= value <= high or not math.isfinite(value):
-            raise ValueError(f"`{name}` must be a number from {low} to {high}, got {value!r}.")
+        check_real(name, value, 0, high)
     if optimize_from > optimize_until:
         raise ValueError(f"`optimize_from={optimize_from}` must not exceed `optimize_until={optimize_until}`.")
     if isinstance(generator, list | tuple) and len(generator) != len(ids):
         raise ValueError(
             f"Got {len(generator)} generators for {len(ids)} images: pass one per image, or a single one."
         )
-    if not 0 < plan.regularization < math.inf:
-        raise ValueError(f"`regularization` must be a finite number above 0, got {plan.regularization!r}.")
+    check_real("regularization", plan.regularization, 0, open_low=True)
     for name in tensor_inputs or []:
         check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
     if latents is not None:
@@ -161,15 +152,3 @@ def check_ridge_targets(targets: MatchingTargets) -> None:
             "objective='ridge' takes targets with a second moment, and these have none: make them with "
             "`MatchingTargets.from_dataset(dataset, pipe, second_moment=True)`."
         )
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of `allowed`; the nearest is suggested."""
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(str(value), allowed)}")
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is a whole number (also one of numpy) of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

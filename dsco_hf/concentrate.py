@@ -17,7 +17,6 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from tqdm.auto import tqdm
 
-from .checks import check_whole
 from .data import images_from_pixels
 from .failures import NonFiniteError
 from .feature_spec import FeatureSource
@@ -28,6 +27,7 @@ from .quantile import QuantileTargets
 from .schema import nearest
 from .seeds import image_seed
 from .targets import MatchingTargets
+from .values import plain, plain_arguments
 
 
 SOURCES = ("synthetic", "real")
@@ -101,6 +101,7 @@ class Unit:
         return len(self.rows) * len(self.indices)
 
 
+@plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
 def plan_units(
     num_classes: int, images_per_class: int, *, block_size: int = 10, images_per_call: int = 128
 ) -> list[Unit]:
@@ -112,10 +113,6 @@ def plan_units(
     Raises:
         ValueError: for a number below 1.
     """
-    for name, value in (
-        ("images_per_class", images_per_class), ("block_size", block_size), ("images_per_call", images_per_call)
-    ):  # fmt: skip
-        check_whole(name, value, 1)
     classes = max(1, images_per_call // min(block_size, images_per_class))
     groups = -(-num_classes // classes)
     return [
@@ -150,7 +147,7 @@ def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
     elif not isinstance(values["classifier_objective"], Mapping):
         weights = values["classifier_objective"] or ClassifierObjective()
         values["classifier_objective"] = dataclasses.asdict(weights)
-    return values
+    return {name: plain(value) for name, value in values.items()}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -238,6 +235,7 @@ def concentrate(
     return concentrate_and_report(pipe, targets, images_per_class, **options)[0]
 
 
+@plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
 def concentrate_and_report(
     pipe: DsCoPipeline,
     targets: MatchingTargets | QuantileTargets | None,

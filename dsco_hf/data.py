@@ -37,11 +37,13 @@ from .safety import explained
 from .schema import AnyDataset, features_of, find_column, nearest
 from .schema import class_names as class_names
 from .schema import find_columns as find_columns
+from .values import plain_arguments
 
 
 _FINGERPRINT_ROWS = 1024
 
 
+@plain_arguments()
 def load_digits_dataset(*, seed: int = 0) -> DatasetDict:
     """The 1,797 handwritten digits that scikit-learn ships (8x8, https://archive.ics.uci.edu/dataset/80).
 
@@ -154,6 +156,7 @@ def _refuse_options(what: str, **options: str | None) -> None:
             raise ValueError(f"`{option}={value!r}` has no meaning for {what}; leave it out.")
 
 
+@plain_arguments()
 def stratified_split(
     dataset: Dataset, *, test_size: int | float, seed: int, label_column: str | None = None
 ) -> DatasetDict:
@@ -209,6 +212,7 @@ def check_classes(labels: torch.Tensor, names: Sequence[str], *, images_per_clas
         )
 
 
+@plain_arguments(images_per_class=1)
 def select_per_class(
     labels: torch.Tensor, images_per_class: int, *, seed: int, names: Sequence[str] | None = None
 ) -> torch.Tensor:
@@ -228,8 +232,6 @@ def select_per_class(
     Raises:
         ValueError: if a class has fewer rows, or none.
     """
-    if images_per_class < 1:
-        raise ValueError(f"`images_per_class` must be at least 1, got {images_per_class}.")
     if len(labels) == 0:
         raise ValueError("There are no labels to choose from: the dataset is empty.")
     labels = labels.cpu()

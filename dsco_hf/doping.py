@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
-from .checks import check_choice, check_whole
 from .concentrate import SOURCES, embed_pixels, row_features
 from .data import load_pixels
 from .evaluators import predict_logits
@@ -27,6 +26,7 @@ from .pipeline import DsCoPipeline
 from .schema import class_names, find_columns
 from .seeds import image_seed
 from .targets import MatchingTargets
+from .values import check_choice, check_real, check_whole, plain_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 STRATEGIES = ("herding", "clarity", "random")
 
 
+@plain_arguments()
 def dope(
     small: Dataset,
     real: Dataset,
@@ -127,6 +128,7 @@ def clarity_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.T
     return own - probabilities.scatter(1, labels[:, None], float("-inf")).max(dim=1).values
 
 
+@plain_arguments(num_students=1)
 def clarity(
     small: Dataset,
     real: Dataset,
@@ -167,6 +169,7 @@ def clarity(
     return scores
 
 
+@plain_arguments()
 def clearest(
     real: Dataset,
     pipe: DsCoPipeline,
@@ -196,8 +199,7 @@ def clearest(
     Raises:
         ValueError: for a share out of range, a missing classifier, or one that was trained on other classes.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"`share` must be above 0 and at most 1, got {share!r}.")
+    check_real("share", share, 0, 1, open_low=True)
     if pipe.classifier is None:
         raise ValueError(
             "Choosing the clearest images asks the pipeline's classifier, and there is none: pass `classifier=` to "

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .features import POOLINGS, Observation, check_layer, observe_layers, preprocess
 from .labels import class_mapping
 from .schema import nearest
+from .values import plain_fields
 
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class FeatureSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         object.__setattr__(self, "layers", layers)
         if not layers or not all(isinstance(layer, str) for layer in layers) or len(set(layers)) < len(layers):

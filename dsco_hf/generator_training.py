@@ -39,6 +39,7 @@ from .generators import (
     learning_rate_at,
     null_class,
 )
+from .values import plain_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class _Checkpoints:
         return _Progress(**state["progress"]), load_file(path / "ema.safetensors")
 
 
+@plain_arguments(num_classes=1, checkpoint_every=1, log_every=1, evaluate_every=1, max_minutes=0)
 def train_generator(
     pixels: torch.Tensor,
     labels: torch.Tensor,

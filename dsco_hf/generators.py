@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from .schema import nearest
+from .values import plain_fields
 
 
 Denoiser: TypeAlias = DiTTransformer2DModel | UNet2DModel
@@ -109,6 +110,7 @@ class GeneratorTrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuses values that no training can use."""
+        plain_fields(self)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:

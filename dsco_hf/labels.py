@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import yaml
 
 from .schema import nearest
+from .values import check_whole, plain
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def label_set_named(class_labels: Any) -> str | None:
     """The label set that a `class_labels` argument names, alone or in a list; None for classes."""
     if isinstance(class_labels, str):
         return class_labels
-    if isinstance(class_labels, Sequence) and len(class_labels) == 1 and class_labels[0] in PRESETS:
+    if isinstance(class_labels, list | tuple) and len(class_labels) == 1 and class_labels[0] in PRESETS:
         return class_labels[0]
     return None
 
@@ -159,7 +160,7 @@ class ClassLookup:
     def find(self, name: int | str) -> set[int]:
         """Every class that a name, a WordNet id or an index may mean; an index is passed on as it is."""
         if not isinstance(name, str):
-            return {int(name)}
+            return {check_whole("class", name)}
         return _by_any_synonym(name, self._names) or {
             index for imagenet in _imagenet_classes(name) for index in self._of_imagenet.get(imagenet, ())
         }
@@ -209,6 +210,7 @@ def read_mapping(mapping: Mapped, names: Sequence[str], lookup: ClassLookup) -> 
     if isinstance(mapping, str | Path):
         where = f"The file {mapping}"
         mapping = _read_file(Path(mapping))
+    mapping = plain(mapping)  # of NumPy or pandas
     if isinstance(mapping, Sequence):
         if len(mapping) != len(names):
             raise ValueError(

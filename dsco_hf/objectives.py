@@ -16,6 +16,7 @@ from torch import nn
 from .features import Observation, batchnorm_layers
 from .kernels import mmd2, regression_errors
 from .targets import MatchingTargets
+from .values import plain_fields
 
 
 OBJECTIVES = ("rkhs", "ridge", "quantile", "classifier")
@@ -123,6 +124,10 @@ class ClassifierObjective:
     repulsion: float = 10.0
     batchnorm: float = 1.0
     margin: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Takes the numbers of NumPy and torch, too."""
+        plain_fields(self)
 
     def __call__(
         self, observation: Observation, rows: torch.Tensor, labels: torch.Tensor, classifier: nn.Module

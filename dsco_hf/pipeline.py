@@ -34,6 +34,7 @@ from .plan import NoisePlan, optimized_steps, usable_eta
 from .quantile import QuantileTargets
 from .schema import nearest
 from .targets import MatchingTargets
+from .values import LARGEST_SEED, check_whole, plain_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         **options: Any,
     ) -> DsCoPipelineOutput:
         """One call without its own progress bar and one seed per image; images as tensors `(B, C, H, W)` in [0, 1]."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(check_whole("seeds", seed, 0, LARGEST_SEED)) for seed in seeds]
         shown = dict(getattr(self, "_progress_bar_config", {}))
         self.set_progress_bar_config(**shown | {"disable": True})
         try:
@@ -311,6 +312,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         finally:
             self.set_progress_bar_config(**shown)
 
+    @plain_arguments(num_inference_steps=1, optimization_steps=0, batch_size=1)
     @torch.no_grad()
     def __call__(
         self,
@@ -397,9 +399,9 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
             regularization,
         )  # fmt: skip
         self.check_inputs(
-            ids=ids, plan=plan, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, eta=eta,
-            optimize_from=optimize_from, optimize_until=optimize_until, batch_size=batch_size, generator=generator,
-            latents=latents, output_type=output_type, tensor_inputs=callback_on_step_end_tensor_inputs,
+            ids=ids, plan=plan, guidance_scale=guidance_scale, eta=eta, optimize_from=optimize_from,
+            optimize_until=optimize_until, generator=generator, latents=latents, output_type=output_type,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         self._batch_size, self._guidance_scale, self._eta = batch_size or len(ids), guidance_scale, eta
         self._callback, self._callback_inputs = callback_on_step_end, callback_on_step_end_tensor_inputs or ["latents"]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_whole
 from .costs import looker
 from .feature_spec import Features, FeatureSource, feature_specs
 from .features import Observation, feature_dim, probe_features
@@ -20,6 +19,7 @@ from .objectives import rkhs
 from .pipeline import DsCoPipeline
 from .quantile import QuantilePivots, RandomExtractor, quantile_loss, shell_penalty
 from .targets import MatchingTargets
+from .values import check_whole
 
 
 def probe_seconds(

@@ -21,6 +21,7 @@ from .population import refuse_empty_classes
 from .schema import class_names
 from .seeds import image_seed
 from .targets import rows_of_labels
+from .values import plain_arguments
 
 
 @dataclasses.dataclass
@@ -47,6 +48,7 @@ class QuantileTargets:
     _pivots: dict[tuple[int, int, int], QuantilePivots] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
+    @plain_arguments(draws=1, batch_size=1)
     @torch.no_grad()
     def from_dataset(
         cls,

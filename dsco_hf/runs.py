@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .checks import check_whole
 from .concentrate import (
     ConcentrationReport,
     PreviousBlocks,
@@ -40,6 +39,7 @@ from .quantile import QuantileTargets
 from .run_folder import RunFolder, unit_name
 from .targets import MatchingTargets
 from .team import RunError, Team
+from .values import plain_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ class RunResult:
         return RunFolder(self.folder).assemble(units, row_features(self.class_names), cache_file=cache_file)
 
 
+@plain_arguments(images_per_class=1, block_size=1, images_per_call=1, cpu_threads=1, max_hours=0)
 def concentrate_to_folder(
     pipe: DsCoPipeline,
     targets: MatchingTargets | QuantileTargets | None,
@@ -162,9 +163,6 @@ def concentrate_to_folder(
         TypeError, ValueError: for arguments that cannot work, or settings other than those the folder was started
             with.
     """
-    check_whole("cpu_threads", cpu_threads, 1)
-    if max_hours is not None and not max_hours >= 0:
-        raise ValueError(f"`max_hours` must be a number of at least 0, got {max_hours!r}.")
     resolved = sampling_options(options)
     sampler = UnitSampler(pipe, targets, seed=seed, class_labels=class_labels, **resolved)
     judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)

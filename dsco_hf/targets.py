@@ -36,6 +36,7 @@ from .seeds import image_seed
 from .target_files import CONFIG_NAME as CONFIG_NAME
 from .target_files import WEIGHTS_NAME as WEIGHTS_NAME
 from .target_files import check_shapes, find_targets, read_config, read_tensors, write_targets
+from .values import plain_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class MatchingTargets:
         return source
 
     @classmethod
+    @plain_arguments(embedding_dim=2, batch_size=1, decode_threads=0)
     def from_dataset(
         cls,
         dataset: Dataset | IterableDataset,
@@ -264,6 +266,7 @@ class MatchingTargets:
         return cls(names, labels, **statistics, probe=torch.cat(probe, dim=1), provenance=provenance, features=specs)
 
     @classmethod
+    @plain_arguments(samples_per_class=1, num_inference_steps=1, embedding_dim=2, batch_size=1)
     @torch.no_grad()
     def from_generator(
         cls,
@@ -318,8 +321,6 @@ class MatchingTargets:
                 or a `work_dir` of another pass.
             RunError: if another run is at work on `work_dir`, or it cannot be written to.
         """
-        if samples_per_class < 1:
-            raise ValueError(f"`samples_per_class` must be at least 1, got {samples_per_class}; 200 is usual.")
         specs = feature_specs(features)
         source = FeatureSource(pipe, specs)
         if preset := label_set_named(class_labels):

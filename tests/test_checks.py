@@ -6,7 +6,6 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from dsco_hf import MatchingTargets, QuantileTargets
-from dsco_hf.checks import check_choice, check_whole
 
 
 def nothing_ran(pipe):
@@ -154,21 +153,3 @@ def test_classifier_of_other_classes(make):
     pipe = make.pipe(classifier=make.convnet(names=("cat", "dog", "cow")))
     with pytest.raises(ValueError, match="'circle'"):
         pipe([0], objective="classifier", num_inference_steps=2)
-
-
-@pytest.mark.parametrize("value", [True, 1.0, "2", None])
-def test_whole_numbers_are_of_type_int(value):
-    with pytest.raises(ValueError, match="`n` must be a whole number of at least 1"):
-        check_whole("n", value, 1)
-    check_whole("n", 1, 1)
-    for value in (np.int64(3), np.uint8(1)):
-        check_whole("n", value, 1)
-    for value in (np.int64(0), np.bool_(True), np.float64(2)):
-        with pytest.raises(ValueError, match="whole number of at least 1"):
-            check_whole("n", value, 1)
-
-
-def test_choice():
-    check_choice("x", "a", ("a", "b"))
-    with pytest.raises(ValueError, match=r"`x` must be one of \['a', 'b'\], got None"):
-        check_choice("x", None, ("a", "b"))

@@ -286,9 +286,11 @@ def test_the_clearest_by_a_classifier_that_orders_classes_otherwise(real_images,
 
 
 def test_clearest_bad_input(real_images, pipe, make):
-    for share in (0, -0.2, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="`share` must be above 0 and at most 1"):
+    for share in (0, -0.2, 1.5):
+        with pytest.raises(ValueError, match="`share` must be a finite number above 0 and at most 1, got"):
             clearest(real_images, pipe, share=share)
+    with pytest.raises(ValueError, match="`share` must be a finite number, got nan"):
+        clearest(real_images, pipe, share=float("nan"))
     with pytest.raises(ValueError, match="there is none: pass `classifier=`"):
         clearest(real_images, make.pipe())
     with pytest.raises(ValueError, match="trained on other classes than the dataset"):

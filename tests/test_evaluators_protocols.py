@@ -178,7 +178,7 @@ def test_unknown_names_get_the_nearest():
         ({"optimizer": "lion"}, "adamw, sgd"),
         ({"schedule": "linear"}, "half-cosine"),
         ({"learning_rate": 0.0}, "above 0"),
-        ({"temperature": float("nan")}, "above 0"),
+        ({"temperature": float("nan")}, "`temperature` must be a finite number, got nan"),
         ({"steps": 0}, "at least 1"),
         ({"steps": ((50, 10), (10, 20), (None, 30))}, "rising order"),
         ({"steps": ((50, 10),)}, "the last one has None"),

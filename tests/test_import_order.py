@@ -11,6 +11,7 @@ import dsco_hf
 PACKAGE = Path(dsco_hf.__path__[0])
 ORDER = [
     "schema",
+    "values",
     "labels",
     "configs",
     "team",

@@ -387,7 +387,7 @@ def test_columns_of_the_wrong_type(pipe, real_images):
 
 def test_generator_arguments(pipe, make):
     for count in (0, -3):
-        with pytest.raises(ValueError, match=f"`samples_per_class` must be at least 1, got {count}"):
+        with pytest.raises(ValueError, match=f"`samples_per_class` must be a whole number of at least 1, got {count}"):
             MatchingTargets.from_generator(pipe, samples_per_class=count, **DRAWN)
     with pytest.raises(ValueError, match="`weighting` must be one of .* Nearest: 'agreement'"):
         MatchingTargets.from_generator(pipe, samples_per_class=2, weighting="agreemnt", **DRAWN)

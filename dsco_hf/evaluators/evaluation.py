@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels
 from ..features import features_and_logits
 from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
+from ..values import plain_arguments
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
 from .training import content_hash, train_evaluator
@@ -67,6 +68,7 @@ class ImageSet:
         return content_hash(self.names, self.pixels, self.labels, self.soft_labels)
 
 
+@plain_arguments()
 def load_image_set(
     dataset: AnyDataset,
     *,
@@ -187,6 +189,7 @@ def evaluator_builder(
     return build
 
 
+@plain_arguments()
 def train_job(
     train: ImageSet,
     test: ImageSet,
@@ -319,6 +322,7 @@ def summarise(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row
 
 
+@plain_arguments(images_per_class=1)
 def herd_per_class(
     images: ImageSet, images_per_class: int, *, classifier: PreTrainedModel | None = None, seed: int = 0
 ) -> torch.Tensor:

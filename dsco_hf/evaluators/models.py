@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from ..schema import nearest
+from ..values import plain_arguments
 from .norms import check_norm, make_norm
 
 
@@ -418,6 +419,7 @@ def is_own_architecture(architecture: str) -> bool:
     return resolve_architecture(architecture)[0] in (ConvNetConfig.model_type, EvaluatorResNetConfig.model_type)
 
 
+@plain_arguments(image_size=1, num_channels=1)
 def build_evaluator(
     architecture: str,
     *,

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..schema import nearest
+from ..values import check_whole, plain_fields
 from .augmentation import (
     AUGMENTATIONS,
     CIFAR_MEAN,
@@ -144,8 +145,9 @@ class Protocol:
             raise ValueError(
                 f"Protocol {self.name!r} needs either epochs or steps, got epochs={self.epochs}, steps={self.steps}."
             )
+        plain_fields(self)
         for field in ("epochs", "steps", "batch_size"):
-            _check_budget(self.name, field, getattr(self, field))
+            object.__setattr__(self, field, _checked_budget(self.name, field, getattr(self, field)))
         for field, allowed in (("label_type", LABEL_TYPES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, field) not in allowed:
                 raise ValueError(
@@ -195,16 +197,26 @@ def learning_rate_factor(protocol: Protocol, done: int, total: int) -> float:
     return 1.0
 
 
-def _check_budget(name: str, field: str, table: ByBudget | None) -> None:
-    if table is None or (isinstance(table, int) and table >= 1):
-        return
-    rows = () if isinstance(table, int) else table
-    limits = [math.inf if limit is None else limit for limit, _ in rows]
-    if not rows or limits != sorted(limits) or limits[-1] != math.inf or min(value for _, value in rows) < 1:
+def _checked_budget(name: str, field: str, table: Any) -> ByBudget | None:
+    """A budget table in numbers of Python; ValueError if it is none."""
+    if table is None:
+        return None
+    try:
+        if not isinstance(table, list | tuple):
+            return check_whole(field, table, 1)
+        rows = [
+            (limit if limit is None else check_whole(field, limit, 1), check_whole(field, value, 1))
+            for limit, value in table
+        ]
+        limits = [math.inf if limit is None else limit for limit, _ in rows]
+        if not rows or limits != sorted(limits) or limits[-1] != math.inf:
+            raise ValueError
+    except (TypeError, ValueError):
         raise ValueError(
             f"Protocol {name!r} got {field}={table!r}; a number of at least 1 is needed, or rows (largest images per "
             "class, number) in rising order of which the last one has None."
-        )
+        ) from None
+    return tuple(rows)
 
 
 _CLASSES_100 = (100, 100)

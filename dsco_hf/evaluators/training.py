@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..features import preprocess
+from ..values import plain_arguments
 from .augmentation import Augmented, augment
 from .checks import check_images, check_label_source
 from .losses import hard_label_loss, soft_label_loss
@@ -75,6 +76,7 @@ def fast_layout(model: torch.nn.Module, device: torch.device) -> torch.memory_fo
     return torch.contiguous_format if groups and device.type != "cpu" else torch.channels_last
 
 
+@plain_arguments(batch_size=1)
 @torch.no_grad()
 def predict_logits(model: PreTrainedModel, pixels: torch.Tensor, *, batch_size: int = 128) -> torch.Tensor:
     """Logits of images, in eval mode whatever mode the model is in.
@@ -364,6 +366,7 @@ def content_hash(*parts: Any) -> str:
     return digest.hexdigest()
 
 
+@plain_arguments()
 def train_evaluator(
     model: PreTrainedModel | Callable[[], PreTrainedModel],
     pixels: torch.Tensor,
