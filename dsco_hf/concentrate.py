@@ -11,15 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from tqdm.auto import tqdm
 
-from .data import images_from_pixels
 from .failures import NonFiniteError
 from .feature_spec import FeatureSource
+from .images import images_from_pixels, pixels_from_images
 from .kernels import mmd2
 from .objectives import MATCHING, ClassifierObjective, class_means
 from .pipeline import DsCoPipeline, DsCoPipelineOutput
@@ -366,13 +365,6 @@ def measure_discrepancy(
     present, index = rows.to(psi.device).unique(return_inverse=True)
     values = mmd2(class_means(psi, index, len(present)), targets.embeddings[present])
     return {targets.class_names[row]: value for row, value in zip(present.tolist(), values.tolist(), strict=True)}
-
-
-def pixels_from_images(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
-    """Equally large gray or RGB images as pixels `(B, C, H, W)` in [-1, 1]; the inverse of `images_from_pixels`."""
-    arrays = np.stack([np.asarray(image) for image in images])
-    arrays = arrays[..., None] if arrays.ndim == 3 else arrays
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _classes(

@@ -27,10 +27,10 @@ from datasets import (
     load_from_disk,
 )
 
+from .images import images_from_pixels as images_from_pixels
 from .labels import class_mapping as class_mapping
 from .pixels import PixelBatch as PixelBatch
 from .pixels import encoded_columns
-from .pixels import images_from_pixels as images_from_pixels
 from .pixels import iterate_pixels as iterate_pixels
 from .pixels import load_pixels as load_pixels
 from .safety import explained

@@ -7,16 +7,17 @@ import logging
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import PIL.Image
 import torch
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
+from .images import ignored_parts, image_array, pixels_from_arrays
 from .schema import AnyDataset, class_names, find_columns
 
 
@@ -196,6 +197,8 @@ class _Reader:
         self.skip, self.rows, self.start, self.allow_empty = skip, rows, start, allow_empty
         self.threads, self.progress = threads, progress
         self.skipped: list[int] = []
+        self.reasons: list[str] = []
+        self.ignored: Counter[str] = Counter()
         self.size: tuple[int, ...] | None = None
 
     def batches(self) -> Iterator[PixelBatch]:
@@ -218,12 +221,15 @@ class _Reader:
         if self.skipped:
             more = f" and {len(self.skipped) - 20} more" if len(self.skipped) > 20 else ""
             logger.warning(
-                "Skipped %d of %d images that cannot be decoded: rows %s%s",
+                "Skipped %d of %d images that cannot be decoded: rows %s%s (%s)",
                 len(self.skipped),
                 read,
                 self.skipped[:20],
                 more,
+                "; ".join(self.reasons[:3]),
             )
+        for part, count in sorted(self.ignored.items()):
+            logger.warning("%d of %d images have %s, which is left out (see docs/inputs.md).", count, read, part)
 
     def _encoded_batches(self) -> Iterator[tuple[int, list[Any], list[int | None]]]:
         """(number of the first row, encoded images, labels)."""
@@ -237,7 +243,7 @@ class _Reader:
                 yield first, values, labels
                 first += len(values)
 
-    def _decode(self, values: list[Any], pool: ThreadPoolExecutor) -> list[np.ndarray | Exception]:
+    def _decode(self, values: list[Any], pool: ThreadPoolExecutor) -> list[np.ndarray | UnreadableImage]:
         """Images as arrays; what went wrong in the place of those that cannot be decoded."""
         if self.threads < 2:
             return [self._array(value) for value in values]
@@ -246,23 +252,29 @@ class _Reader:
         parts = pool.map(lambda part: [self._array(value) for value in part], slices)
         return [array for part in parts for array in part]
 
-    def _array(self, value: Any) -> np.ndarray | Exception:
+    def _array(self, value: Any) -> np.ndarray | UnreadableImage:
         try:
-            return _to_array(_DECODER.decode_example(value), self.image_size, self.num_channels)
+            with _DECODER.decode_example(value) as image:
+                for part in ignored_parts(image):
+                    self.ignored[part] += 1
+                return image_array(image, self.num_channels, self.image_size)
         except Exception as error:  # Pillow's readers raise all sorts of things on broken files
-            return error
+            return UnreadableImage(value.get("path") if isinstance(value, dict) else None, error)
 
-    def _batch(self, first: int, arrays: list[np.ndarray | Exception], labels: list[int | None]) -> PixelBatch | None:
+    def _batch(
+        self, first: int, arrays: list[np.ndarray | UnreadableImage], labels: list[int | None]
+    ) -> PixelBatch | None:
         kept: list[np.ndarray] = []
         kept_labels, indices = [], []
         for row, (array, label) in enumerate(zip(arrays, labels, strict=True), start=first):
-            if isinstance(array, Exception):
+            if isinstance(array, UnreadableImage):
                 if not self.skip:
                     raise ValueError(
-                        f"The image of row {row} cannot be decoded ({type(array).__name__}: {array}). Repair or "
-                        "remove the row, or pass `on_error='skip'` to leave such images out."
-                    ) from array
+                        f"The image of row {row} cannot be decoded ({array}). Repair or remove the row, or pass "
+                        "`on_error='skip'` to leave such images out."
+                    ) from array.error
                 self.skipped.append(row)
+                self.reasons.append(f"row {row}: {array}")
                 continue
             self.size = self.size or array.shape
             if array.shape != self.size:
@@ -276,10 +288,21 @@ class _Reader:
         if not kept:
             return None
         keys = torch.tensor([_key(array) for array in kept])
-        return PixelBatch(_to_pixels(np.stack(kept)), torch.tensor(kept_labels), torch.tensor(indices), keys)
+        return PixelBatch(pixels_from_arrays(np.stack(kept)), torch.tensor(kept_labels), torch.tensor(indices), keys)
 
 
 _DECODER = Image()
+
+
+class UnreadableImage(NamedTuple):
+    """An image that cannot be decoded: its file, where that is known, and why."""
+
+    path: str | None
+    error: Exception
+
+    def __str__(self) -> str:
+        """For an error or a log."""
+        return f"{f'{self.path}: ' if self.path else ''}{type(self.error).__name__}: {self.error}"
 
 
 def _key(array: np.ndarray) -> int:
@@ -295,38 +318,6 @@ def _checked_label(label: int | None, row: int, num_classes: int) -> int:
             "use -1 or None; choose a labelled split or remove such rows with `dataset.filter`."
         )
     return label
-
-
-def _to_array(image: PIL.Image.Image, image_size: int | None, num_channels: int) -> np.ndarray:
-    """An image as uint8 of shape (H, W) or (H, W, 3)."""
-    mode = "L" if num_channels == 1 else "RGB"
-    if image.mode != mode:
-        image = _convert(image, mode)
-    if image_size is not None and image.size != (image_size, image_size):
-        width, height = image.size
-        scale = image_size / min(width, height)
-        width, height = max(round(width * scale), image_size), max(round(height * scale), image_size)
-        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-        left, top = (width - image_size) // 2, (height - image_size) // 2
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image)
-
-
-def _convert(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point images have no defined range; store them with 8 or 16 bits per channel")
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip instead of scale
-        values = np.asarray(image).astype(np.float32) / 257
-        image = PIL.Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert(mode)
-
-
-def _to_pixels(arrays: np.ndarray) -> torch.Tensor:
-    """uint8 `(B, H, W)` or `(B, H, W, 3)` to float32 `(B, C, H, W)` in [-1, 1]."""
-    values = torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2)
-    return values.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def load_pixels(
@@ -372,18 +363,3 @@ def load_pixels(
         raise ValueError("Not one image of the dataset can be decoded.")
     pixels = torch.cat(parts) if pixels is None else pixels[:filled]
     return pixels, torch.cat(labels), torch.cat(indices)
-
-
-def images_from_pixels(pixels: torch.Tensor) -> list[PIL.Image.Image]:
-    """Pixels `(B, 1 or 3, H, W)` in [-1, 1] as images of mode L or RGB; values outside are clipped.
-
-    Raises:
-        ValueError: if the shape is another, or a value is NaN.
-    """
-    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-        raise ValueError(f"Expected pixels of shape (B, 1 or 3, H, W), got {tuple(pixels.shape)}.")
-    if torch.isnan(pixels).any():
-        raise ValueError("The pixels contain NaN; they cannot be made images.")
-    values = pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-    arrays = values.permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, C)
-    return [PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]

@@ -96,6 +96,8 @@ def _column_hint(features: Mapping[str, Any], kind: type) -> str:
     for key, feature in features.items():
         if kind is Image and (
             (isinstance(feature, dict) and "bytes" in feature)
+            or _kind(feature) in ("Array2D", "Array3D")
+            or (_kind(feature) in ("List", "LargeList", "Sequence") and re.search("image|img|pixel|picture", key))
             or _kind(feature) in ("binary", "large_binary")
             or (_kind(feature) in ("string", "large_string") and re.search("image|img|path|file", key))
         ):

@@ -289,39 +289,12 @@ def test_keys_tell_pictures_apart_and_nothing_else(dataset):
     assert first[0] == again[2] and first[1] == again[0]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-@pytest.mark.parametrize("num_channels", [1, 3])
-def test_modes_are_converted(mode, num_channels):
-    image = make_image(mode)
-    pixels, _, _ = data.load_pixels(make_dataset([image], names=["a"]), num_channels=num_channels)
-    expected = np.asarray(image.convert("RGB" if num_channels == 3 else "L"))
-    assert pixels.shape == (1, num_channels, 6, 6)
-    back = np.asarray(data.images_from_pixels(pixels)[0])
-    assert np.array_equal(back, expected)
-
-
 def test_modes_may_differ_within_a_dataset_and_transparent_palettes_do_not_warn(recwarn):
     palette = make_image("P")
     palette.info["transparency"] = bytes([0] * 100)
     images = [make_image("L"), make_image("RGBA"), palette, make_image()]
     assert data.load_pixels(make_dataset([png(image) for image in images]))[0].shape == (4, 3, 6, 6)
     assert not [w for w in recwarn if "alette" in str(w.message)]
-
-
-def test_sixteen_bits_are_scaled_not_clipped():
-    values = np.array([[0, 257, 32768], [65535, 514, 65278], [1, 2, 3]], dtype=np.uint16)
-    image = PIL.Image.fromarray(values)
-    assert image.mode.startswith("I;16")
-    for num_channels in (1, 3):
-        pixels, _, _ = data.load_pixels(make_dataset([png(image)], names=["a"]), num_channels=num_channels)
-        back = np.asarray(data.images_from_pixels(pixels)[0]).reshape(3, 3, -1)
-        assert back[..., 0].tolist() == [[0, 1, 128], [255, 2, 254], [0, 0, 0]]
-
-
-def test_floating_point_images_are_refused_by_row():
-    image = PIL.Image.fromarray(np.zeros((4, 4), dtype=np.float32))
-    with pytest.raises(ValueError, match="row 0.*no defined range"):
-        data.load_pixels(make_dataset([image], names=["a"]))
 
 
 def test_varying_sizes_need_image_size():

@@ -25,6 +25,7 @@ ORDER = [
     "model_cards",
     "shards",
     "push",
+    "images",
     "pixels",
     "data",
     "kernels",
