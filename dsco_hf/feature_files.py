@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import load, save
 
-from .files import explained, locked, write_atomically
+from .files import explained, locked, read_json, reading, remove_partials, write_atomically, write_json
 from .team import RunError, Team
 
 
@@ -87,14 +87,10 @@ class FeatureFolder:
     def _begin(self, identity: dict[str, Any]) -> dict[str, str]:
         """Locks and checks the folder. Returns the files of finished units by name."""
         self._stack.enter_context(locked(self.folder))
-        for stale in self.folder.glob(".*.partial"):
-            stale.unlink(missing_ok=True)
+        remove_partials(self.folder)
         path = self.folder / PASS_NAME
         if path.is_file():
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}): choose another `work_dir`, or empty it.") from error
+            before = read_json(path, "Choose another `work_dir`, or empty it.")
             differing = [
                 f"{key} ({_short(before, key)} there, {_short(identity, key)} now)"
                 for key in {**before, **identity}
@@ -109,7 +105,7 @@ class FeatureFolder:
             raise ValueError(f"{self.folder} holds features but no {PASS_NAME}: choose another `work_dir`.")
         else:
             with explained(self.folder):
-                write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
+                write_json(path, identity)
         files = sorted(path.name for path in self.folder.glob("features-*.*.safetensors"))
         return {file.removeprefix("features-").split(".")[0]: file for file in files}
 
@@ -140,7 +136,9 @@ class FeatureFolder:
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
         """A stored unit."""
-        return load((self.folder / self._files[name]).read_bytes())
+        path = self.folder / self._files[name]
+        with reading(path, "Remove it, and run the same command again: it is made anew."):
+            return load(path.read_bytes())
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes units."""

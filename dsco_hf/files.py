@@ -1,12 +1,15 @@
-"""Files that are whole or absent, folders for one run at a time, and errors of the disk that say what to do."""
+"""Files that are whole or absent, folders for one run at a time, and errors that name the file and the way out."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,7 +23,14 @@ _REASONS = {
     errno.EROFS: "it lies on a read-only file system; make it writable, or choose another folder",
     errno.EACCES: "there is no permission to write there; change it, or choose another folder",
     errno.EPERM: "there is no permission to write there; change it, or choose another folder",
+    errno.ENOTDIR: "a file lies where a folder is needed; move it away, or choose another folder",
+    errno.EEXIST: "a file lies where a folder is needed; move it away, or choose another folder",
 }
+_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that bring no folder to the disk
+
+
+class DamagedFileError(ValueError):
+    """A file that is truncated, empty, or of another kind; the message names it and the way out."""
 
 
 @contextlib.contextmanager
@@ -59,21 +69,106 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or a folder to, which then is whole or absent.
+
+    At the end it is brought to the disk and gets its name, in place of a file that had it; on an error it is removed.
+    What a killed process leaves behind is for [`remove_partials`].
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")) if partial.is_dir() else []:
+            bring_to_disk(file)
+        bring_to_disk(partial)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        raise
+    bring_to_disk(path.parent)  # the new name, too
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file that is whole or absent, whenever the process or the machine stops."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with whole(path) as partial:
+        partial.write_bytes(data)
+
+
+def remove_partials(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left of the file or folder `name`, or of all; no other may be at work on them."""
+    begin = "." if name is None else f".{name}."
+    for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name.startswith(begin) and entry.name.endswith(".partial"):
+            _remove(entry)
+
+
+def bring_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk; not every system can do that for folders."""
+    folder = path.is_dir()
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        opened = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs only what is open for writing
+    except PermissionError:
+        if folder:  # Windows opens none
+            return
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, has to reach the disk
+        os.fsync(opened)
+    except OSError as error:
+        if not folder or error.errno not in _NO_FOLDERS:
+            raise
     finally:
-        os.close(folder)
+        os.close(opened)
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Turns whatever a library raises at a file that it cannot read into an error that names the file.
+
+    Args:
+        path (`Path`): the file.
+        remedy (`str`): the way out, a sentence.
+
+    Raises:
+        DamagedFileError: if it is truncated, empty, a folder, or of another kind.
+        PermissionError: if it may not be read.
+        FileNotFoundError: if it is not there.
+    """
+    try:
+        yield
+    except (DamagedFileError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and not path.exists():
+            raise FileNotFoundError(f"{path} is missing. {remedy}") from error
+        if isinstance(error, OSError) and path.is_dir():
+            raise DamagedFileError(f"{path} is a folder, and a file is needed there. {remedy}") from error
+        if isinstance(error, PermissionError):
+            raise PermissionError(f"There is no permission to read {path}: change that. {remedy}") from error
+        empty = path.is_file() and not path.stat().st_size
+        found = "it is empty" if empty else "it may be truncated, or something else"
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DamagedFileError(f"{path} is damaged: {found} ({detail}). {remedy}") from error
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file; errors as of [`reading`]."""
+    with reading(path, remedy):
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin a file with a mark
+        if not isinstance(value, dict):
+            raise TypeError(f"a JSON object is needed, this is a {type(value).__name__}")
+        return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON to a file that is whole or absent."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,11 +21,11 @@ from accelerate.utils import broadcast
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .data import check_classes
 from .fine_tuning import set_trainable
+from .generator_checkpoints import Checkpoints, Progress
 from .generator_data import TrainingData, draw_batch, encode_latents
 from .generators import (
     Denoiser,
@@ -70,73 +68,6 @@ class GeneratorTrainingResult:
     def components(self) -> dict[str, Denoiser]:
         """The denoiser under the name that a pipeline gives it: `DsCoPipeline(**result.components, scheduler=...)`."""
         return {component_name(self.denoiser): self.denoiser}
-
-
-@dataclass
-class _Progress:
-    """What a checkpoint holds beside weights and optimiser."""
-
-    step: int = 0
-    seconds: float = 0.0
-    losses: list[dict[str, float]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-
-
-# What a checkpoint of an older version, which did not know a setting, was trained with.
-_UNSET: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(GeneratorTrainingConfig)}
-
-
-class _Checkpoints:
-    """Checkpoints of one run: `<folder>/step-00001000`, whole or absent; the newest replaces the older ones."""
-
-    def __init__(self, folder: Path, accelerator: Accelerator, identity: dict[str, Any]) -> None:
-        self.folder, self.accelerator, self.identity = folder, accelerator, identity
-
-    def newest(self) -> Path | None:
-        complete = sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
-        return complete[-1] if complete else None
-
-    def save(self, progress: _Progress, ema: dict[str, torch.Tensor]) -> None:
-        final = self.folder / f"step-{progress.step:08d}"
-        if final.exists():
-            return
-        partial = final.with_suffix(".partial")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            save_file(ema, partial / "ema.safetensors")
-            state = {"progress": dataclasses.asdict(progress), "identity": self.identity}
-            (partial / "progress.json").write_text(json.dumps(state, indent=1))
-            older = [path for path in self.folder.glob("step-*") if path != partial]
-            partial.rename(final)
-            for path in older:
-                shutil.rmtree(path)
-        self.accelerator.wait_for_everyone()
-
-    def load(self, path: Path) -> tuple[_Progress, dict[str, torch.Tensor]]:
-        """Restores model and optimiser in place; returns the rest.
-
-        Raises:
-            ValueError: if the checkpoint belongs to another configuration or other data.
-        """
-        state = json.loads((path / "progress.json").read_text())
-        theirs = state["identity"]
-        changed = [
-            f"{name} (checkpoint {theirs.get(name, _UNSET.get(name))!r}, now {value!r})"
-            for name, value in self.identity.items()
-            if theirs.get(name, _UNSET.get(name)) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"The checkpoint {path} belongs to another run: {', '.join(changed)}. Resume with the same settings "
-                "and data, or start anew in another folder."
-            )
-        self.accelerator.load_state(str(path))
-        return _Progress(**state["progress"]), load_file(path / "ema.safetensors")
 
 
 @plain_arguments(num_classes=1, checkpoint_every=1, log_every=1, evaluate_every=1, max_minutes=0)
@@ -214,10 +145,10 @@ def train_generator(
     _check_denoiser(denoiser, data, num_classes)
     checkpoints = None
     if checkpoint_dir is not None:
-        checkpoints = _Checkpoints(Path(checkpoint_dir), accelerator, identity)
-        if not resume and (found := checkpoints.newest()) is not None:
+        checkpoints = Checkpoints(Path(checkpoint_dir), accelerator, identity)
+        if not resume and (found := checkpoints.complete()):
             raise FileExistsError(
-                f"There is a checkpoint, {found}. Pass `resume=True` (`--resume`) to continue it, or delete it."
+                f"There is a checkpoint, {found[0]}. Pass `resume=True` (`--resume`) to continue it, or delete it."
             )
     try:
         trainer = _Trainer(
@@ -313,7 +244,7 @@ class _Trainer:
         data: TrainingData,
         config: GeneratorTrainingConfig,
         accelerator: Accelerator,
-        checkpoints: _Checkpoints | None,
+        checkpoints: Checkpoints | None,
         *,
         latents: bool,
         distributed: bool,
@@ -350,7 +281,7 @@ class _Trainer:
         # evaluation_mode keeps the precision but does not tie the processes together
         self.model = accelerator.prepare_model(denoiser, evaluation_mode=not distributed)
         self.optimizer = accelerator.prepare(optimizer)
-        self.progress = _Progress()
+        self.progress = Progress()
         self.unlogged: list[torch.Tensor] = []
         self.evaluate: Callable[[int, Denoiser], dict[str, Any]] | None = None
         self.evaluate_every = 1000
@@ -439,9 +370,10 @@ class _Trainer:
         return bool(broadcast(over.int()).item())  # one clock decides for all processes
 
     def _resume(self) -> None:
-        if self.checkpoints is None or (newest := self.checkpoints.newest()) is None:
+        found = None if self.checkpoints is None else self.checkpoints.load_newest()
+        if found is None:
             return
-        self.progress, averaged = self.checkpoints.load(newest)
+        newest, self.progress, averaged = found
         self.ema.shadow_params = [averaged[name].to(self.accelerator.device) for name in self.names]
         self.ema.optimization_step = self.progress.step
         logger.info("Resumed from %s", newest)

@@ -29,7 +29,17 @@ from datasets import Dataset, DatasetInfo, Features
 from datasets.table import embed_table_storage
 
 from .concentrate import Unit, plan_units
-from .files import explained, locked, write_atomically
+from .files import (
+    DamagedFileError,
+    explained,
+    locked,
+    read_json,
+    reading,
+    remove_partials,
+    whole,
+    write_atomically,
+    write_json,
+)
 from .schema import nearest
 from .shards import file_sha256
 
@@ -81,8 +91,8 @@ class RunFolder:
         Raises:
             ValueError: naming the settings that differ, or if the folder is not that of a run.
         """
-        for stale in (*self.path.glob(".*.partial"), *self.units.glob(".*.partial")):
-            stale.unlink(missing_ok=True)
+        for folder in (self.path, self.units):
+            remove_partials(folder)
         settings = json.loads(json.dumps(settings))
         record: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": settings}
         if (self.path / "run.json").is_file():
@@ -94,7 +104,7 @@ class RunFolder:
         elif any(self.units.iterdir()):
             raise ValueError(f"{self.path} holds units, but no run.json to tell what they are. Choose another folder.")
         with self.explained():
-            write_atomically(self.path / "run.json", json.dumps(record, indent=2).encode())
+            write_json(self.path / "run.json", record)
 
     def settings(self) -> dict[str, Any]:
         """The settings that the folder was started with, or that were accepted later.
@@ -113,11 +123,16 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"{self.path} is not the folder of a run: it has no run.json.")
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+        remedy = "Put it back, or choose another folder."
+        record = read_json(path, remedy)
+        if record.get("format_version") != FORMAT_VERSION:
+            raise DamagedFileError(
+                f"{path} has format_version {record.get('format_version')!r}, and this version of dsco_hf reads "
+                f"{FORMAT_VERSION}. {remedy}"
+            )
+        with reading(path, remedy):
             plan_units(**{name: record["settings"][name] for name in _SIZES})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): put it back, or choose another folder.") from error
+            iter(record.get("changes", []))
         return record
 
     def finished(self) -> set[str]:
@@ -154,10 +169,10 @@ class RunFolder:
     def entry(self, name: str) -> dict[str, Any] | None:
         """A unit's manifest entry; None if there is none, or it is damaged."""
         try:
-            entry = json.loads(self._entry(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            entry = read_json(self._entry(name), "")
+        except (FileNotFoundError, DamagedFileError):
             return None
-        return entry if isinstance(entry, dict) and isinstance(entry.get("sha256"), str) else None
+        return entry if isinstance(entry.get("sha256"), str) else None
 
     def rows(self, unit: Unit, features: Features) -> Dataset:
         """The rows of a finished unit, in memory."""
@@ -166,7 +181,8 @@ class RunFolder:
     def log(self, process: int, event: str, **values: Any) -> None:
         """Appends one line to the log of a process. A log that cannot be written stops no run."""
         line = {"time": datetime.now(UTC).isoformat(), "clock": time.monotonic(), "event": event, **values}
-        with contextlib.suppress(OSError), (self.logs / f"process-{process:05d}.jsonl").open("a") as file:
+        path = self.logs / f"process-{process:05d}.jsonl"
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def assemble(self, units: Sequence[Unit], features: Features, *, cache_file: Path | None = None) -> Dataset:
@@ -180,12 +196,10 @@ class RunFolder:
         tables = (self._group(units, group, features) for group in sorted({unit.group for unit in units}))
         if cache_file is None:
             return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=features))
-        partial = cache_file.with_name(f".{cache_file.name}.partial")
-        with self.explained():
+        with self.explained(), whole(cache_file) as partial:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
                 for table in tables:
                     writer.write_table(table)
-            partial.replace(cache_file)
         return Dataset.from_file(str(cache_file), info=DatasetInfo(features=features))
 
     def _group(self, units: Sequence[Unit], group: int, features: Features) -> pa.Table:
@@ -195,7 +209,9 @@ class RunFolder:
         return table.take(pc.sort_indices(table["label"]))  # stable
 
     def _table(self, unit: Unit, features: Features) -> pa.Table:
-        return pq.read_table(self._shard(unit_name(unit)), schema=features.arrow_schema)
+        path = self._shard(unit_name(unit))
+        with reading(path, "Run the same command again: it is drawn anew."):
+            return pq.read_table(path, schema=features.arrow_schema)
 
     def _shard(self, name: str) -> Path:
         return self.units / f"{name}.parquet"

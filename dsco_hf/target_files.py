@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,27 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .files import DamagedFileError, read_json, reading, whole, write_json
+from .files import explained as explained_disk
 from .safety import explained
+from .values import check_real, check_whole
 
 
 WEIGHTS_NAME, CONFIG_NAME = "targets.safetensors", "targets.json"
+SAVE_AGAIN = "Save the targets again, or download them again."
 
 
 def write_targets(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes both files into a folder, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    for name, write in (
-        (WEIGHTS_NAME, lambda path: save_file(stored, path, metadata={"format": "pt"})),
-        (CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")),
-    ):
-        partial = folder / f".{name}.partial"
-        write(partial)
-        partial.replace(folder / name)  # a file is whole or absent
+    with explained_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)  # never the names of old targets beside the weights of new ones
+        with whole(folder / WEIGHTS_NAME) as partial:
+            save_file(stored, partial, metadata={"format": "pt"})
+        write_json(folder / CONFIG_NAME, config)
 
 
 def find_targets(name_or_path: str | Path, *, subfolder: str | None = None, **options: Any) -> tuple[Path, Path]:
@@ -67,33 +67,32 @@ def find_targets(name_or_path: str | Path, *, subfolder: str | None = None, **op
 
 def read_config(path: Path, fields: Sequence[str], *, optional: bool = False) -> dict[str, Any]:
     """The fields of the JSON file; ValueError if it is damaged or lacks one, unless they are `optional`."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): it may be truncated. Save the targets again."
-        ) from error
-    if not isinstance(config, dict) or (missing := [name for name in fields if name not in config and not optional]):
-        raise ValueError(
-            f"{path} does not describe targets{f': it lacks {missing}' if isinstance(config, dict) else ''}."
-        )
+    config = read_json(path, SAVE_AGAIN)
+    if missing := [name for name in fields if name not in config and not optional]:
+        raise DamagedFileError(f"{path} does not describe targets: it lacks {missing}. {SAVE_AGAIN}")
     return {name: config[name] for name in fields if name in config}
 
 
 def read_tensors(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
     """The tensors of the other file, the optional ones if there; ValueError if it is damaged or lacks one."""
-    try:
+    with reading(path, SAVE_AGAIN):
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it may be truncated. Save the targets again.") from error
     missing = [name for name in names if name not in tensors]
     if missing:
-        raise ValueError(f"{path} lacks {missing}: it does not hold targets, or those of another version.")
+        raise DamagedFileError(
+            f"{path} lacks {missing}: it does not hold targets, or those of another version. {SAVE_AGAIN}"
+        )
     return {name: tensors[name] for name in (*names, *optional) if name in tensors}
 
 
 def check_shapes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: Path) -> None:
     """Refuses files that do not belong together: written by two different targets, or one of them edited."""
+    _check_types(config, where / CONFIG_NAME)
+    for name in ("frequencies", "probe"):
+        if tensors[name].ndim != 2:
+            raise DamagedFileError(
+                f"{where / WEIGHTS_NAME}: {name} has {tensors[name].ndim} dimensions instead of 2. {SAVE_AGAIN}"
+            )
     classes, d, half = len(config["class_names"]), *tensors["frequencies"].shape
     expected = {
         "embeddings": (classes, 2 * half),
@@ -112,7 +111,22 @@ def check_shapes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor],
     if len(config["class_labels"]) != classes:
         wrong.append(f"there are {len(config['class_labels'])} class_labels")
     if wrong:
-        raise ValueError(
+        raise DamagedFileError(
             f"{CONFIG_NAME} and {WEIGHTS_NAME} in {where} do not belong together: for {classes} class_names, "
-            f"{'; '.join(wrong)}. Save the targets again."
+            f"{'; '.join(wrong)}. {SAVE_AGAIN}"
         )
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise DamagedFileError(f"{where / WEIGHTS_NAME}: {bad} are not finite. {SAVE_AGAIN}")
+
+
+def _check_types(config: Mapping[str, Any], path: Path) -> None:
+    """Refuses a JSON file that somebody edited into something else."""
+    names, labels, bandwidth = (config[name] for name in ("class_names", "class_labels", "bandwidth"))
+    with reading(path, SAVE_AGAIN):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"class_names must be a list of names, got {str(names)[:80]}")
+        if not isinstance(labels, list) or not isinstance(config["provenance"], dict):
+            raise TypeError("class_labels must be a list, and provenance an object")
+        for label in labels:
+            check_whole("class_labels", label, 0)
+        check_real("bandwidth", bandwidth, 0, open_low=True)

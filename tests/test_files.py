@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dsco_hf.files import explained, locked, write_atomically
+from dsco_hf.files import DamagedFileError, explained, locked, read_json, remove_partials, whole, write_atomically
 from dsco_hf.team import RunError
 
 
@@ -37,6 +37,83 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert target.read_bytes() == b"new" and [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(OSError, match="No such file or directory"):
         write_atomically(tmp_path / "nowhere" / "file", b"x")
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    with whole(tmp_path / "folder") as partial:
+        (partial / "deep").mkdir(parents=True)
+        (partial / "deep" / "file").write_bytes(b"x")
+        assert partial.parent == tmp_path and not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder" / "deep" / "file").read_bytes() == b"x"
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "other") as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_bytes_are_on_the_disk_before_they_have_a_name(tmp_path, monkeypatch):
+    events, sync, replace = [], os.fsync, type(tmp_path).replace
+
+    def seen_sync(number):
+        events.append("sync")
+        sync(number)
+
+    def seen_replace(path, target):
+        events.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", seen_sync)
+    monkeypatch.setattr(type(tmp_path), "replace", seen_replace)
+    write_atomically(tmp_path / "file", b"x")
+    assert events == ["sync", "rename", "sync"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".a.json.7.partial", ".b.json.7.partial", "a.json", "c.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".a.json.8.partial").mkdir()
+    remove_partials(tmp_path, "a.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.7.partial", "a.json", "c.partial"]
+    remove_partials(tmp_path)
+    remove_partials(tmp_path / "nowhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "c.partial"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"is damaged: it is empty \(JSONDecodeError"),
+        (b'{"a": 1', r"is damaged: it may be truncated, or something else \(JSONDecodeError"),
+        (b"\xff\xfe\x00", "is damaged: .*UnicodeDecodeError"),
+        (b"[1]", "is damaged: .*a JSON object is needed, this is a list"),
+        (b"[" * 100_000, "is damaged: .*RecursionError"),
+        (None, "is a folder, and a file is needed there"),
+    ],
+)
+def test_damaged_json_is_named_with_the_way_out(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=f"^{path} {message}.* Save it again.$"):
+        read_json(path, "Save it again.")
+
+
+def test_json_of_an_editor_that_marks_the_beginning(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\r\n')
+    assert read_json(tmp_path / "a.json", "") == {"a": "é"}
+    with pytest.raises(FileNotFoundError, match=r"b.json is missing. Save it."):
+        read_json(tmp_path / "b.json", "Save it.")
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"{}")
+
+    def refused(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(path), "read_text", refused)
+    with pytest.raises(PermissionError, match=f"There is no permission to read {path}: change that. Save it."):
+        read_json(path, "Save it.")
 
 
 def test_two_at_once_and_the_lock_of_a_dead_process(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 
-from dsco_hf import generator_training
+from dsco_hf import generator_checkpoints, generator_training
+from dsco_hf.files import DamagedFileError
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.pipeline import DsCoPipeline
@@ -165,7 +167,7 @@ def test_checkpoints_are_whole_or_absent_and_the_newest_stays(tmp_path, monkeypa
 
     train(checkpoint_dir=tmp_path, checkpoint_every=5)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
-    monkeypatch.setattr(generator_training, "save_file", fails)
+    monkeypatch.setattr(generator_checkpoints, "save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         train(checkpoint_dir=tmp_path / "other", checkpoint_every=5)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-00000005.partial"]
@@ -173,6 +175,34 @@ def test_checkpoints_are_whole_or_absent_and_the_newest_stays(tmp_path, monkeypa
     result = train(checkpoint_dir=tmp_path / "other", checkpoint_every=5, resume=True)
     assert torch.equal(weights(result), weights(train()))
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-00000012"]
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.bin", "progress.json"])
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 3], lambda content: None])
+def test_an_older_checkpoint_is_used_where_the_newest_is_damaged(tmp_path, caplog, name, damage):
+    train(checkpoint_dir=tmp_path, max_minutes=0.0, log_every=5)
+    shutil.copytree(tmp_path / "step-00000005", tmp_path / "kept")
+    undisturbed = train(checkpoint_dir=tmp_path, resume=True)
+    shutil.copytree(tmp_path / "kept", tmp_path / "step-00000005")
+    path = tmp_path / "step-00000012" / name
+    content = damage(path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+    resumed = train(checkpoint_dir=tmp_path, resume=True)
+    assert str(path) in caplog.text and "An older checkpoint is used." in caplog.text
+    assert resumed.step == 12 and torch.equal(weights(resumed), weights(undisturbed))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000012"]
+    assert torch.equal(weights(train(checkpoint_dir=tmp_path, resume=True)), weights(undisturbed))  # whole again
+
+
+def test_a_lone_damaged_checkpoint_is_named_and_stays(tmp_path):
+    train(checkpoint_dir=tmp_path)
+    path = tmp_path / "step-00000012" / "optimizer.bin"
+    path.write_bytes(b"")
+    with pytest.raises(DamagedFileError, match=f"{path} is damaged: .*Delete {path.parent} and start again"):
+        train(checkpoint_dir=tmp_path, resume=True)
+    assert path.parent.is_dir()
+    shutil.rmtree(path.parent)  # as it says
+    assert train(checkpoint_dir=tmp_path).step == 12
 
 
 def test_a_checkpoint_is_not_overwritten_nor_mixed_with_another_run(tmp_path):

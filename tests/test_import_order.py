@@ -12,9 +12,10 @@ PACKAGE = Path(dsco_hf.__path__[0])
 ORDER = [
     "schema",
     "values",
+    "team",
+    "files",
     "labels",
     "configs",
-    "team",
     "digests",
     "seeds",
     "safety",
@@ -31,7 +32,6 @@ ORDER = [
     "kernels",
     "features",
     "feature_spec",
-    "files",
     "feature_files",
     "population",
     "target_files",
@@ -51,6 +51,7 @@ ORDER = [
     "generators",
     "generator_data",
     "fine_tuning",
+    "generator_checkpoints",
     "generator_training",
     "generator_evaluation",
     "concentrate",
@@ -69,7 +70,17 @@ ORDER = [
     "hub",
     "report",
 ]
-ORDER_OF_EVALUATORS = ["norms", "models", "augmentation", "protocols", "checks", "losses", "training", "evaluation"]
+ORDER_OF_EVALUATORS = [
+    "norms",
+    "models",
+    "augmentation",
+    "protocols",
+    "checks",
+    "losses",
+    "checkpoints",
+    "training",
+    "evaluation",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

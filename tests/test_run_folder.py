@@ -4,6 +4,7 @@ import PIL.Image
 import pytest
 
 from dsco_hf.concentrate import plan_units, row_features, to_dataset
+from dsco_hf.files import DamagedFileError
 from dsco_hf.run_folder import RunFolder, check_settings, unit_name
 from dsco_hf.team import RunError
 
@@ -156,9 +157,9 @@ def test_the_largest_plan_is_remembered(folder):
 def test_folders_that_hold_no_run(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="it has no run.json"):
         RunFolder(tmp_path).settings()
-    for text in ("{", "[]", "{}", '{"settings": {"num_classes": 0}}', json.dumps({"settings": {"seed": 1}})):
+    for text in ("{", "[]", "", '{"format_version": 1}', '{"format_version": 1, "settings": {"num_classes": 0}}'):
         (folder.path / "run.json").write_text(text)
-        with pytest.raises(ValueError, match=r"run.json is damaged \("):
+        with pytest.raises(DamagedFileError, match="run.json is damaged: .*Put it back, or choose another folder"):
             folder.begin(SETTINGS)
     (folder.path / "run.json").unlink()
     folder.write_unit(UNITS[0], rows_of(UNITS[0]), {})

@@ -251,15 +251,15 @@ def test_truncated_tensors(targets, tmp_path, keep):
     path = tmp_path / WEIGHTS_NAME
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(ValueError, match=f"{WEIGHTS_NAME} cannot be read.*truncated"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS_NAME} is damaged: .*(truncated|empty).*Save the targets again"):
         MatchingTargets.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[:40], "not valid JSON.*truncated"),
-        (lambda text: "[]", "does not describe targets"),
+        (lambda text: text[:40], "targets.json is damaged: it may be truncated"),
+        (lambda text: "[]", "targets.json is damaged.*a JSON object is needed, this is a list"),
         (lambda text: json.dumps({"class_names": ["a"]}), "lacks.*'class_labels', 'bandwidth', 'provenance'"),
     ],
 )

@@ -6,7 +6,7 @@ those that had begun at their last checkpoint, and ends with the same numbers.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +24,18 @@ from transformers import PreTrainedModel
 
 from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels
 from ..features import features_and_logits
+from ..files import DamagedFileError, read_json, write_json
 from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
-from ..values import plain_arguments
+from ..values import plain, plain_arguments
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
 from .training import content_hash, train_evaluator
 
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate")
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,7 @@ def run_jobs(
         for key in mine:
             run_job(key, run, fingerprint=fingerprint, folder=folder)
     accelerator.wait_for_everyone()
-    return {key: json.loads((Path(folder) / f"{key}.json").read_text(encoding="utf-8")) for key in keys}
+    return {key: read_job(Path(folder) / f"{key}.json") for key in keys}
 
 
 def run_job(
@@ -283,16 +287,28 @@ def run_job(
     folder.mkdir(parents=True, exist_ok=True)
     path, checkpoint, identity = folder / f"{key}.json", folder / f"{key}.safetensors", fingerprint(key)
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != identity:
-            raise ValueError(
-                f"{path} was made with other settings or data. Remove {folder}, or write to another folder."
-            )
-        return
+        try:
+            stored = read_job(path)
+        except DamagedFileError as error:
+            logger.warning("%s It is done again.", error)
+        else:
+            if stored["fingerprint"] != identity:
+                raise ValueError(
+                    f"{path} was made with other settings or data. Remove {folder}, or write to another folder."
+                )
+            return
     result = {**run(key, checkpoint), "fingerprint": identity}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.replace(path)
+    write_json(path, plain(result))
     checkpoint.unlink(missing_ok=True)
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """The stored result of a job; [`~dsco_hf.files.DamagedFileError`] if it is damaged."""
+    remedy = "Delete it, and run the same command again: that job is done again."
+    result = read_json(path, remedy)
+    if not isinstance(result.get("fingerprint"), str):
+        raise DamagedFileError(f"{path} is no result of a job: it has no fingerprint. {remedy}")
+    return result
 
 
 def summarise(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ of many that ran side by side, gives the same accuracy to the last digit.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..features import preprocess
+from ..files import remove_partials
 from ..values import plain_arguments
 from .augmentation import Augmented, augment
+from .checkpoints import content_hash, read_checkpoint, write_checkpoint
 from .checks import check_images, check_label_source
 from .losses import hard_label_loss, soft_label_loss
 from .protocols import Protocol, by_budget, learning_rate_factor
@@ -312,58 +310,34 @@ class _Run:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         tensors["losses"] = self.losses[: self.steps]
-        metadata = {
-            "fingerprint": fingerprint,
-            "progress": json.dumps({name: getattr(self, name) for name in PROGRESS}),
-            "scaler": json.dumps(self.scaler.state_dict()),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        # clone: safetensors refuses tensors that share memory, such as tied weights.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata)
-        partial.replace(path)
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        write_checkpoint(path, tensors, fingerprint=fingerprint, progress=progress, scaler=self.scaler.state_dict())
 
     def load(self, path: Path, fingerprint: str) -> None:
         """Takes up a checkpoint of `save`."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["fingerprint"] != fingerprint:
-                raise ValueError(
-                    f"The checkpoint {path} belongs to another run: its protocol, seed, network or images differ from "
-                    "the ones given. Delete it to start anew, or write to another folder."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        metadata, tensors = read_checkpoint(path)
+        if metadata["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"The checkpoint {path} belongs to another run: its protocol, seed, network or images differ from "
+                "the ones given. Delete it to start anew, or write to another folder."
+            )
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         states: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                states.setdefault(int(index), {})[name] = value
+                _, place, name = key.split(".", 2)
+                states.setdefault(int(place), {})[name] = value
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, state in states.items():  # fused optimisers need the layout of the parameter
             for name, value in state.items():
                 if value.shape == parameters[index].shape:
                     state[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
-        if scaler := json.loads(metadata["scaler"]):
-            self.scaler.load_state_dict(scaler)
-        for name, value in json.loads(metadata["progress"]).items():
+        if metadata["scaler"]:
+            self.scaler.load_state_dict(metadata["scaler"])
+        for name, value in metadata["progress"].items():
             setattr(self, name, value)
         self.losses[: self.steps] = tensors["losses"].to(self.device)
-
-
-def content_hash(*parts: Any) -> str:
-    """A hash of settings, tensors and models, which count by their weights: what a stored result depends on."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.Tensor):
-            digest.update(f"{tuple(part.shape)}{part.dtype}".encode())
-            digest.update(part.detach().cpu().contiguous().numpy().data)
-        elif isinstance(part, PreTrainedModel):
-            digest.update(content_hash(*part.state_dict().values()).encode())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
 
 
 @plain_arguments()
@@ -461,6 +435,7 @@ def _train(
     if checkpoint is not None:
         config = run.model.config.to_json_string()
         fingerprint = content_hash(config, run.protocol, run.seed, run.pixels, run.labels, run.log_soft_labels)
+        remove_partials(checkpoint.parent, checkpoint.name)
         if checkpoint.exists():
             run.load(checkpoint, fingerprint)
     checked, saved = run.steps, time.perf_counter()
