@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
-from .schema import nearest
+from .names import nearest
+from .yaml_text import Entry, read_entries
 
 
 T = TypeVar("T")
@@ -76,26 +77,35 @@ def _read_yaml(path: Path, config_class: type) -> dict[str, Any]:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"There is no config file {path}.{nearest(path.name, siblings)}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}.")
+    entries = read_entries(path, "config file")
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold `field: value` lines, got {type(entries).__name__}.")
     kinds = get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
-    for name, value in values.items():
+    values = {}
+    for name, entry in entries.items():
         if name not in names:
-            raise ValueError(f"{path} has an unknown field {name!r}.{nearest(str(name), names)}")
-        values[name] = _checked_value(path, name, kinds[name], value)
+            raise ValueError(f"{path} has an unknown field {name!r}.{nearest(name, names)}")
+        values[name] = _checked_value(path, name, kinds[name], entry)
     return values
 
 
-def _checked_value(path: Path, name: str, kind: Any, value: Any) -> Any:
-    """A YAML value as the field's type; "1e-3" is a string in YAML 1.1 and a number to everybody else."""
-    allowed = [get_origin(choice) or choice for choice in (get_args(kind) if _is_union(kind) else (kind,))]
+def _checked_value(path: Path, name: str, kind: Any, entry: Entry) -> Any:
+    """A YAML value as the field's type: text as written, `1e-3` a number as it is to everybody but YAML 1.1."""
+    choices = get_args(kind) if _is_union(kind) else (kind,)
+    allowed = [get_origin(choice) or choice for choice in choices]
+    value, text = entry.value, entry.text
+    if type(value) is int and text is not None and (":" in text or re.match("[-+]?0[0-9_]+$", text)):
+        value = text  # sexagesimal or octal in YAML 1.1
+    if isinstance(value, list) and entry.items is not None and list in allowed:
+        (item_kind,) = get_args(choices[allowed.index(list)]) or (Any,)
+        return value if item_kind is Any else [_checked_value(path, name, item_kind, item) for item in entry.items]
     if type(value) in allowed:  # not isinstance: True is not an int here
         return value
+    if str in allowed and text is not None and (value is not None or text not in ("", "~")):
+        return text
     if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(value)

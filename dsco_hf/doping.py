@@ -207,7 +207,7 @@ def clearest(
         )
     names, config = class_names(real, label_column=label_column), pipe.classifier.config
     try:
-        known = torch.tensor(class_mapping(names, config.id2label, config.num_labels))
+        known = torch.tensor(class_mapping(names, config.id2label, config.num_labels, owner="classifier"))
     except ValueError as error:
         raise ValueError(f"The classifier was trained on other classes than the dataset: {error}") from error
     pixels, labels, indices = load_pixels(
@@ -236,7 +236,7 @@ def _teacher(pipe: DsCoPipeline | None, names: Sequence[str]) -> PreTrainedModel
         if [config.id2label.get(i) for i in range(len(names))] == list(names) and config.num_labels == len(names):
             return classifier
         try:
-            class_mapping(names, config.id2label, config.num_labels)
+            class_mapping(names, config.id2label, config.num_labels, owner="classifier")
         except ValueError as error:
             raise ValueError(
                 f"The pipeline's classifier was trained on other classes than the dataset, and cannot teach a student "

@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import yaml
-
-from .schema import nearest
+from .names import are_places, canonical, find_classes, folded, nearest, number_of, numbers_of
 from .values import check_whole, plain
+from .yaml_text import Entry, read_entries
 
 
 logger = logging.getLogger(__name__)
@@ -87,12 +86,15 @@ def class_mapping(
     *,
     mapping: Mapped = None,
     own_labels: Sequence[int] | None = None,
+    owner: str = "generator",
 ) -> list[int]:
     """Finds the generator's class for every class of a dataset.
 
-    Names are compared without case, `_` or `-`, and any one of several comma-separated synonyms is enough, as in
-    ImageNet's "chain saw, chainsaw". WordNet ids ("n01440764") and further synonyms of ImageNet are understood on
-    both sides. Where one side has no real names, classes are matched by index.
+    Names are compared in their canonical form (NFC), without case, `_` or `-`, see `dsco_hf.names`; of classes whose
+    whole names differ in these only, the one that is written alike is meant. Any one of several comma-separated
+    synonyms is enough, as in ImageNet's "chain saw, chainsaw". WordNet ids ("n01440764", "n01440764-tench") and
+    further synonyms of ImageNet are understood on both sides. Where one side has no real names, a name that is a
+    number means the class of that number, and other classes are matched by their place.
 
     Args:
         names (sequence of `str`): the dataset's classes, by label.
@@ -102,10 +104,12 @@ def class_mapping(
             - `dict`: dataset class name to generator class (index, name or WordNet id);
             - `list`: the generator's class of every label, in order;
             - "index": label i is the generator's class i;
+            - "number": the class named "7" is the generator's class 7, whatever its label;
             - a label set, see [`label_set`], whose names and WordNet ids the dataset uses;
             - path of a YAML (or JSON) file that holds such a dict or list.
         own_labels (sequence of `int`, *optional*): index of each class in a label set of its own. A name that fits
             several classes is settled if the generator has it at that index.
+        owner (`str`): whose classes these are, for errors: "generator", or "classifier", which takes no `mapping`.
 
     Returns:
         `list[int]`: for dataset label i, a class in [0, num_classes).
@@ -116,13 +120,13 @@ def class_mapping(
     """
     lookup = ClassLookup(id2label, num_classes)
     told = read_mapping(mapping, names, lookup)
-    by_index = len(names) == num_classes and (_are_generic(names) or lookup.is_generic)
+    unnamed = _of_unnamed(names, lookup, own_labels)
     if own_labels is None and len(names) == num_classes:
         own_labels = range(num_classes)  # the same label set on both sides settles names that occur twice
     resolved: list[int] = []
     problems: list[str] = []
     for label, name in enumerate(names):
-        found = lookup.find(told[name]) if name in told else lookup.find(name) or ({label} if by_index else set())
+        found = lookup.find(told[name]) if name in told else lookup.find(name) or unnamed[label]
         if own_labels is not None and own_labels[label] in found:
             found = {own_labels[label]}
         if len(found) == 1 and (choice := next(iter(found))) in range(num_classes):
@@ -135,11 +139,36 @@ def class_mapping(
     if problems:
         raise ValueError(
             f"{len(problems)} of {len(names)} dataset classes have no certain match among the {num_classes} "
-            f"classes of the generator: {'; '.join(problems)}. Pass `mapping={{dataset class name: generator "
-            "class}`, with indices, names or WordNet ids."
+            f"classes of the {owner}: {'; '.join(problems)}. {_advice(names, num_classes, owner)}"
         )
-    _refuse_shared_classes(names, resolved, told)
+    _refuse_shared_classes(names, resolved, told, owner)
     return resolved
+
+
+def _of_unnamed(names: Sequence[str], lookup: ClassLookup, own_labels: Sequence[int] | None) -> list[set[int]]:
+    """For each class what its number or its place says, where one of the two sides has no names."""
+    numbers = [number_of(name) for name in names]
+    if own_labels is not None:  # the places are those of another label set: a number must agree with its own
+        agree = lookup.is_generic and list(own_labels) == numbers
+        return [{label} if agree else set() for label in own_labels]
+    if len(names) == lookup.num_classes and lookup.is_generic:
+        return [{place if number is None else number} for place, number in enumerate(numbers)]
+    by_place = len(names) == lookup.num_classes and are_places(names) and not lookup.has_numbers
+    return [{place} if by_place else set() for place in range(len(names))]
+
+
+def _advice(names: Sequence[str], num_classes: int, owner: str) -> str:
+    """What to do about classes without a match."""
+    if owner != "generator":
+        return f"If the {owner} knows them by other names, give it these: its `config.id2label`."
+    advice = "Pass `mapping={dataset class name: generator class}`, with indices, names or WordNet ids."
+    numbers = numbers_of(names)
+    if numbers and len(set(numbers)) == len(numbers):
+        if max(numbers) < num_classes:
+            advice += ' If the numbers are the generator\'s indices: `mapping="number"`.'
+        if len(names) <= num_classes:
+            advice += ' If label i is the generator\'s class i: `mapping="index"`.'
+    return advice
 
 
 class ClassLookup:
@@ -154,16 +183,31 @@ class ClassLookup:
     def __init__(self, id2label: Mapping[int, str] | None, num_classes: int) -> None:
         self.id2label = {int(key): str(value) for key, value in (id2label or {}).items()}
         self.num_classes = num_classes
-        self.is_generic = _are_generic(list(self.id2label.values()))
-        self._names = _synonyms({index: (label, *label.split(",")) for index, label in self.id2label.items()})
+        numbers = {index: number_of(label) for index, label in self.id2label.items()}
+        self.is_generic = all(index == number for index, number in numbers.items())
+        self.has_numbers = any(number is not None for number in numbers.values())
+        self._names = _synonyms({index: (label, *_parts(label)) for index, label in self.id2label.items()})
+        self._whole = _synonyms({index: (label,) for index, label in self.id2label.items()})
 
     def find(self, name: int | str) -> set[int]:
         """Every class that a name, a WordNet id or an index may mean; an index is passed on as it is."""
         if not isinstance(name, str):
             return {check_whole("class", name)}
-        return _by_any_synonym(name, self._names) or {
+        wnid, rest = _split_wnid(name)
+        if wnid and rest and folded(name) not in self._names:
+            by_id, by_name = self.find(wnid), self.find(rest)
+            return (by_id & by_name) or by_id | by_name if by_id else set()
+        found = _by_any_synonym(name, self._names)
+        if len(found) > 1 and found == self._whole.get(folded(name)):  # "a" and "A": as it is written, if it is
+            found = {index for index in found if canonical(self.id2label[index]) == canonical(name)} or found
+        return found or {
             index for imagenet in _imagenet_classes(name) for index in self._of_imagenet.get(imagenet, ())
         }
+
+    def find_typed(self, text: str) -> set[int]:
+        """Like `find` for what a user typed, where a number is an index unless classes are named by numbers."""
+        is_index = text.isdecimal() and (self.is_generic or not self.has_numbers)
+        return self.find(text) or ({int(text)} if is_index else set())
 
     def describe(self, classes: Iterable[int]) -> str:
         """Classes by index, name and WordNet id, to choose from."""
@@ -175,9 +219,7 @@ class ClassLookup:
 
     def nearest(self, name: str) -> str:
         """The names most like `name`, as the end of a clause of an error; empty if there are none."""
-        return nearest(name, [part.strip() for label in self.id2label.values() for part in label.split(",")]).rstrip(
-            "."
-        )
+        return nearest(name, [part for label in self.id2label.values() for part in _parts(label)]).rstrip(".")
 
     @functools.cached_property
     def _of_imagenet(self) -> dict[int, set[int]]:
@@ -204,7 +246,9 @@ def read_mapping(mapping: Mapped, names: Sequence[str], lookup: ClassLookup) -> 
         return {}
     if isinstance(mapping, str) and mapping == "index":
         return {name: label for label, name in enumerate(names)}
-    if isinstance(mapping, str) and not mapping.endswith((".yaml", ".yml", ".json")):
+    if isinstance(mapping, str) and mapping == "number":
+        return _told_by_numbers(names)
+    if isinstance(mapping, str) and not mapping.lower().endswith((".yaml", ".yml", ".json")):
         return _told_by_label_set(mapping, names, lookup)
     where = "`mapping`"
     if isinstance(mapping, str | Path):
@@ -217,33 +261,52 @@ def read_mapping(mapping: Mapped, names: Sequence[str], lookup: ClassLookup) -> 
                 f"{where} lists {len(mapping)} classes, the dataset has {len(names)}: one for each label."
             )
         mapping = dict(zip(names, mapping, strict=True))
-    if not isinstance(mapping, Mapping) or not all(_is_class(value) for value in mapping.values()):
+    if not isinstance(mapping, Mapping) or not all(map(_is_class, [*mapping, *mapping.values()])):
         raise ValueError(
             f"{where} must give a generator class (index, name or WordNet id) for dataset class names, for example "
             f"`{{{names[0] if names else 'cat'!r}: 281}}`; got {str(mapping)[:200]}."
         )
-    told = {str(key): value for key, value in mapping.items()}
-    unknown = [key for key in told if key not in names]
+    keys = [str(key) for key in mapping]
+    places = find_classes(keys, names)
+    unknown = [key for key, place in zip(keys, places, strict=True) if place is None]
     if unknown:
         raise ValueError(f"{where} names {unknown}, which the dataset has not.{nearest(unknown[0], names)}")
-    return told
+    if len(set(places)) < len(places):
+        raise ValueError(f"{where} names a class of the dataset twice: {keys}.")
+    return {names[place]: value for place, value in zip(places, mapping.values(), strict=True) if place is not None}
 
 
 def _read_file(path: Path) -> Any:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.*")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"There is no mapping file {path}.{nearest(path.name, siblings)}")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The mapping file {path} is not valid YAML: {error}") from error
+    entries = read_entries(path, "mapping file")
+    if isinstance(entries, dict):
+        return {key: _as_class(entry) for key, entry in entries.items()}
+    return [_as_class(entry) for entry in entries] if isinstance(entries, list) else entries
+
+
+def _as_class(entry: Entry) -> Any:
+    """A class as a file writes it: a plain decimal number is an index, anything else a name, `no` and `012` too."""
+    if entry.text is None or (entry.text in ("", "~") and entry.value is None):
+        return entry.value
+    return int(entry.text) if re.fullmatch(r"-?(0|[1-9][0-9]*)", entry.text) else entry.text
+
+
+def _told_by_numbers(names: Sequence[str]) -> dict[str, int | str]:
+    numbers = numbers_of(names)
+    if numbers is None:
+        words = [name for name in names if number_of(name) is None]
+        raise ValueError(f'`mapping="number"` takes names that are numbers, and these are none: {words[:10]}.')
+    return dict(zip(names, numbers, strict=True))
 
 
 def _told_by_label_set(preset: str, names: Sequence[str], lookup: ClassLookup) -> dict[str, int | str]:
     """Class by class what a label set says; a class that the generator knows by its own name keeps that."""
     classes = label_set(preset)
-    if _are_generic(names) and len(names) == len(classes):
-        return {name: row.wnid for name, row in zip(names, classes, strict=True)}
+    numbers = numbers_of(names)
+    if numbers is not None and sorted(numbers) == list(range(len(classes))):
+        return {name: classes[number].wnid for name, number in zip(names, numbers, strict=True)}
     imagenet = {row.wnid: row.names for row in label_set("imagenet-1k")}
     members = [(row.wnid, *row.names, *imagenet[row.wnid], ", ".join(imagenet[row.wnid])) for row in classes]
     known = _synonyms(dict(enumerate(members)))
@@ -273,33 +336,42 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
-def _refuse_shared_classes(names: Sequence[str], resolved: list[int], told: Mapping[str, Any]) -> None:
+def _refuse_shared_classes(names: Sequence[str], resolved: list[int], told: Mapping[str, Any], owner: str) -> None:
     users = defaultdict(list)
     for name, choice in zip(names, resolved, strict=True):
         users[choice].append(name)
     for choice, sharing in users.items():
         if len(sharing) > 1 and not set(sharing) <= set(told):
-            raise ValueError(
-                f"Classes {sharing} would all be drawn from class {choice} of the generator. If that is what you "
-                "want, name each of them in `mapping`."
-            )
-
-
-def _normalise(name: str) -> str:
-    return re.sub(r"[\s_\-]+", " ", name).strip().casefold()
+            fix = "If that is what you want, name each of them in `mapping`."
+            if owner != "generator":
+                fix = f"Give each class a name of its own, in the dataset and in the {owner}'s `config.id2label`."
+            written = sharing if all(map(str.isascii, sharing)) else [ascii(name) for name in sharing]
+            verb = "drawn from" if owner == "generator" else "taken for"
+            raise ValueError(f"Classes {written} would all be {verb} class {choice} of the {owner}. {fix}")
 
 
 def _synonyms(names: Mapping[int, Iterable[str]]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = defaultdict(set)
     for index, synonyms in names.items():
         for synonym in synonyms:
-            found[_normalise(synonym)].add(index)
+            found[folded(synonym)].add(index)
     return dict(found)
 
 
+def _parts(name: str) -> list[str]:
+    """Comma-separated synonyms; the comma of "1,000" separates none."""
+    return [part.strip() for part in re.split(r",(?!\d)", name) if part.strip()]
+
+
+def _split_wnid(name: str) -> tuple[str, str]:
+    """WordNet id and name of "n01440764-tench", as folders are often called; ("", name) for others."""
+    found = re.fullmatch(r"\s*(n\d{8})[\s_\-:.,]+(\S.*)", name, flags=re.IGNORECASE | re.DOTALL)
+    return (found[1], found[2]) if found else ("", name)
+
+
 def _by_any_synonym(name: str, synonyms: Mapping[str, set[int]]) -> set[int]:
-    whole = synonyms.get(_normalise(name), set())
-    return whole or set().union(*(synonyms.get(_normalise(part), set()) for part in name.split(",")))
+    whole = synonyms.get(folded(name), set())
+    return whole or set().union(*(synonyms.get(folded(part), set()) for part in _parts(name)))
 
 
 @functools.cache
@@ -311,9 +383,5 @@ def _imagenet_synonyms() -> dict[str, set[int]]:
 
 def _imagenet_classes(name: str) -> set[int]:
     """Indices in ImageNet-1k of the classes that a name or WordNet id may mean."""
-    return set(_by_any_synonym(name, _imagenet_synonyms()))
-
-
-def _are_generic(labels: Sequence[str]) -> bool:
-    """Whether labels say nothing but their index: none at all, "7", "LABEL_7", "class 7"."""
-    return all(re.fullmatch(rf"(label|class)?\s*{i}", _normalise(label)) for i, label in enumerate(labels))
+    wnid, rest = _split_wnid(name)
+    return set(_by_any_synonym(wnid or rest, _imagenet_synonyms()))

@@ -180,7 +180,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         lookup = ClassLookup(self.id2label, self.num_classes)
         ids = []
         for label in class_labels:
-            found = lookup.find(label)
+            found = lookup.find_typed(label) if isinstance(label, str) else lookup.find(label)
             if not found:
                 known = "" if self.labels else " It has no class names (`id2label`): pass indices."
                 raise ValueError(f"The generator has no class {label!r}.{nearest(str(label), self.labels)}{known}")
@@ -206,7 +206,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         distinct, config = list(dict.fromkeys(ids)), self.classifier.config
         names = [self.id2label.get(index, str(index)) for index in distinct]
         # names that occur twice are settled by the usual order, if the classifier has it too
-        labels = class_mapping(names, config.id2label, config.num_labels, own_labels=distinct)
+        labels = class_mapping(names, config.id2label, config.num_labels, own_labels=distinct, owner="classifier")
         found = dict(zip(distinct, labels, strict=True))
         return [found[index] for index in ids]
 

@@ -391,7 +391,11 @@ class Weighting:
                 )
             try:
                 self.labels = class_mapping(
-                    names, classifier.config.id2label, classifier.config.num_labels, own_labels=own_labels
+                    names,
+                    classifier.config.id2label,
+                    classifier.config.num_labels,
+                    own_labels=own_labels,
+                    owner="classifier",
                 )
             except ValueError as error:
                 raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict
+
+from .names import nearest as nearest
 
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
@@ -111,10 +112,3 @@ def _column_hint(features: Mapping[str, Any], kind: type) -> str:
                 f"`dataset.cast_column({key!r}, datasets.ClassLabel(names=[...]))`."
             )
     return ""
-
-
-def nearest(name: str, choices: Iterable[Any]) -> str:
-    """The end of an error message: up to three of the choices that look like `name`, or nothing."""
-    names = {str(choice).casefold(): str(choice) for choice in choices}
-    close = difflib.get_close_matches(str(name).casefold(), list(names), n=3, cutoff=0.5)
-    return f" Nearest: {', '.join(repr(names[key]) for key in close)}." if close else ""

@@ -142,9 +142,8 @@ def make_targets(recipe: TargetsRecipe, pipe: DsCoPipeline, accelerator: Acceler
     shared: dict[str, Any] = {name: getattr(recipe, name) for name in COMMON}
     shared |= {"features": recipe.features, "accelerator": accelerator, "work_dir": work}
     if recipe.data_free:
-        labels = [int(label) if label.isdecimal() else label for label in recipe.class_labels]
         options = {name: getattr(recipe, name) for name in DRAWING}
-        return MatchingTargets.from_generator(pipe, labels or None, **options, **shared)
+        return MatchingTargets.from_generator(pipe, recipe.class_labels or None, **options, **shared)
     with accelerator.main_process_first():
         dataset = load_image_dataset(
             str(recipe.dataset),

@@ -259,7 +259,7 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
     targets = make_targets(recipe, pipe, accelerator)
     parameters = {name: getattr(recipe, name) for name in (*SIZES, *SAMPLING)}
     if targets is None and recipe.class_labels:
-        parameters["class_labels"] = classes(recipe)
+        parameters["class_labels"] = classes(recipe, pipe)
     data_free = isinstance(targets, MatchingTargets) and targets.provenance.get("population") == "generator"
     methods = {"classifier": "nopt-classifier-only", "quantile": "nopt-quantile"}
     method = methods.get(recipe.objective, "nopt-data-free" if data_free else "nopt")
@@ -280,9 +280,9 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
     )
 
 
-def classes(recipe: ConcentrateRecipe) -> list[int | str]:
-    """The generator's classes, by index or name."""
-    return [int(label) if label.isdecimal() else label for label in recipe.class_labels]
+def classes(recipe: ConcentrateRecipe, pipe: DsCoPipeline) -> list[int | str]:
+    """The generator's classes, by index or name; a number is an index unless its classes are named by numbers."""
+    return [pipe.get_label_ids([label])[0] if label.isdecimal() else label for label in recipe.class_labels]
 
 
 def make_targets(
@@ -305,7 +305,7 @@ def make_targets(
     options: dict[str, Any] = {"features": None if recipe.features is None else json.loads(recipe.features)}
     if recipe.data_free:
         names = ("samples_per_class", "weighting", "num_inference_steps", "guidance_scale", "eta", "seed")
-        options |= {"class_labels": classes(recipe) or None}
+        options |= {"class_labels": classes(recipe, pipe) or None}
     else:
         names = ("image_column", "label_column", "on_error", "mapping", "seed")
     options |= {name: getattr(recipe, name) for name in names}
