@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict
@@ -94,21 +94,35 @@ def _kind(feature: Any) -> str:
 
 def _column_hint(features: Mapping[str, Any], kind: type) -> str:
     """The call that most likely repairs a column of the wrong type."""
-    for key, feature in features.items():
-        if kind is Image and (
-            (isinstance(feature, dict) and "bytes" in feature)
-            or _kind(feature) in ("Array2D", "Array3D")
-            or (_kind(feature) in ("List", "LargeList", "Sequence") and re.search("image|img|pixel|picture", key))
-            or _kind(feature) in ("binary", "large_binary")
-            or (_kind(feature) in ("string", "large_string") and re.search("image|img|path|file", key))
-        ):
-            return f" Did you mean {key!r}? Make it one with `dataset.cast_column({key!r}, datasets.Image())`."
-        if kind is ClassLabel and (
-            re.fullmatch(r"bool|u?int\d+", _kind(feature))
-            or (_kind(feature) in ("string", "large_string") and re.search("label|class|target|category", key))
-        ):
-            return (
-                f" Did you mean {key!r}? Make it one with `dataset.class_encode_column({key!r})`, or, of a stream, "
-                f"`dataset.cast_column({key!r}, datasets.ClassLabel(names=[...]))`."
-            )
-    return ""
+    if kind is Image:
+        key = _most_plausible(features, _may_be_image, "image|img|picture|photo|pixel", "path|file")
+        return key and f" Did you mean {key!r}? Make it one with `dataset.cast_column({key!r}, datasets.Image())`."
+    key = _most_plausible(features, _may_be_label, "label|class|target|category|species|digit", "fine|coarse|^y$")
+    return key and (
+        f" Did you mean {key!r}? Make it one with `dataset.class_encode_column({key!r})`, or, of a stream, "
+        f"`dataset.cast_column({key!r}, datasets.ClassLabel(names=[...]))`."
+    )
+
+
+def _most_plausible(features: Mapping[str, Any], fits: Callable[[str, Any], int], likely: str, less: str) -> str:
+    """Of the columns that may be meant, that whose name says most; empty if none may be."""
+
+    def rank(key: str) -> int:
+        return 2 if re.search(likely, key, re.IGNORECASE) else 1 if re.search(less, key, re.IGNORECASE) else 0
+
+    found = [key for key, feature in features.items() if fits(_kind(feature), feature) > (2 - rank(key))]
+    return max(found, key=rank, default="")
+
+
+def _may_be_image(kind: str, feature: Any) -> int:
+    """How little a column's name has to say: 3 nothing, 2 something, 1 that it is an image, 0 it cannot be one."""
+    if (isinstance(feature, dict) and "bytes" in feature) or kind in ("binary", "large_binary", "Array2D", "Array3D"):
+        return 3
+    if kind in ("string", "large_string"):
+        return 2
+    return 1 if kind in ("List", "LargeList", "Sequence") else 0
+
+
+def _may_be_label(kind: str, feature: Any) -> int:
+    """As for images; a number may be anything (an id, a width), so its name has to speak for it."""
+    return 2 if re.fullmatch(r"bool|u?int\d+", kind) else 1 if kind in ("string", "large_string") else 0
