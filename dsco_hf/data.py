@@ -8,6 +8,7 @@ Any dataset that `datasets` can read (Hub id, local folder, parquet, streamed or
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from .schema import class_names as class_names
 from .schema import find_columns as find_columns
 from .values import plain_arguments
 
+
+logger = logging.getLogger(__name__)
 
 _FINGERPRINT_ROWS = 1024
 
@@ -179,7 +182,12 @@ def stratified_split(
     features = features_of(dataset)
     column = find_column(features, "label_column", label_column, ClassLabel)
     labels = np.asarray(dataset.with_format(None)[column][:], dtype=np.int64)
-    check_classes(torch.from_numpy(labels), features[column].names, images_per_class=2)
+    present = np.unique(labels)  # a dataset that was filtered to some classes keeps the names of the others
+    check_classes(
+        torch.from_numpy(np.searchsorted(present, labels)),
+        [features[column].names[i] for i in present],
+        images_per_class=2,
+    )
     train, test = _stratified_indices(labels, test_size, seed)
     return DatasetDict(train=dataset.select(train), test=dataset.select(test))
 
@@ -208,8 +216,26 @@ def check_classes(labels: torch.Tensor, names: Sequence[str], *, images_per_clas
         raise ValueError(
             f"Every class needs at least {images_per_class} image{'s' * (images_per_class > 1)}, but "
             f"{', '.join(lacking[:10])}{', …' * (len(lacking) > 10)}. Add images, ask for fewer per class, or leave "
-            "the class out: filter the rows and cast the label to a `ClassLabel` without it."
+            "the class out: remove its rows with `dataset.filter`."
         )
+
+
+def present_classes(dataset: AnyDataset, *, label_column: str | None = None) -> list[str]:
+    """The names of the classes that have an image, in the order of their labels.
+
+    A dataset that was filtered to some classes keeps the names of all of them; those without an image are left out,
+    and said in the log. Of a stream all names are taken, as its rows are not known.
+    """
+    names = class_names(dataset, label_column=label_column)
+    if not isinstance(dataset, Dataset):
+        return names
+    column = find_column(features_of(dataset), "label_column", label_column, ClassLabel)
+    used = set(dataset.with_format(None)[column][:])
+    present = [name for label, name in enumerate(names) if label in used]
+    if present and len(present) < len(names):
+        absent = [name for name in names if name not in set(present)]
+        logger.warning("%d classes have no image and are left out: %s", len(absent), absent[:20])
+    return present or names  # without a single label, reading says which row has none
 
 
 @plain_arguments(images_per_class=1)

@@ -8,21 +8,25 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import PIL.Image
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Image, concatenate_datasets
 from transformers import PreTrainedModel
 
 from .concentrate import SOURCES, embed_pixels, row_features
 from .data import load_pixels
 from .evaluators import predict_logits
-from .evaluators.checks import check_same_classes
+from .evaluators.checks import class_columns, model_classes
 from .evaluators.evaluation import ImageSet, evaluator_builder
 from .evaluators.protocols import Protocol, get_protocol
 from .evaluators.training import train_evaluator
+from .images import stored_at
 from .kernels import herd
 from .labels import class_mapping
+from .names import find_classes
 from .objectives import class_margin
 from .pipeline import DsCoPipeline
+from .pixels import class_places, place_of
 from .schema import class_names, find_columns
 from .seeds import image_seed
 from .targets import MatchingTargets
@@ -49,6 +53,9 @@ def dope(
     architecture: str = "convnet",
     num_students: int = 1,
     class_wise: bool | None = None,
+    image_size: int | str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Dataset:
@@ -62,8 +69,9 @@ def dope(
         - "random": a random choice, as the baseline.
 
     Args:
-        small (`Dataset`): from [`concentrate`].
-        real (`Dataset`): the images to choose from, with the same class names.
+        small (`Dataset`): from [`concentrate`], or anybody's set with an `Image` and a `ClassLabel` column.
+        real (`Dataset`): the images to choose from. Classes are found by name, in any order; images of classes that
+            `small` does not have are not chosen.
         pipe (`DsCoPipeline`, *optional*): its classifier gives the features for "herding", and the soft labels on
             which a student for "clarity" is trained. Not needed for "random" or with a `student`.
         images_per_class (`int`, *optional*): size of the result per class, synthetic images included.
@@ -77,11 +85,17 @@ def dope(
             steadily than that of one, which is what the authors take.
         class_wise (`bool`, *optional*): fill every class to the same number. If False, "clarity" ranks over the whole
             dataset; the others always go by class. By default True with `images_per_class`, False with `total`.
+        image_size (`int` or `str`, *optional*): what the chosen images are stored at: "original", or a size to resize
+            and crop to. By default that of the images of `small`. Files that have that size already are kept as they
+            are; the others become PNGs.
+        image_column (`str`, *optional*): of `real`, where there are several of the kind.
+        label_column (`str`, *optional*): of `real`, where there are several of the kind.
         seed (`int`): of the random choice and the student.
         progress (`bool`): show progress bars.
 
     Returns:
-        `Dataset`: the rows of `small`, then the chosen real images as they are, with their row in `real_index`.
+        `Dataset`: the rows of `small`, then the chosen real images, with their row in `real_index`; the columns of
+            [`concentrate`], and no others.
 
     Raises:
         ValueError: for class names that differ, a budget smaller than `small` or larger than the data, less than one
@@ -98,28 +112,83 @@ def dope(
         raise ValueError(
             "Pass either `images_per_class` or `total`, the size of the result with its synthetic images."
         )
-    image_column, label_column = find_columns(real)
+    small = as_concentrated(small)
     names = class_names(small)
-    check_same_classes(names, class_names(real, label_column=label_column), what="real images")
+    pool = _Pool.of(real, names, image_column=image_column, label_column=label_column)
     class_wise = total is None if class_wise is None else class_wise
-    labels = torch.tensor(real[label_column])
     held = torch.bincount(torch.tensor(small["label"]), minlength=len(names))
+    ask = (pipe, student, protocol, architecture, num_students, seed, progress, image_column, label_column)
     if strategy == "clarity" and not class_wise:
         size = total if total is not None else (images_per_class or 0) * len(names)
-        budget = _check_budget(size, len(small), len(real))
-        scores = clarity(small, real, pipe, student, protocol, architecture, num_students, seed, progress)
-        chosen = scores.argsort(stable=True)[:budget]
+        budget = _check_budget(size, len(small), len(pool.labels))
+        chosen = clarity(small, pool.dataset, *ask).argsort(stable=True)[:budget]
     else:
-        wanted = _per_class(names, held, torch.bincount(labels, minlength=len(names)), images_per_class, total)
+        wanted = _per_class(names, held, torch.bincount(pool.labels, minlength=len(names)), images_per_class, total)
         if strategy == "random":
-            chosen = _random(labels, wanted, seed)
+            chosen = _random(pool.labels, wanted, seed)
         elif strategy == "herding":
-            chosen = _herded(small, real, labels, wanted, pipe, targets, progress)
+            chosen = _herded(small, pool, wanted, pipe, targets, progress)
         else:
-            scores = clarity(small, real, pipe, student, protocol, architecture, num_students, seed, progress)
-            order = scores.argsort(stable=True)
-            chosen = torch.cat([order[labels[order] == row][:count] for row, count in enumerate(wanted)])
-    return concatenate_datasets([small, _as_rows(real, chosen, names, small, image_column, label_column)])
+            order = clarity(small, pool.dataset, *ask).argsort(stable=True)
+            chosen = torch.cat([order[pool.labels[order] == row][:count] for row, count in enumerate(wanted)])
+    return concatenate_datasets([small, _as_rows(pool, chosen, small, image_size)])
+
+
+def as_concentrated(small: Dataset) -> Dataset:
+    """Anybody's small set with the columns of a concentrated one: what it does not say is -1, its source "synthetic".
+
+    Further columns are left out, and named in the log.
+    """
+    image_column, label_column = find_columns(small)
+    names = class_names(small)
+    features = row_features(names)
+    small = small.with_format(None)
+    renamed = {key: value for key, value in {image_column: "image", label_column: "label"}.items() if key != value}
+    if clash := [value for value in renamed.values() if value in small.column_names]:
+        small = small.remove_columns(clash)
+    small = small.rename_columns(renamed)
+    for name in features:
+        if name not in small.column_names:
+            small = small.add_column(name, [SOURCES.index("synthetic") if name == "source" else -1] * len(small))
+    if further := [name for name in small.column_names if name not in features]:
+        logger.warning("Columns that the doped set cannot have for its real images are left out: %s", further)
+    return small.select_columns(list(features)).cast(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    """The real images that may be chosen.
+
+    Attributes:
+        dataset (`Dataset`): the rows of the small set's classes, as they are stored.
+        labels (`torch.Tensor` of shape `(N,)`): of these rows, numbered as in the small set.
+        rows (`torch.Tensor` of shape `(N,)`): their rows in the dataset that was given.
+        columns (`dict`): how they are read: `image_column`, `label_column` and the small set's `classes`.
+    """
+
+    dataset: Dataset
+    labels: torch.Tensor
+    rows: torch.Tensor
+    columns: dict[str, Any]
+
+    @classmethod
+    def of(cls, real: Dataset, names: Sequence[str], **columns: str | None) -> _Pool:
+        """Of a dataset the images of the named classes."""
+        image_column, label_column = find_columns(real, **columns)
+        theirs = class_names(real, label_column=label_column)
+        places = class_places(theirs, names)
+        real = real.with_format(None)  # formats and transforms are how a dataset is shown, not what it is
+        given = real[label_column][:]
+        rows = [row for row, label in enumerate(given) if not isinstance(place_of(label, row, places), str)]
+        if not rows:
+            raise ValueError(f"No real image is of a class of the small set, {list(names)[:10]}: got {theirs[:10]}.")
+        labels = torch.tensor([places[given[row]] for row in rows])
+        return cls(
+            real if len(rows) == len(real) else real.select(rows),
+            labels,
+            torch.tensor(rows),
+            {"image_column": image_column, "label_column": label_column, "classes": list(names)},
+        )
 
 
 def clarity_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -139,8 +208,13 @@ def clarity(
     num_students: int = 1,
     seed: int = 0,
     progress: bool = True,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> torch.Tensor:
-    """Clarity of every real image `(N,)` to students of the synthetic images; arguments as for [`dope`]."""
+    """Clarity of every real image `(N,)` to students of the synthetic images; arguments as for [`dope`].
+
+    All real images must be of classes of the synthetic ones.
+    """
     names = class_names(small)
     channels = pipe.num_channels if pipe is not None else student.config.num_channels if student is not None else 3
     students = [] if student is None else [student]
@@ -158,13 +232,14 @@ def clarity(
             ).model
             for one in seeds
         ]
-    check_same_classes(names, [students[0].config.id2label[i] for i in range(len(names))], what="student")
-    size = students[0].config.image_size
-    pixels, labels, indices = load_pixels(real, image_size=size, num_channels=channels, progress=progress)
+    known = class_columns(names, model_classes(students[0]), what="the student")
+    pixels, labels, indices = load_pixels(
+        real, image_size=students[0].config.image_size, num_channels=channels, image_column=image_column,
+        label_column=label_column, classes=names, progress=progress,
+    )  # fmt: skip
     scores = torch.full((len(real),), float("inf"))  # images that could not be read are never chosen
-    found = [
-        clarity_scores(predict_logits(model, pixels).float().softmax(dim=1).cpu(), labels.cpu()) for model in students
-    ]
+    logits = (predict_logits(model, pixels)[:, known].cpu() for model in students)
+    found = [clarity_scores(values.softmax(dim=1), labels) for values in logits]
     scores[indices] = torch.stack(found).mean(dim=0)
     return scores
 
@@ -233,7 +308,7 @@ def _teacher(pipe: DsCoPipeline | None, names: Sequence[str]) -> PreTrainedModel
     classifier = None if pipe is None else pipe.classifier
     if classifier is not None:
         config = classifier.config
-        if [config.id2label.get(i) for i in range(len(names))] == list(names) and config.num_labels == len(names):
+        if None not in find_classes(names, model_classes(classifier)):
             return classifier
         try:
             class_mapping(names, config.id2label, config.num_labels, owner="classifier")
@@ -267,12 +342,12 @@ def _per_class(
         assert images_per_class is not None
         check_whole("images_per_class", images_per_class, 1)
         for name, have, most in zip(names, held.tolist(), available.tolist(), strict=True):
-            if not have <= images_per_class <= have + most:
+            if have + most and not have <= images_per_class <= have + most:
                 raise ValueError(
                     f"Class {name!r} has {have} synthetic and {most} real images: `images_per_class` must be from "
                     f"{have} to {have + most}, got {images_per_class}."
                 )
-        return (images_per_class - held).tolist()
+        return torch.where(held + available > 0, images_per_class - held, 0).tolist()
     budget = _check_budget(total, int(held.sum()), int(available.sum()))
     wanted = torch.zeros_like(held)
     for _ in range(budget):
@@ -292,8 +367,7 @@ def _random(labels: torch.Tensor, wanted: Sequence[int], seed: int) -> torch.Ten
 
 def _herded(
     small: Dataset,
-    real: Dataset,
-    labels: torch.Tensor,
+    pool: _Pool,
     wanted: Sequence[int],
     pipe: DsCoPipeline | None,
     targets: MatchingTargets | None,
@@ -303,30 +377,56 @@ def _herded(
         raise ValueError(
             "strategy='herding' needs `pipe`, whose classifier gives the features, or choose another strategy."
         )
-    targets = targets or MatchingTargets.from_dataset(real, pipe, progress=progress)
+    columns = {name: pool.columns[name] for name in ("image_column", "label_column")}
+    targets = targets or MatchingTargets.from_dataset(pool.dataset, pipe, **columns, progress=progress)
     targets.check_pipeline(pipe)
+    aims = class_columns(
+        [name for name, count in zip(pool.columns["classes"], wanted, strict=True) if count],
+        targets.class_names,
+        what="the targets",
+    )
     options: dict[str, Any] = {"image_size": pipe.image_size, "num_channels": pipe.num_channels, "progress": progress}
     small_pixels, small_labels, _ = load_pixels(small, **options)
-    real_pixels, _, indices = load_pixels(real, **options)
+    real_pixels, labels, indices = load_pixels(pool.dataset, **pool.columns, **options)
     have, candidates = (embed_pixels(pixels, pipe, targets) for pixels in (small_pixels, real_pixels))
     parts = []
-    for row, count in enumerate(wanted):
-        members = (labels[indices] == row).nonzero()[:, 0]
+    for aim, row in zip(aims, [row for row, count in enumerate(wanted) if count], strict=True):
+        members = (labels == row).nonzero()[:, 0]
         mine = have[small_labels == row]
         picked = herd(
-            candidates[members], targets.embeddings[row], count, initial_sum=mine.sum(dim=0), initial_count=len(mine)
+            candidates[members],
+            targets.embeddings[aim],
+            wanted[row],
+            initial_sum=mine.sum(dim=0),
+            initial_count=len(mine),
         )
         parts.append(indices[members[picked]])
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _as_rows(
-    real: Dataset, chosen: torch.Tensor, names: Sequence[str], small: Dataset, image_column: str, label_column: str
-) -> Dataset:
-    """Chosen real images as rows of a concentrated dataset; the image files are taken over as they are."""
-    rows = real.select(chosen.tolist()).select_columns([image_column, label_column])
-    rows = rows.rename_columns({k: v for k, v in {image_column: "image", label_column: "label"}.items() if k != v})
-    for name, value in (("source", SOURCES.index("real")), ("seed", -1), ("block", -1)):
-        rows = rows.add_column(name, [value] * len(chosen))
-    rows = rows.add_column("real_index", chosen.tolist())
-    return rows.select_columns(list(row_features(names))).cast(small.features)
+def _as_rows(pool: _Pool, chosen: torch.Tensor, small: Dataset, image_size: int | str | None) -> Dataset:
+    """Chosen real images as rows of a concentrated dataset; files of the right size are taken over byte by byte."""
+    image_column = pool.columns["image_column"]
+    encoded = pool.dataset.select(chosen.tolist()).select_columns([image_column])
+    first = small[0]["image"]
+    size = None if image_size == "original" else check_size(image_size, first)
+    images = [stored_at(value, size) for value in encoded.cast_column(image_column, Image(decode=False))[image_column]]
+    count, features = len(chosen), small.features
+    columns = {
+        "image": images,
+        "label": pool.labels[chosen].tolist(),
+        "source": [SOURCES.index("real")] * count,
+        "seed": [-1] * count,
+        "block": [-1] * count,
+        "real_index": pool.rows[chosen].tolist(),
+    }
+    return Dataset.from_dict({name: columns[name] for name in features}, features=features)
+
+
+def check_size(image_size: Any, first: PIL.Image.Image) -> int | None:
+    """The size to store images at; by default that of the small set's first image, or any if that is not square."""
+    if image_size is None:
+        return first.width if first.width == first.height else None
+    if isinstance(image_size, str):
+        raise ValueError(f"`image_size` must be a number of pixels or 'original', got {image_size!r}.")
+    return check_whole("image_size", image_size, 1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+from datasets import Image
 
 
 _ALPHA = {"LA", "PA", "RGBA"}
@@ -48,6 +52,27 @@ def resize_and_crop(image: PIL.Image.Image, image_size: int) -> PIL.Image.Image:
     image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
     left, top = (width - image_size) // 2, (height - image_size) // 2
     return image.crop((left, top, left + image_size, top + image_size))
+
+
+def stored_at(value: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """An encoded image at a size: the very bytes of its file if it has that size (or any will do), else a PNG.
+
+    Args:
+        value (`dict`): `bytes`, or the `path` of a file, as `datasets` keeps images.
+        image_size (`int`, *optional*): see [`image_array`]; any if None.
+    """
+    content, path = value["bytes"], value["path"]
+    if content is None and path is not None and Path(path).is_file():
+        content = Path(path).read_bytes()
+    if image_size is not None:
+        with Image().decode_example({"bytes": content, "path": path}) as image:
+            if image.size != (image_size, image_size):
+                channels = 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3
+                array = image_array(image, channels, image_size)
+                PIL.Image.fromarray(array).save(buffer := io.BytesIO(), format="PNG")
+                content, path = buffer.getvalue(), None
+    # a folder of this machine is no part of a dataset
+    return {"bytes": content, "path": path if content is None or path is None else Path(path).name}
 
 
 def ignored_parts(image: PIL.Image.Image) -> list[str]:

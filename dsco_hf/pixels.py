@@ -18,6 +18,7 @@ from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
 from .images import ignored_parts, image_array, pixels_from_arrays
+from .names import find_classes
 from .schema import AnyDataset, class_names, find_columns
 
 
@@ -54,6 +55,7 @@ def iterate_pixels(
     image_column: str | None = None,
     label_column: str | None = None,
     on_error: str = "raise",
+    classes: Sequence[str] | None = None,
     rows: Sequence[range] | None = None,
     start: int = 0,
     allow_empty: bool = False,
@@ -72,6 +74,8 @@ def iterate_pixels(
         image_column (`str`, *optional*): see [`find_columns`].
         label_column (`str`, *optional*): see [`find_columns`].
         on_error (`str`): `"raise"` or `"skip"` images that cannot be decoded; skipped rows are counted and logged.
+        classes (sequence of `str`, *optional*): number the labels by this order of the class names, whatever the
+            dataset's own is; the dataset's if None. See [`class_places`].
         rows (sequence of `range`, *optional*): read these rows of a `Dataset` only; no batch spans two ranges.
         start (`int`): leave out that many rows at the beginning of a stream; they are read but not decoded.
         allow_empty (`bool`): accept that there are no rows, as in one of several parts.
@@ -84,15 +88,15 @@ def iterate_pixels(
         [`PixelBatch`]: pixels `(B, C, H, W)` in [-1, 1], labels, row indices and keys `(B,)`.
 
     Raises:
-        ValueError: for an unreadable image or a missing label (the row is named), for sizes that differ, and for an
-            empty dataset.
+        ValueError: for an unreadable image, a missing label or a class that is not in `classes` (the row is named),
+            for sizes that differ, and for an empty dataset.
     """
     _check_pixel_options(image_size, num_channels, batch_size, on_error)
     image_column, label_column = find_columns(dataset, image_column=image_column, label_column=label_column)
     reader = _Reader(
         encoded_columns(dataset, image_column, label_column),
         (image_column, label_column),
-        len(class_names(dataset, label_column=label_column)),
+        class_places(class_names(dataset, label_column=label_column), classes),
         image_size=image_size,
         num_channels=num_channels,
         batch_size=batch_size,
@@ -180,7 +184,7 @@ class _Reader:
         self,
         dataset: AnyDataset,
         columns: tuple[str, str],
-        num_classes: int,
+        places: Sequence[int | str],
         *,
         image_size: int | None,
         num_channels: int,
@@ -192,7 +196,7 @@ class _Reader:
         threads: int,
         progress: bool,
     ) -> None:
-        self.dataset, self.columns, self.num_classes = dataset, columns, num_classes
+        self.dataset, self.columns, self.places = dataset, columns, places
         self.image_size, self.num_channels, self.batch_size = image_size, num_channels, batch_size
         self.skip, self.rows, self.start, self.allow_empty = skip, rows, start, allow_empty
         self.threads, self.progress = threads, progress
@@ -283,7 +287,7 @@ class _Reader:
                     f"{self.size[1]}x{self.size[0]}. Pass `image_size=` to resize and crop them all to one size."
                 )
             kept.append(array)
-            kept_labels.append(_checked_label(label, row, self.num_classes))
+            kept_labels.append(_checked_place(label, row, self.places))
             indices.append(row)
         if not kept:
             return None
@@ -311,13 +315,32 @@ def _key(array: np.ndarray) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _checked_label(label: int | None, row: int, num_classes: int) -> int:
-    if label is None or not 0 <= label < num_classes:
+def class_places(names: Sequence[str], classes: Sequence[str] | None) -> list[int | str]:
+    """For each label of a dataset its number among `classes`, by name; the name itself where it is none of them."""
+    if classes is None:
+        return list(range(len(names)))
+    places = find_classes(names, classes)
+    return [name if place is None else place for name, place in zip(names, places, strict=True)]
+
+
+def place_of(label: int | None, row: int, places: Sequence[int | str]) -> int | str:
+    """The place of a label by [`class_places`]; ValueError for a row without one."""
+    if label is None or not 0 <= label < len(places):
         raise ValueError(
-            f"Row {row} has no valid label: got {label}, allowed are 0 to {num_classes - 1}. Unlabelled test splits "
+            f"Row {row} has no valid label: got {label}, allowed are 0 to {len(places) - 1}. Unlabelled test splits "
             "use -1 or None; choose a labelled split or remove such rows with `dataset.filter`."
         )
-    return label
+    return places[label]
+
+
+def _checked_place(label: int | None, row: int, places: Sequence[int | str]) -> int:
+    place = place_of(label, row, places)
+    if isinstance(place, str):
+        raise ValueError(
+            f"Row {row} is of class {place!r} (label {label}), which is not one of the classes wanted here. Remove "
+            "the rows of that class with `dataset.filter`, or give the class the name that it has there."
+        )
+    return place
 
 
 def load_pixels(
@@ -329,6 +352,7 @@ def load_pixels(
     image_column: str | None = None,
     label_column: str | None = None,
     on_error: str = "raise",
+    classes: Sequence[str] | None = None,
     progress: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Reads a whole dataset into memory; arguments as for [`iterate_pixels`].
@@ -345,6 +369,7 @@ def load_pixels(
         image_column=image_column,
         label_column=label_column,
         on_error=on_error,
+        classes=classes,
         progress=progress,
     )
     rows = len(dataset) if isinstance(dataset, Dataset) else None

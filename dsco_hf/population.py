@@ -428,5 +428,6 @@ def refuse_empty_classes(weights: Iterable[float], names: Sequence[str]) -> None
     if empty:
         raise ValueError(
             f"{len(empty)} of {len(names)} classes have no image to learn a target from: {empty[:10]}. Give each "
-            "class at least one image, or remove the class from the dataset's labels."
+            "class at least one image, or leave it out: of a dataset that is not streamed such classes are left out "
+            "by themselves, of samples by `class_labels`."
         )

@@ -14,11 +14,10 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from .data import iterate_pixels
+from .data import iterate_pixels, present_classes
 from .feature_spec import RandomExtractor as RandomExtractor
 from .labels import Mapped, class_mapping
 from .population import refuse_empty_classes
-from .schema import class_names
 from .seeds import image_seed
 from .targets import rows_of_labels
 from .values import plain_arguments
@@ -67,7 +66,7 @@ class QuantileTargets:
         `counts` are the numbers of images of a class that will be drawn together, where there are several: most of the
         work at a noise level is the same for all of them, and is then done once.
         """
-        names = class_names(dataset)
+        names = present_classes(dataset)
         labels = class_mapping(names, pipe.id2label, pipe.num_classes, mapping=mapping)
         found: list[list[torch.Tensor]] = [[] for _ in names]
         generator = torch.Generator().manual_seed(seed)
@@ -76,6 +75,7 @@ class QuantileTargets:
             image_size=pipe.image_size,
             num_channels=pipe.num_channels,
             batch_size=batch_size,
+            classes=names,
             progress=progress,
         ):
             latents = pipe.encode_pixels(batch.pixels, generator=generator).cpu()

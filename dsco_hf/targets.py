@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data import dataset_fingerprint
+from .data import dataset_fingerprint, present_classes
 from .digests import model_sha256
 from .feature_spec import (
     DEFAULT_FEATURES,
@@ -31,7 +31,6 @@ from .kernels import fourier_embedding
 from .labels import Mapped, class_mapping, label_set_classes, label_set_named
 from .pixels import default_threads
 from .population import Population, Weighting, shared_batches, template_units
-from .schema import class_names
 from .seeds import image_seed
 from .target_files import CONFIG_NAME as CONFIG_NAME
 from .target_files import WEIGHTS_NAME as WEIGHTS_NAME
@@ -218,7 +217,7 @@ class MatchingTargets:
         """
         specs = feature_specs(features)
         source = FeatureSource(pipe, specs)
-        names = class_names(dataset, label_column=label_column)
+        names = present_classes(dataset, label_column=label_column)
         labels = class_mapping(names, pipe.id2label, pipe.num_classes, mapping=mapping)
         source.warn_of_other_classes(names)
         probe = source.probe()
@@ -243,6 +242,7 @@ class MatchingTargets:
             "device": source.device,
         }
         options["threads"] = default_threads() if decode_threads is None else decode_threads
+        options["classes"] = names
         options["progress"] = progress and (accelerator is None or accelerator.is_main_process)
         with Population(names, seed=seed, **shared) as population:
             for unit, batch in shared_batches(dataset, population, batch_size=batch_size, **options):

@@ -23,7 +23,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset
-from dsco_hf.evaluators import check_same_classes, get_protocol, load_image_set, protocol_to_dict, train_evaluator
+from dsco_hf.evaluators import get_protocol, load_image_set, protocol_to_dict, train_evaluator
 from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
 from dsco_hf.evaluators.models import is_own_architecture
 
@@ -157,7 +157,6 @@ def load_sets(recipe: ClassifierRecipe, protocol: Any, accelerator: Accelerator)
         )
     if len(sets) == 1:
         return sets[0], None
-    check_same_classes(sets[0].names, sets[1].names, what="the test set")
     return sets[0], sets[1]
 
 

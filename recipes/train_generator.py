@@ -27,7 +27,7 @@ from diffusers import AutoencoderKL
 from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import make_accelerator, parse_config
-from dsco_hf.data import class_names, dataset_fingerprint, load_image_dataset, load_pixels
+from dsco_hf.data import dataset_fingerprint, load_image_dataset, load_pixels, present_classes
 from dsco_hf.fine_tuning import adapt_denoiser, with_schedule_of
 from dsco_hf.generator_evaluation import GeneratorScore
 from dsco_hf.generator_training import GeneratorTrainingResult, train_generator
@@ -119,7 +119,7 @@ class GeneratorRun:
     ) -> None:
         self.recipe, self.accelerator, self.dataset = recipe, accelerator, dataset
         self.output = Path(recipe.output_dir)
-        self.names = class_names(dataset, label_column=recipe.label_column)
+        self.names = present_classes(dataset, label_column=recipe.label_column)
         self.config = GeneratorTrainingConfig(
             **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(GeneratorTrainingConfig)}
         )
@@ -147,6 +147,7 @@ class GeneratorRun:
             image_column=recipe.image_column,
             label_column=recipe.label_column,
             on_error=recipe.on_error,
+            classes=self.names,
             progress=accelerator.is_local_main_process,
         )
         self.score: GeneratorScore | None = None

@@ -398,8 +398,8 @@ def test_stratified_split_keeps_proportions_and_all_rows():
 
 
 def test_stratified_split_refuses_classes_too_small_and_streams(dataset):
-    with pytest.raises(ValueError, match="at least 2 images.*'owl' has 0"):
-        data.stratified_split(make_dataset([make_image()] * 6, labels=[0, 0, 0, 1, 1, 1]), test_size=2, seed=0)
+    with pytest.raises(ValueError, match="at least 2 images.*'owl' has 1"):
+        data.stratified_split(make_dataset([make_image()] * 7, labels=[0, 0, 0, 1, 1, 1, 2]), test_size=2, seed=0)
     with pytest.raises(TypeError, match="streamed"):
         data.stratified_split(dataset.to_iterable_dataset(), test_size=2, seed=0)
 

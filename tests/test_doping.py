@@ -1,9 +1,11 @@
 import copy
 import logging
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image
 
 from dsco_hf import ConvNetForImageClassification, MatchingTargets, clearest, concentrate, dope, get_protocol
 from dsco_hf.concentrate import embed_pixels
@@ -239,10 +241,10 @@ def test_bad_input(mix, small, real_images, pipe, targets, make):
     other = make.pipe(classifier=make.convnet(seed=9))
     with pytest.raises(ValueError, match="is not the one that the targets were made with"):
         dope(small, real_images, other, strategy="herding", total=8, targets=targets, progress=False)
-    with pytest.raises(ValueError, match="real images"):
-        mix(strategy="random", real=make.images((3, 3), names=("circle", "square")), total=8)
-    with pytest.raises(ValueError, match="same classes in another order"):
-        mix(strategy="random", real=make.images((3, 3, 3), names=("square", "circle", "triangle")), total=8)
+    with pytest.raises(ValueError, match="'triangle' has 2 synthetic and 0 real images"):
+        mix(strategy="random", real=make.images((3, 3), names=("circle", "square")), images_per_class=3)
+    with pytest.raises(ValueError, match=r"of a class of the small set, .*got \['cat', 'dog'\]"):
+        mix(strategy="random", real=make.images((3, 3), names=("cat", "dog")), total=8)
     with pytest.raises(ValueError, match="No column is of type Image"):
         mix(strategy="random", real=real_images.remove_columns("image"), total=8)
     student = make.convnet(names=("cat", "dog", "cow"))
@@ -295,3 +297,101 @@ def test_clearest_bad_input(real_images, pipe, make):
         clearest(real_images, make.pipe())
     with pytest.raises(ValueError, match="trained on other classes than the dataset"):
         clearest(real_images, make.pipe(classifier=make.convnet(names=("cat", "dog", "cow"))))
+
+
+def levels(dataset):
+    """The pattern of every class's images by name: stripes, columns or checkers, as `make.images` draws them."""
+    y, x = np.mgrid[:8, :8]
+    patterns = [y // 2 % 2, x // 2 % 2, (x + y) % 2]
+    found = {}
+    for image, label in zip(dataset["image"], dataset["label"], strict=True):
+        values = np.asarray(image.convert("L")).astype(float)
+        scores = [np.corrcoef(values.flatten(), pattern.flatten())[0, 1] for pattern in patterns]
+        found.setdefault(dataset.features["label"].names[label], set()).add(int(np.argmax(scores)))
+    return found
+
+
+SHOWN = {"circle": {0}, "square": {1}, "triangle": {2}}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_classes_are_found_by_name_in_any_order(strategy, make, pipe):
+    real, names = make.images((4, 4, 4)), ["triangle", "circle", "square"]
+    turned = real.align_labels_with_mapping({name: i for i, name in enumerate(names)}, "label")
+    small = turned.select(range(3))
+    for chosen_from in (real, turned):
+        mixed = dope(
+            small, chosen_from, pipe, images_per_class=3, strategy=strategy, student=pipe.classifier, progress=False
+        )
+        assert levels(mixed) == SHOWN and per_class(mixed) == [3, 3, 3]
+        assert mixed.features["label"].names == names
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_small_set_of_some_classes_takes_images_of_those(strategy, make, pipe):
+    real = make.images((4, 4, 4))
+    some = real.filter(lambda label: label != 1, input_columns="label")
+    for small in (
+        some.select(range(2)),
+        some.select(range(2)).align_labels_with_mapping({"circle": 0, "triangle": 1}, "label"),
+    ):
+        mixed = dope(small, real, pipe, images_per_class=2, strategy=strategy, student=pipe.classifier, progress=False)
+        expected = {"circle", "triangle"} | ({"square"} if len(small.features["label"].names) == 3 else set())
+        assert set(levels(mixed)) == expected and all(levels(mixed)[name] == SHOWN[name] for name in expected)
+        filtered = dope(
+            small, some, pipe, images_per_class=2, strategy=strategy, student=pipe.classifier, progress=False
+        )
+        assert set(levels(filtered)) == {"circle", "triangle"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_anybodys_small_set_and_columns_by_name(strategy, make, pipe, caplog):
+    real = make.images((4, 4, 4)).rename_columns({"label": "fine", "image": "photo"})
+    real = real.add_column("coarse", [0] * len(real)).cast_column("coarse", ClassLabel(names=["thing"]))
+    real = real.map(
+        lambda row: {"thumbnail": row["photo"]}, features=Features({**real.features, "thumbnail": Image()})
+    )
+    small = make.images((1, 1, 1), seed=3).rename_columns({"label": "kind", "image": "img"})
+    small = small.add_column("author", ["ann"] * 3)
+    columns = {"image_column": "photo", "label_column": "fine"}
+    mixed = dope(
+        small, real, pipe, images_per_class=2, strategy=strategy, student=pipe.classifier, progress=False, **columns
+    )
+    assert levels(mixed) == SHOWN and per_class(mixed) == [2, 2, 2] and "['author']" in caplog.text
+    assert mixed["source"][:] == [0] * 3 + [1] * 3 and mixed["seed"][:] == [-1] * 6
+    with pytest.raises(ValueError, match="Choose one with `label_column=`"):
+        dope(
+            small,
+            real.rename_columns({"fine": "a", "coarse": "b"}),
+            images_per_class=2,
+            strategy="random",
+            image_column="photo",
+        )
+
+
+def test_chosen_files_keep_their_bytes_unless_their_size_differs(make, tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["circle"])})
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    PIL.Image.fromarray(noise[:8, :8]).save(tmp_path / "same.jpg", quality=60)
+    PIL.Image.fromarray(noise).save(tmp_path / "other.jpg", quality=60)
+    paths = [str(tmp_path / name) for name in ("same.jpg", "other.jpg")]
+    real = Dataset.from_dict({"image": paths, "label": [0, 0]}, features=features)
+    small = make.images((1,), names=("circle",))
+    shown = [real, real.with_format("torch"), real.with_transform(lambda rows: {"image": [0], "label": [0]})]
+    for dataset in shown:
+        before = dataset.format["type"]
+        mixed = dope(small, dataset, images_per_class=3, strategy="random").cast_column("image", Image(decode=False))
+        stored = {row["real_index"]: row["image"] for row in mixed}
+        assert stored[0]["bytes"] == (tmp_path / "same.jpg").read_bytes() and stored[0]["path"] == "same.jpg"
+        assert stored[1]["bytes"].startswith(b"\x89PNG") and dataset.format["type"] == before
+    mixed = dope(small, real, images_per_class=3, strategy="random")
+    assert {image.size for image in mixed["image"]} == {(8, 8)}
+    expected, _, _ = load_pixels(real.select([1]), num_channels=1, image_size=8)
+    kept = mixed.filter(lambda row: row == 1, input_columns="real_index")
+    assert torch.equal(load_pixels(kept, num_channels=1)[0], expected)  # as everything else reads that file
+    original = dope(small, real, images_per_class=3, strategy="random", image_size="original")
+    assert {image.size for image in original["image"]} == {(8, 8), (30, 20)}
+    sixteen = dope(small, real, images_per_class=3, strategy="random", image_size=16)
+    assert [image.size for image in sixteen["image"]] == [(8, 8), (16, 16), (16, 16)]
+    with pytest.raises(ValueError, match="number of pixels or 'original', got 'orginal'"):
+        dope(small, real, images_per_class=3, strategy="random", image_size="orginal")

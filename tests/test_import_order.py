@@ -10,6 +10,8 @@ import dsco_hf
 
 PACKAGE = Path(dsco_hf.__path__[0])
 ORDER = [
+    "names",
+    "yaml_text",
     "schema",
     "values",
     "team",

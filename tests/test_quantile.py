@@ -107,9 +107,10 @@ def test_several_counts_share_the_passes_of_a_level(pipe, real_images):
     assert targets_sha256(alone) == targets_sha256(shared)
 
 
-def test_a_class_without_image_is_named(pipe, make):
-    with pytest.raises(ValueError, match=r"\['triangle'\]"):
-        QuantileTargets.from_dataset(make.images((2, 2, 0)), pipe, progress=False)
+def test_a_class_without_image_is_left_out(pipe, make):
+    targets = QuantileTargets.from_dataset(make.images((2, 0, 3)), pipe, progress=False)
+    assert targets.class_names == ["circle", "triangle"] and targets.class_labels == [0, 2]
+    assert [len(latents) for latents in targets.latents] == [2, 3]
 
 
 def test_a_class_without_target_is_named(pipe, real_images):

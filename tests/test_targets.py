@@ -361,9 +361,15 @@ def test_nan_features_are_refused(pipe, real_images):
         MatchingTargets.from_generator(pipe, samples_per_class=2, **DRAWN)
 
 
-def test_a_class_without_image_is_named(pipe, make):
-    with pytest.raises(ValueError, match=r"1 of 3 classes have no image.*\['square'\]"):
-        MatchingTargets.from_dataset(make.images((2, 0, 2)), pipe, **SMALL)
+def test_a_class_without_image_is_left_out_and_named(pipe, make, caplog):
+    filtered = MatchingTargets.from_dataset(make.images((2, 0, 2)), pipe, **SMALL)
+    assert filtered.class_names == ["circle", "triangle"] and filtered.class_labels == [0, 2]
+    assert "1 classes have no image and are left out: ['square']" in caplog.text
+    two = make.images((2, 2), names=("circle", "square")).select([0, 2])  # the same images, of two classes by name
+    renamed = MatchingTargets.from_dataset(two, pipe, **SMALL)
+    assert torch.equal(renamed.embeddings, MatchingTargets.from_dataset(two, pipe, **SMALL).embeddings)
+    with pytest.raises(ValueError, match=r"1 of 3 classes have no image.*\['square'\].*not streamed"):
+        MatchingTargets.from_dataset(make.images((2, 0, 2)).to_iterable_dataset(), pipe, **SMALL)
 
 
 def test_unreadable_images(pipe, real_images):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from ..names import find_classes, nearest
 from .protocols import Protocol
 
 
@@ -67,30 +68,28 @@ def check_soft_labels(soft_labels: torch.Tensor, images: int, num_labels: int) -
         )
 
 
-def check_same_classes(names: Sequence[str], others: Sequence[str], *, what: str) -> None:
-    """Compares class names, in their order: equal counts do not make equal classes.
+def class_columns(names: Sequence[str], others: Sequence[str], *, what: str) -> list[int]:
+    """Where each class stands among the classes of a model or another dataset, which may know more of them.
 
     Args:
         names (`Sequence[str]`): of the training set.
-        others (`Sequence[str]`): of what is compared.
+        others (`Sequence[str]`): of what is asked.
         what (`str`): how the message calls it, e.g. `"the teacher"`.
 
+    Returns:
+        `list[int]`: for each of `names` its place in `others`, by [`~dsco_hf.names.find_classes`].
+
     Raises:
-        ValueError: where they differ.
+        ValueError: for classes that are not there.
     """
-    if list(names) == list(others):
-        return
-    if sorted(names) == sorted(others):
-        first = next(i for i, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
+    places = find_classes(names, others)
+    missing = [name for name, place in zip(names, places, strict=True) if place is None]
+    if missing:
         raise ValueError(
-            f"The training set and {what} have the same classes in another order: class {first} is {names[first]!r} "
-            f"here and {others[first]!r} there. Cast the label column of one to the names of the other."
+            f"The training set has {len(names)} classes, and {what} has {len(others)} without {missing[:5]}."
+            f"{nearest(missing[0], others)} Use the same names for both; their order does not matter."
         )
-    missing, extra = [n for n in names if n not in set(others)], [n for n in others if n not in set(names)]
-    raise ValueError(
-        f"The training set has {len(names)} classes and {what} has {len(others)}; only the training set has "
-        f"{missing[:5]}, only {what} has {extra[:5]}. Use the same class names in the same order for both."
-    )
+    return [place for place in places if place is not None]
 
 
 def check_label_source(
@@ -122,5 +121,9 @@ def check_label_source(
     if soft_labels is not None:
         check_soft_labels(soft_labels, images, model.config.num_labels)
     if teacher is not None:
-        names = [[m.config.id2label[i] for i in range(m.config.num_labels)] for m in (model, teacher)]
-        check_same_classes(*names, what="the teacher")
+        class_columns(*(model_classes(m) for m in (model, teacher)), what="the teacher")
+
+
+def model_classes(model: PreTrainedModel) -> list[str]:
+    """The names of a classifier's classes, by its labels."""
+    return [str(model.config.id2label[i]) for i in range(model.config.num_labels)]

@@ -22,11 +22,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels
+from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
 from ..features import features_and_logits
 from ..files import DamagedFileError, read_json, write_json
 from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
 from ..values import plain, plain_arguments
+from .checks import class_columns
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
 from .training import content_hash, train_evaluator
@@ -78,6 +79,7 @@ def load_image_set(
     *,
     protocol: Protocol,
     test_for: ImageSet | None = None,
+    classes: Sequence[str] | None = None,
     num_channels: int = 3,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -90,7 +92,10 @@ def load_image_set(
     Args:
         dataset (`Dataset` or `IterableDataset`): one split.
         protocol (`Protocol`): its sizes are read; soft labels are read where it uses stored ones.
-        test_for (`ImageSet`, *optional*): the training set that this is the test set of.
+        test_for (`ImageSet`, *optional*): the training set that this is the test set of, by whose classes the labels
+            are numbered.
+        classes (sequence of `str`, *optional*): number the labels by these names, such as those of another set; by the
+            dataset's own if None, less those without an image (unless it has stored soft labels).
         num_channels (`int`): 1 or 3.
         image_column (`str`, *optional*): see `data.find_columns`.
         label_column (`str`, *optional*): likewise.
@@ -109,6 +114,11 @@ def load_image_set(
         size = protocol.load_size or protocol.input_size
     else:
         size = protocol.test_size or protocol.input_size or test_for.pixels.shape[-1]
+    stored = test_for is None and protocol.label_type == "stored"
+    if test_for is not None:
+        classes = test_for.names
+    elif classes is None and not stored:
+        classes = present_classes(dataset, label_column=label_column)
     pixels, labels, rows = load_pixels(
         dataset,
         image_size=size,
@@ -116,16 +126,18 @@ def load_image_set(
         image_column=image_column,
         label_column=label_column,
         on_error=on_error,
+        classes=classes,
         progress=progress,
     )
     if test_for is not None and protocol.test_size and protocol.input_size:
         margin = (protocol.test_size - protocol.input_size) // 2
         end = margin + protocol.input_size
         pixels = pixels[:, :, margin:end, margin:end].contiguous()
-    names = tuple(class_names(dataset, label_column=label_column))
-    soft = None
-    if test_for is None and protocol.label_type == "stored":
-        soft = read_soft_labels(dataset, soft_label_column, num_classes=len(names))[rows]
+    own = class_names(dataset, label_column=label_column)
+    names, soft = tuple(classes or own), None
+    if stored:
+        soft = read_soft_labels(dataset, soft_label_column, num_classes=len(own))[rows]
+        soft = soft[:, class_columns(names, own, what="the soft labels' dataset")]
     return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset))
 
 

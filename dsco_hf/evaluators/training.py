@@ -26,7 +26,7 @@ from ..files import remove_partials
 from ..values import plain_arguments
 from .augmentation import Augmented, augment
 from .checkpoints import content_hash, read_checkpoint, write_checkpoint
-from .checks import check_images, check_label_source
+from .checks import check_images, check_label_source, class_columns, model_classes
 from .losses import hard_label_loss, soft_label_loss
 from .protocols import Protocol, by_budget, learning_rate_factor
 
@@ -168,7 +168,11 @@ class _Run:
         self.rank: int = accelerator.process_index if distributed else 0
         self.layout = fast_layout(model, self.device)
         self.model = model.to(self.device, memory_format=self.layout).train()
-        self.teacher = None if teacher is None else teacher.to(self.device).eval()
+        self.teacher = None if teacher is None else teacher.to(self.device)
+        self.columns: list[int] | None = None  # the student's classes among the teacher's, where their order differs
+        if teacher is not None:
+            columns = class_columns(model_classes(model), model_classes(teacher), what="the teacher")
+            self.columns = None if columns == list(range(teacher.config.num_labels)) else columns
         self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
         self.log_soft_labels = None if soft_labels is None else soft_labels.to(self.device).float().log()
         self.optimizer = make_optimizer(self.model, protocol)
@@ -256,6 +260,7 @@ class _Run:
         if self.teacher is not None:
             with self.accelerator.autocast():
                 logits = predict_logits(self.teacher, mixed.pixels, batch_size=len(mixed.pixels))
+            logits = logits if self.columns is None else logits[:, self.columns]
             return (logits / temperature).softmax(1)
         assert self.log_soft_labels is not None  # checked by check_label_source
         # Logarithms of probabilities are logits: softening them is softening the teacher's own.
