@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ from .failures import NonFiniteError
 from .feature_spec import FeatureSource
 from .images import images_from_pixels, pixels_from_images
 from .kernels import mmd2
+from .memory import peak_bytes
 from .objectives import MATCHING, ClassifierObjective, class_means
 from .pipeline import DsCoPipeline, DsCoPipelineOutput
 from .quantile import QuantileTargets
@@ -399,8 +398,7 @@ def peak_memory_bytes(pipe: DsCoPipeline) -> int:
     """The most memory held so far: of the pipeline's GPU, or else of this process."""
     if pipe.device.type == "cuda":
         return torch.cuda.max_memory_allocated(pipe.device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux kilobytes
+    return peak_bytes()
 
 
 def to_dataset(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:

@@ -7,7 +7,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _REASONS = {
     errno.ENOTDIR: "a file lies where a folder is needed; move it away, or choose another folder",
     errno.EEXIST: "a file lies where a folder is needed; move it away, or choose another folder",
 }
+# names that Windows keeps for devices, whatever follows the first dot
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(1, 10))}
 _NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that bring no folder to the disk
 
 
@@ -165,6 +168,25 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON to a file that is whole or absent."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def portable(name: str) -> bool:
+    """Whether every system can have a file or folder of this name."""
+    return (
+        bool(name)
+        and not set(name) & set('<>:"/\\|?*')
+        and not any(ord(character) < 32 for character in name)
+        and name[-1] not in ". "
+        and name.split(".")[0].rstrip().casefold() not in _DEVICES
+    )
+
+
+def same_file(names: Iterable[str]) -> list[list[str]]:
+    """Names that are one file where case does not count (Windows, macOS), or one in canonical Unicode (macOS)."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _remove(path: Path) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features
 
 from .cards import DatasetCardFields, render_dataset_card
+from .files import bring_to_disk, read_json, reading
 from .markdown import merge_cards
 from .records import concentration_record as concentration_record
 from .records import targets_record
@@ -41,6 +42,7 @@ OWN_ENTRIES = {CARD, CONCENTRATION, RESULTS, "data", "figures", "targets", ".git
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
 
 TargetsLike = MatchingTargets | Mapping[str, MatchingTargets] | None
+WRITE_AGAIN = "Download it again, or write the folder again."
 
 
 def to_json(values: object) -> str:
@@ -70,6 +72,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         new.chmod(0o755)
         yield new
+        for entry in (*new.rglob("*"), new):
+            bring_to_disk(entry)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
             folder.rename(old / "old")
@@ -77,6 +81,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             new.rename(folder)
+        bring_to_disk(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -387,13 +392,15 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
             f"{folder} is not the folder of a published dataset: it has no {CONCENTRATION}. Write it with "
             "`save_dataset_folder`."
         )
-    record = json.loads((folder / CONCENTRATION).read_text(encoding="utf-8"))
+    record = read_json(folder / CONCENTRATION, WRITE_AGAIN)
+    with reading(folder / CONCENTRATION, WRITE_AGAIN):
+        listed = {name: _listed(entry) for name, entry in record["configs"].items()}
+        record["default_config"]
     configs: dict[str, DatasetDict] = {}
-    for name, entry in record["configs"].items():
-        features = Features.from_dict(entry["features"])
+    for name, (features, files) in listed.items():
         splits = {}
-        for split, info in entry["splits"].items():
-            paths = [safe_path(folder, file["path"]) for file in info["files"]]
+        for split, names in files.items():
+            paths = [safe_path(folder, path) for path in names]
             if missing := [path for path in paths if not path.is_file()]:
                 raise FileNotFoundError(
                     f"{missing[0]} is missing, but {CONCENTRATION} lists it. Write the folder again."
@@ -406,10 +413,16 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
         "configs": configs,
         "default_config": record["default_config"],
         "concentration": {**record, "configs": recorded},
-        "results": json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
+        "results": read_json(results, WRITE_AGAIN) if results.is_file() else None,
         "figures": sorted((folder / "figures").glob("*")),
         "targets": _read_targets(folder, record),
     }
+
+
+def _listed(entry: Mapping[str, Any]) -> tuple[Features, dict[str, list[str]]]:
+    """Columns and files by split of a recorded config."""
+    splits = {split: [file["path"] for file in info["files"]] for split, info in entry["splits"].items()}
+    return Features.from_dict(entry["features"]), splits
 
 
 def _read_targets(folder: Path, record: Mapping[str, Any]) -> dict[str, MatchingTargets] | None:

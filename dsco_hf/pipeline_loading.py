@@ -8,7 +8,6 @@ installed class if it is told to trust it. A component of this package has such 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import re
 from pathlib import Path
@@ -20,6 +19,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
 from .components import check_index
+from .files import read_json
 from .model_hub import publish_pipeline
 from .push import PublishResult
 from .safety import explained, is_pickle
@@ -172,15 +172,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} is not the folder of a pipeline: it has no {INDEX}. Give one that `save_pretrained` wrote."
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): it may be truncated. Save the pipeline again."
-        ) from error
-    if not isinstance(index, dict):
-        raise ValueError(f"{path} must be a JSON object, but is a {type(index).__name__}. Save the pipeline again.")
-    return index
+    return read_json(path, "Save the pipeline again, or download it again.")
 
 
 def own_components(index: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -19,6 +19,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
+from .files import reading
 from .safety import Token, ambient_token, hub_error, is_pickle, is_transport_error, status_of
 from .shards import file_sha256
 
@@ -138,7 +139,8 @@ def read_remote(target: Target) -> Remote:
         if path not in files:
             return None
         local = api.hf_hub_download(target.repo_id, path, repo_type=target.repo_type, revision=head)
-        return Path(local).read_text(encoding="utf-8")
+        with reading(Path(path), f"Correct or delete it in {target.repo_id}."):
+            return Path(local).read_text(encoding="utf-8")
 
     return Remote(head, has_branch, files, read)
 

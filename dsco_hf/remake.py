@@ -14,7 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForImageClassification
 
 from .digests import model_sha256, targets_sha256
-from .folder import CONCENTRATION, parse_record
+from .files import reading
+from .folder import CONCENTRATION, WRITE_AGAIN, parse_record
 from .pipeline import DsCoPipeline
 from .records import PARTS, config_record
 from .safety import Token, explained, safe_path
@@ -46,7 +47,7 @@ def read_concentration(
         ConnectionError: If the Hub cannot be reached.
     """
     folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
-    return parse_record((folder / CONCENTRATION).read_text(encoding="utf-8"), f"{CONCENTRATION} of {repo_or_folder}")
+    return _record(folder, f"{CONCENTRATION} of {repo_or_folder}")
 
 
 def load_recorded(
@@ -79,7 +80,7 @@ def load_recorded(
     """
     folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
     name = f"{CONCENTRATION} of {repo_or_folder}"
-    record = config_record(parse_record((folder / CONCENTRATION).read_text(encoding="utf-8"), name), config)
+    record = config_record(_record(folder, name), config)
     options = {"token": token, "cache_dir": cache_dir}
     place = _place(record, "generator", name)
     parts = {part: model for part in PARTS if (model := _load_part(record, part, place, name, options)) is not None}
@@ -111,6 +112,12 @@ def _fetch(repo_or_folder: str | Path, *, revision: str | None, token: Token, ca
     if not (folder / CONCENTRATION).is_file():
         raise FileNotFoundError(f"{name} has no {CONCENTRATION}: it was not published with `publish`.")
     return folder
+
+
+def _record(folder: Path, name: str) -> dict[str, Any]:
+    with reading(folder / CONCENTRATION, WRITE_AGAIN):
+        text = (folder / CONCENTRATION).read_text(encoding="utf-8")
+    return parse_record(text, name)
 
 
 def _place(record: Mapping[str, Any], part: str, name: str) -> dict[str, Any]:

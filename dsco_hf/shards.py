@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, List, Value
 from datasets.table import embed_table_storage
+
+from .files import portable, reading, same_file
 
 
 ROWS_PER_GROUP = 256
@@ -44,6 +46,7 @@ def as_configs(dataset: object, *, config_name: str = "default") -> dict[str, di
         )
     if not dataset:
         raise ValueError("There is no config to publish: the dict is empty.")
+    _refuse_same_files("configs", dataset)
     configs: dict[str, dict[str, Dataset]] = {}
     for name, value in dataset.items():
         if not isinstance(name, str) or not CONFIG_NAME.fullmatch(name) or ".." in name:
@@ -52,7 +55,13 @@ def as_configs(dataset: object, *, config_name: str = "default") -> dict[str, di
                 f"them, starting "
                 "with a letter or a digit; for example 'ipc10'."
             )
+        if not portable(name):
+            raise ValueError(
+                f"{name!r} cannot be a config name: Windows can have no folder of that name. Choose another, for "
+                f"example 'set-{name.rstrip('.')}'."
+            )
         splits = dict(value) if isinstance(value, DatasetDict) else {"train": value}
+        _refuse_same_files("splits", splits)
         for split, rows in splits.items():
             if not SPLIT_NAME.fullmatch(split):
                 raise ValueError(
@@ -67,6 +76,15 @@ def as_configs(dataset: object, *, config_name: str = "default") -> dict[str, di
         # One column order for all, the order of the features on the card and in the files.
         configs[name] = {split: _ordered(rows) for split, rows in splits.items()}
     return configs
+
+
+def _refuse_same_files(what: str, names: Iterable[Any]) -> None:
+    """Names differ by more than their case: on Windows and macOS their files would be one."""
+    if clash := same_file(name for name in names if isinstance(name, str)):
+        raise ValueError(
+            f"The {what} {clash[0]} would be one folder or file on systems where upper and lower case do not count. "
+            "Rename all but one of them."
+        )
 
 
 def check_rows(dataset: object, *, where: str) -> None:
@@ -217,5 +235,8 @@ def describe_split(dataset: Dataset) -> dict[str, Any]:
 
 def read_split(paths: Sequence[Path], features: Features) -> Dataset:
     """Reads the parquet shards of a split into memory."""
-    tables = [pq.read_table(path, schema=features.arrow_schema) for path in paths]
+    tables = []
+    for path in paths:
+        with reading(path, "Download it again, or write the folder again."):
+            tables.append(pq.read_table(path, schema=features.arrow_schema))
     return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=features))

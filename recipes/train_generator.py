@@ -289,7 +289,7 @@ def save_results(
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate", "datasets")}
         | {"python": platform.python_version()},
     }
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

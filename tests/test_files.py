@@ -5,7 +5,17 @@ import sys
 
 import pytest
 
-from dsco_hf.files import DamagedFileError, explained, locked, read_json, remove_partials, whole, write_atomically
+from dsco_hf.files import (
+    DamagedFileError,
+    explained,
+    locked,
+    portable,
+    read_json,
+    remove_partials,
+    same_file,
+    whole,
+    write_atomically,
+)
 from dsco_hf.team import RunError
 
 
@@ -127,3 +137,40 @@ def test_two_at_once_and_the_lock_of_a_dead_process(tmp_path):
         holder.wait()
     with locked(tmp_path / "made"):
         assert (tmp_path / "made").is_dir()
+
+
+@pytest.mark.parametrize("name", ["ipc10", "a.b", "console", "aux1x", "com10", "été", ".hidden", "con-1"])
+def test_names_that_every_system_can_have(name):
+    assert portable(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "CON",
+        "nul",
+        "aux.parquet",
+        "Com1.txt",
+        "lpt9",
+        "a.",
+        "a ",
+        "a:b",
+        "a\\b",
+        "a/b",
+        "a*",
+        "a?",
+        'a"',
+        "a\nb",
+        "con .x",
+    ],
+)
+def test_names_that_some_system_cannot_have(name):
+    assert not portable(name)
+
+
+def test_names_that_are_one_file_on_some_systems():
+    assert same_file(["a", "A", "b", "straße", "STRASSE", "cafe\u0301", "caf\u00e9"]) == [
+        ["a", "A"], ["straße", "STRASSE"], ["cafe\u0301", "caf\u00e9"],
+    ]  # fmt: skip
+    assert same_file(["a", "b"]) == []

@@ -14,6 +14,7 @@ ORDER = [
     "yaml_text",
     "schema",
     "values",
+    "memory",
     "team",
     "files",
     "labels",

@@ -123,3 +123,23 @@ def test_what_cannot_be_published_is_explained(dataset, error, message):
 
 def test_check_rows_accepts_a_concentrated_dataset():
     check_rows(tiny_dataset(), where="config 'a'")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["aux"], "'aux' cannot be a config name: Windows can have no folder of that name. .* 'set-aux'"),
+        (["nul.10"], "'nul.10' cannot be a config name: Windows"),
+        (["ipc10."], "'ipc10.' cannot be a config name: Windows .* 'set-ipc10'"),
+        (["ipc10", "IPC10"], r"configs \['ipc10', 'IPC10'\] would be one folder .* Rename all but one"),
+    ],
+)
+def test_config_names_are_folders_on_every_system(names, message):
+    with pytest.raises(ValueError, match=message):
+        as_configs({name: tiny_dataset(1) for name in names})
+    assert list(as_configs({"set-aux": tiny_dataset(1), "set-ipc10": tiny_dataset(1)})) == ["set-aux", "set-ipc10"]
+
+
+def test_splits_are_files_on_every_system():
+    with pytest.raises(ValueError, match=r"splits \['train', 'Train'\] would be one folder or file"):
+        as_configs(datasets.DatasetDict(train=tiny_dataset(1), Train=tiny_dataset(1)))

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from ..files import reading
 from ..schema import nearest
 from ..values import check_whole, plain_fields
 from .augmentation import (
@@ -375,7 +376,11 @@ def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
     if str(name).endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise FileNotFoundError(f"No protocol file {str(name)!r}; names are {', '.join(PROTOCOLS)}.")
-        protocol = protocol_from_dict(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
+        with reading(Path(name), "Correct it: it must be YAML, with fields of `Protocol`."):
+            fields = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise TypeError(f"`field: value` lines are needed, this is a {type(fields).__name__}")
+        protocol = protocol_from_dict(fields)
     elif str(name) in PROTOCOLS:
         protocol = PROTOCOLS[str(name)]
     else:

@@ -29,7 +29,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from typing import Any
 
 import torch
 
+from dsco_hf import memory
 from dsco_hf.costs import calls, count_passes, pass_costs, predict_memory
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.plan import optimized_steps
@@ -266,8 +266,10 @@ def reset_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the process becomes what it holds
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # Linux: the peak of the process becomes what it holds
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return resident_peak()
@@ -281,10 +283,10 @@ def peak_bytes(device: torch.device) -> int:
 def resident_peak() -> int:
     """VmHWM of this process."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return memory.peak_bytes()
 
 
 def probe(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any]:

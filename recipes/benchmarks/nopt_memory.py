@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, load_image_dataset
+from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, load_image_dataset, memory
 from dsco_hf.evaluators import build_evaluator
 
 
@@ -138,8 +136,7 @@ def one_class() -> Dataset:
 
 def peak_mib() -> float:
     """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return memory.peak_bytes() / 2**20
 
 
 if __name__ == "__main__":

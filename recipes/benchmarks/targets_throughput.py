@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,7 +31,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, disable_progress_bars
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, load_image_dataset
+from dsco_hf import DsCoPipeline, MatchingTargets, load_image_dataset, memory
 from dsco_hf.data import class_names
 from dsco_hf.evaluators import build_evaluator
 from dsco_hf.pixels import default_threads, iterate_pixels
@@ -204,8 +202,7 @@ def measure_memory(settings: dict[str, Any], images: int, streaming: bool) -> fl
         dataset = load_image_dataset(settings["dataset"], split=settings["split"], streaming=True)
         dataset = dataset.cast(features).take(images)
     make_targets(pipe, dataset, settings)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return memory.peak_bytes() / 2**20
 
 
 if __name__ == "__main__":

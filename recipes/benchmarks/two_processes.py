@@ -118,7 +118,10 @@ def draw(options: argparse.Namespace, work: Path, processes: int) -> dict[str, A
     )
     command = time.monotonic() - begin
     with contextlib.ExitStack() as opened:
-        logs = [opened.enter_context(path.open()) for path in sorted((output / "run" / "log").glob("*.jsonl"))]
+        logs = [
+            opened.enter_context(path.open(encoding="utf-8"))
+            for path in sorted((output / "run" / "log").glob("*.jsonl"))
+        ]
         units = [event for log in logs for event in map(json.loads, log) if event["event"] == "unit"]
     rows = load_dataset(str(output / "dataset"), split="train", cache_dir=str(work / f"cache{time.monotonic_ns()}"))
     drawing = max(unit["clock"] for unit in units) - min(unit["begin"] for unit in units)
