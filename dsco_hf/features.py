@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from .files import read_json
 from .schema import nearest
 
 
@@ -50,6 +52,9 @@ def ensure_preprocessing(classifier: PreTrainedModel, *, token: str | bool | Non
         box = getattr(processor, "crop_size", None) or processor.size
         size = box.get("height") or box.get("shortest_edge") or size
     except (OSError, ValueError, AttributeError, TypeError) as error:
+        path = Path(classifier.name_or_path) / "preprocessor_config.json"
+        if path.is_file():  # damaged, and then no reason to guess
+            read_json(path, "Save the image processor again, or copy it again.")
         logger.warning(
             "No preprocessor config was found for classifier %r (%s): assuming %d px and ImageNet normalisation. Set "
             "`classifier.config.image_size`, `.image_mean` and `.image_std` to say otherwise.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +23,8 @@ from .components import check_index
 from .files import read_json
 from .model_hub import publish_pipeline
 from .push import PublishResult
-from .safety import explained, is_pickle
+from .safety import explained, hub_error, is_pickle
+from .weights import check_folder, check_own_weights, check_weights, listed_files, variants_of
 
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,6 @@ OWN_MODULE = re.compile(r"dsco_hf(\.[a-z_]+)+")
 OWN_SHIM = re.compile(rf"{OWN_MODULE.pattern}\.py")
 # Repositories whose main branch holds pickled weights only, and where the Hub's conversion of them is.
 CONVERSIONS = {"facebook/DiT-XL-2-256": "refs/pr/1"}
-_PICKLES = (
-    "{name} has {what}, and pickles can run code when they are loaded, so they are refused. Load a revision with "
-    "safetensors (often the Hub's conversion: `revision='refs/pr/N'`, see the pull requests of the repository), "
-    "convert the weights (https://huggingface.co/spaces/safetensors/convert), or pass `use_safetensors=False` if you "
-    "trust who made them."
-)
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -97,18 +93,26 @@ class StoredPipeline(DiffusionPipeline):
         wanted = {key: value for key, value in index.items() if key not in kwargs or key in given}
         local = folder if Path(name).is_dir() else None
         check_index(wanted, cls._optional_components, passed=given, folder=local)
-        if kwargs["use_safetensors"] and Path(name).is_dir():
-            refuse_pickles(name, [path.relative_to(name).as_posix() for path in Path(name).glob("*/*")], index, kwargs)
+        ours = [key for key in wanted if key in cls._optional_components and key not in given]
+        stored = [key for key in ours if _is_stored(wanted[key])]
+        options = dict(kwargs)
+        if local is not None:
+            check_components(name, folder, stored, options)
         try:
             for component, module, class_name in own_components(index):
                 kind = own_class(module, class_name)  # diffusers looks for the module among the imported ones
                 if component not in kwargs:
                     kwargs[component] = load_own(kind, name, component, kwargs)
-            return super().from_pretrained(name, **kwargs)
-        except OSError as error:
-            if kwargs["use_safetensors"] and "safetensors" in str(error):
-                raise ValueError(_PICKLES.format(name=name, what="weights without a safetensors file")) from None
+            pipe = super().from_pretrained(name, **kwargs)
+        except Exception as error:
+            if local is None and not type(hub_error(error)).__module__.startswith("huggingface_hub"):
+                check_components(name, folder, stored, options)
             raise
+        if options["use_safetensors"]:
+            for component in stored:
+                if isinstance(model := getattr(pipe, component, None), torch.nn.Module):
+                    check_own_weights(folder / component, model, remedy=_remedy(local is not None))
+        return pipe
 
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, push_to_hub: bool = False, **kwargs: Any
@@ -218,11 +222,40 @@ def load_own(kind: type[PreTrainedModel], name: str, component: str, kwargs: dic
     return model.to(device) if isinstance(device, str) and device != "balanced" else model
 
 
-def refuse_pickles(name: str, files: list[str], index: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """Raises ValueError if a component that is to be loaded has pickled weights and no safetensors."""
-    for component, value in index.items():
-        if isinstance(value, list) and component not in kwargs:
-            own = [path for path in files if path.startswith(f"{component}/")]
-            pickles = [path for path in own if is_pickle(path)]
-            if pickles and not any(path.endswith(".safetensors") for path in own):
-                raise ValueError(_PICKLES.format(name=name, what=f"{pickles[0]} but no safetensors beside it"))
+def check_components(name: str, folder: Path, components: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Looks at the files of the components that are to be loaded from a folder, or from the snapshot of a repository.
+
+    Raises:
+        DamagedFileError, FileNotFoundError: naming the file.
+        ValueError: if there are only pickled weights, or only a variant that was not asked for.
+    """
+    local, variant = Path(name).is_dir(), options.get("variant")
+    listed = None if local else listed_files(name, revision=options.get("revision"), token=options.get("token"))
+    files: dict[str, list[str]] = {}
+    for component in components:
+        check_folder(folder / component, remedy=_remedy(local))
+        files[component] = [path.name for path in (folder / component).glob("*")]
+        if listed is not None:
+            files[component] = [
+                path.removeprefix(f"{component}/") for path in listed if path.startswith(f"{component}/")
+            ]
+        config = "scheduler_config.json" if component == "scheduler" else "config.json"
+        if config not in files[component]:
+            raise FileNotFoundError(f"{folder / component / config} is missing. {_remedy(local)}")
+    models = [component for component in components if component != "scheduler" and options["use_safetensors"]]
+    for component in sorted(models, key=lambda component: not any(map(is_pickle, files[component]))):
+        check_weights(files[component], name=name, component=component, variant=variant)
+    variants = {one for component in models for one in variants_of(files[component])}
+    if variant is not None and variants and variant not in variants:
+        there = sorted(one for one in variants if one)
+        others = f", or choose of {there}" if there else ""
+        raise ValueError(f"{name} has no variant {variant!r}: leave `variant` out{others}.")
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether an entry of a pipeline's index is a component with a folder."""
+    return isinstance(value, list) and len(value) == 2 and None not in value
+
+
+def _remedy(local: bool) -> str:
+    return "Save the pipeline again, or copy it again." if local else "Load again with `force_download=True`."

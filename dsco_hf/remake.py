@@ -20,6 +20,7 @@ from .pipeline import DsCoPipeline
 from .records import PARTS, config_record
 from .safety import Token, explained, safe_path
 from .targets import MatchingTargets
+from .weights import explained_model
 
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -147,7 +148,7 @@ def _load_part(
         if place.get("revision") == generator.get("revision"):
             return None
     known = {key: place[key] for key in ("revision", "subfolder") if place.get(key)}
-    with explained(place["id"], token=options["token"], action="load"):
+    with explained(place["id"], token=options["token"], action="load"), explained_model(place["id"], **known):
         kind = AutoencoderTiny if part == "preview_vae" else AutoModelForImageClassification
         return kind.from_pretrained(place["id"], use_safetensors=True, **known, **options).eval()
 

@@ -22,6 +22,7 @@ ORDER = [
     "digests",
     "seeds",
     "safety",
+    "weights",
     "methods",
     "samples",
     "markdown",
