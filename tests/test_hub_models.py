@@ -255,6 +255,23 @@ def test_the_converted_weights_of_a_known_generator_are_found(hub, ann, stranger
         stranger.run(code, options={"revision": "main"})
 
 
+def test_a_repository_with_a_variant_only(hub, ann, stranger, published):
+    files = hub.files("ann/pipe", kind="models")
+    variant = {path.replace(".safetensors", ".fp16.safetensors"): content for path, content in files.items()}
+    hub.store.create("models", "ann/half", private=False)
+    hub.put("ann/half", variant, kind="models")
+    code = """
+    from dsco_hf.pipeline import DsCoPipeline
+    from hub.tiny import draw
+    return draw(DsCoPipeline.from_pretrained("ann/half", **options))
+    """
+    with pytest.raises(
+        ClientError, match="ann/half has the weights of `.*` only as variant 'fp16': pass `variant='fp16'`"
+    ):
+        stranger.run(code, options={})
+    assert stranger.run(code, options={"variant": "fp16"}) == published["pixels"]  # as it says
+
+
 EVALUATOR = """
 from hub.tiny import tiny_pipeline
 from dsco_hf.hub import publish_evaluator
