@@ -38,6 +38,7 @@ from .safety import explained
 from .schema import AnyDataset, features_of, find_column, nearest
 from .schema import class_names as class_names
 from .schema import find_columns as find_columns
+from .shards import explained_tables
 from .values import plain_arguments
 
 
@@ -107,10 +108,12 @@ def load_image_dataset(
         for text in texts:
             if "://" not in text and "*" not in text:
                 _check_exists(Path(text))
-        loaded = load_dataset("parquet", data_files={"train": texts}, streaming=streaming, token=token)
+        with explained_tables([Path(text) for text in texts if Path(text).is_file()]):
+            loaded = load_dataset("parquet", data_files={"train": texts}, streaming=streaming, token=token)
         return _open_splits(loaded, split, streaming=False)
     if Path(texts[0]).exists():
-        return _load_local(Path(texts[0]), name, split=split, revision=revision, streaming=streaming)
+        with explained(texts[0], token=token, action="load"), explained_tables([Path(texts[0])]):
+            return _load_local(Path(texts[0]), name, split=split, revision=revision, streaming=streaming)
     looks_local = isinstance(paths[0], Path) or texts[0].count("/") > 1 or texts[0].startswith((".", "/", "~"))
     if looks_local and "://" not in texts[0]:
         _check_exists(Path(texts[0]))

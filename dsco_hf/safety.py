@@ -79,9 +79,9 @@ def _translate(error: Exception, target_id: str, *, action: str) -> Exception | 
             "the name; for a private one pass `token=`."
         )
     if status in (401, 403):
+        needed = "write permission for this namespace" if action.startswith("publish") else "read permission for it"
         return PermissionError(
-            f"Cannot {action} {target_id}: the Hub refused ({status}). The token needs write permission for this "
-            f"namespace. {detail}"
+            f"Cannot {action} {target_id}: the Hub refused ({status}). The token needs {needed}. {detail}"
         )
     if isinstance(found, hub_errors.LocalEntryNotFoundError | hub_errors.CacheNotFound):
         return FileNotFoundError(
@@ -90,6 +90,12 @@ def _translate(error: Exception, target_id: str, *, action: str) -> Exception | 
         )
     if isinstance(found, hub_errors.EntryNotFoundError):
         return FileNotFoundError(f"Cannot {action} {target_id}: a file is not there. {detail}")
+    if detail.startswith("Dataset scripts are no longer supported"):
+        return ValueError(
+            f"Cannot {action} {target_id}: it is made by a script ({detail.split()[-1]}), and scripts are not run. If "
+            "the Hub has converted it, pass `revision='refs/convert/parquet'`; otherwise run the script with an older "
+            "version of datasets (3.6), and give the folder that `save_to_disk` writes."
+        )
     if status is not None or is_transport_error(found):
         return ConnectionError(
             f"Cannot {action} {target_id}: {detail or type(found).__name__}. Run it again: it goes on from here."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,26 @@ def describe_split(dataset: Dataset) -> dict[str, Any]:
         "sources": dict(sorted(sources.items())),
         "rows_sha256": rows_sha256(dataset),
     }
+
+
+@contextmanager
+def explained_tables(paths: Sequence[Path]) -> Iterator[None]:
+    """Names the damaged file, where an error comes from reading parquet or Arrow files, or folders of them.
+
+    Raises:
+        DamagedFileError: for the first that cannot be opened; any other error passes as it is.
+    """
+    try:
+        yield
+    except Exception:
+        for path in paths:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                with reading(file, "Download it again, or write it again."):
+                    if file.suffix == ".parquet":
+                        pq.read_metadata(file)
+                    elif file.suffix == ".arrow":
+                        pa.ipc.open_stream(file.read_bytes()).read_all()
+        raise
 
 
 def read_split(paths: Sequence[Path], features: Features) -> Dataset:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dsco_hf import MatchingTargets, build_evaluator, get_protocol, train_evaluator, verify
+from dsco_hf import MatchingTargets, build_evaluator, get_protocol, load_image_dataset, train_evaluator, verify
 from dsco_hf.concentrate import plan_units, row_features, to_dataset
 from dsco_hf.evaluators import run_job
 from dsco_hf.evaluators.evaluation import read_job
@@ -128,3 +128,31 @@ def test_results_of_jobs(tmp_path, caplog):
     assert read_job(tmp_path / "a.json")["accuracy"] == 0.75 and "a.json is damaged" in caplog.text
     job(1.0)
     assert json.loads((tmp_path / "a.json").read_text())["accuracy"] == 0.75  # a whole one is kept
+
+
+def test_parquet_files_of_a_dataset(tmp_path):
+    save_dataset_folder(tiny_dataset(2), tmp_path / "set")
+    path = next((tmp_path / "set").rglob("*.parquet"))
+    content = path.read_bytes()
+    for keep in (0, 3, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:keep])
+        for given in (path, tmp_path / "set"):
+            with pytest.raises(DamagedFileError, match=f"{path} is damaged: .*again"):
+                load_image_dataset(given, split="train")
+
+
+def test_a_dataset_saved_to_disk(tmp_path):
+    tiny_dataset(2).save_to_disk(tmp_path / "saved")
+    path = next((tmp_path / "saved").glob("*.arrow"))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DamagedFileError, match=f"{path} is damaged"):
+        load_image_dataset(tmp_path / "saved")[:]
+
+
+def test_a_dataset_that_is_a_script(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "mine.py").write_text("import datasets")
+    with pytest.raises(ValueError, match=r"made by a script \(mine.py\), .*refs/convert/parquet.*save_to_disk"):
+        load_image_dataset(folder)

@@ -1,5 +1,6 @@
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import errors as hub_errors
@@ -39,6 +40,16 @@ def test_offline_errors_say_what_the_cache_has(tmp_path, monkeypatch):
     for repo_id, words in (("ann/set", f"of datasets/ann/set it has {'a' * 40}"), ("ann/x", "nothing of ann/x")):
         with pytest.raises(ConnectionError, match=words), safety.explained(repo_id, token=None, action="read"):
             raise hub_errors.OfflineModeIsEnabled("offline")
+
+
+@pytest.mark.parametrize(("action", "words"), [("load", "read permission for it"), ("publish to", "write permission")])
+def test_a_refusal_names_the_permission_that_is_needed(action, words):
+    response = SimpleNamespace(status_code=403, headers={}, request=None)
+    error = RuntimeError("403 Forbidden")
+    error.response = response
+    with pytest.raises(PermissionError, match=f"the Hub refused .403.. The token needs {words}"):
+        with safety.explained("ann/set", token=None, action=action):
+            raise error
 
 
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "C:\\x", "a\0b", "..", None, 3])
