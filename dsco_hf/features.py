@@ -15,6 +15,8 @@ from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from .files import read_json
+from .origins import commit_of
+from .preprocessing import Preprocessing, as_dict, check_against, from_dict
 from .schema import nearest
 
 
@@ -28,47 +30,56 @@ _HIDDEN = re.compile(r"hidden_\d+")
 
 
 def ensure_preprocessing(classifier: PreTrainedModel, *, token: str | bool | None = None) -> PreTrainedModel:
-    """Writes the input size and normalisation that a classifier expects into its config, where they are saved with it.
+    """Writes what a classifier expects of its inputs into its config, where it is saved with it.
+
+    A config that holds `image_size`, `image_mean` and `image_std` (those trained by our recipes do) says it all:
+    resize, bilinear, and normalise. Otherwise the image processor beside the weights, of the same commit, is followed
+    in all it does, as `config.preprocessing` (see `dsco_hf.preprocessing`); what cannot be followed is warned of. If
+    there is none, the usual ImageNet values are taken, with a warning.
 
     Args:
-        classifier (`PreTrainedModel`): its config may hold `image_size`, `image_mean` and `image_std` already (those
-            trained by our recipes do). What is missing is read from the `preprocessor_config.json` beside its weights,
-            and if there is none, the usual ImageNet values are taken, with a warning.
+        classifier (`PreTrainedModel`): a classifier of images.
         token (`str` or `bool`, *optional*): for a private repository on the Hub.
 
     Returns:
         `PreTrainedModel`: the same object.
     """
-    config = classifier.config
-    wanted = ("image_size", "image_mean", "image_std")
-    if all(getattr(config, name, None) is not None for name in wanted):
+    config, wanted = classifier.config, ("image_size", "image_mean", "image_std")
+    if getattr(config, "preprocessing", None) or all(getattr(config, name, None) is not None for name in wanted):
         return classifier
-    size = IMAGENET_SIZE
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    channels = getattr(config, "num_channels", 3)
+    name = classifier.name_or_path
     try:
-        processor = AutoImageProcessor.from_pretrained(classifier.name_or_path, token=token)
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        box = getattr(processor, "crop_size", None) or processor.size
-        size = box.get("height") or box.get("shortest_edge") or size
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        path = Path(classifier.name_or_path) / "preprocessor_config.json"
+        options = {"token": token, "revision": commit_of(classifier)} if not Path(name).is_dir() else {}
+        processor = AutoImageProcessor.from_pretrained(name, **options)
+        found = Preprocessing.of(processor, channels)
+        if channels in (1, 3):
+            check_against(processor, found, channels, name)
+        size = found.input_size(IMAGENET_SIZE, IMAGENET_SIZE)
+        values: Any = (size[0] if size[0] == size[1] else list(size), processor.image_mean, processor.image_std)
+        config.preprocessing = as_dict(found)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError) as error:
+        path = Path(name) / "preprocessor_config.json"
         if path.is_file():  # damaged, and then no reason to guess
             read_json(path, "Save the image processor again, or copy it again.")
         logger.warning(
-            "No preprocessor config was found for classifier %r (%s): assuming %d px and ImageNet normalisation. Set "
-            "`classifier.config.image_size`, `.image_mean` and `.image_std` to say otherwise.",
-            classifier.name_or_path,
+            "No preprocessor config that can be followed was found for classifier %r (%s): assuming %d px and "
+            "ImageNet normalisation. Set `image_size`, `image_mean` and `image_std` of `classifier.config` otherwise.",
+            name,
             type(error).__name__,
-            size,
+            IMAGENET_SIZE,
         )
-    channels = getattr(config, "num_channels", 3)
-    if len(mean) != channels:
-        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-    for name, value in zip(wanted, (size, list(mean), list(std)), strict=True):
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
+        values = (IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD)
+    for key, value in zip(wanted, values, strict=True):
+        if getattr(config, key, None) is None:
+            setattr(config, key, value if key == "image_size" else _of_channels(value, channels))
     return classifier
+
+
+def _of_channels(values: Sequence[float] | float | None, channels: int) -> list[float]:
+    """One number per channel: the mean of several where a classifier has another number of channels."""
+    found = [0.0] if values is None else [values] if isinstance(values, int | float) else list(values)
+    return found if len(found) == channels else [sum(found) / len(found)] * channels
 
 
 def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tensor:
@@ -77,11 +88,11 @@ def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tenso
     Args:
         pixels (`torch.Tensor` of shape `(B, C, H, W)`, range [-1, 1]): C is 1 or 3; grayscale is repeated for a colour
             classifier, colour is averaged for a grayscale one.
-        classifier (`PreTrainedModel`): its config holds `image_size`, `image_mean` and `image_std`, see
-            [`ensure_preprocessing`].
+        classifier (`PreTrainedModel`): what it expects is in its config, see [`ensure_preprocessing`].
 
     Returns:
-        `torch.Tensor` of shape `(B, num_channels, image_size, image_size)`.
+        `torch.Tensor` of shape `(B, num_channels, h, w)`, in the precision of `pixels`, as the classifier's processor
+            makes them.
     """
     config = ensure_preprocessing(classifier).config  # a classifier may have been put into a pipeline by hand
     channels = getattr(config, "num_channels", 3)
@@ -92,6 +103,8 @@ def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tenso
         )
     if pixels.shape[1] != channels:
         pixels = pixels.expand(-1, channels, -1, -1) if pixels.shape[1] == 1 else pixels.mean(dim=1, keepdim=True)
+    if getattr(config, "preprocessing", None):
+        return from_dict(config.preprocessing)(pixels)
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     if tuple(pixels.shape[-2:]) != size:

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from .generators import GeneratorTrainingConfig
+from .latents import scale_of, scaled
 
 
 @torch.no_grad()
@@ -33,12 +34,11 @@ def encode_latents(
     Returns:
         `tuple`: two tensors of shape `(N, latent channels, H / f, W / f)`.
     """
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     means, stds = [], []
     for part in tqdm(pixels.split(batch_size), desc="Encoding images", unit="batch", disable=not progress):
         posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        means.append(((posterior.mean.float() - shift) * scale).cpu())
-        stds.append((posterior.std.float() * scale).cpu())
+        means.append(scaled(vae, posterior.mean.float()).cpu())
+        stds.append(posterior.std.float().cpu() * scale_of(vae))
     return torch.cat(means), torch.cat(stds)
 
 

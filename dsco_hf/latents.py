@@ -53,16 +53,26 @@ def encode(
         sample_posterior (`bool`): draw from the posterior, or take its mode. An `AutoencoderTiny` has none to draw
             from.
     """
-    factor, shift, std = conventions(vae)
     encoded = vae.encode(pixels.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
         z = encoded.latent_dist.sample(generator) if sample_posterior else encoded.latent_dist.mode()
     else:
         z = encoded.latents
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return scaled(vae, z.to(torch.promote_types(z.dtype, torch.float32)))
+
+
+def scaled(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """The VAE's own z `(B, C, h, w)` → latents as the denoiser sees them; the inverse of what `decode` begins with."""
+    factor, shift, std = conventions(vae)
     if torch.is_tensor(std):
         return (z - shift.to(z)) * factor / std.to(z)
     return (z - shift if shift else z) * factor
+
+
+def scale_of(vae: Any) -> Any:
+    """What a deviation of z is multiplied with: a number, or one per channel `(C, 1, 1)`."""
+    factor, _, std = conventions(vae)
+    return factor / std
 
 
 def to_output(images: torch.Tensor, output_type: str) -> Any:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .images import ignored_parts, image_array, pixels_from_arrays
 from .names import find_classes
-from .schema import AnyDataset, class_names, find_columns
+from .schema import AnyDataset, class_names, find_columns, resolved
 
 
 logger = logging.getLogger(__name__)
@@ -172,8 +172,8 @@ def encoded_columns(dataset: AnyDataset, image_column: str, label_column: str) -
     """The two columns with images still encoded: decoding row by row tells which row is corrupt."""
     if isinstance(dataset, Dataset):
         dataset = dataset.with_format(None)
-    elif dataset.features is None:
-        dataset = dataset._resolve_features()
+    else:
+        dataset = resolved(dataset)
     return dataset.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
 
 

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from .concentrate import ConcentrationReport, concentrate_and_report, sampling_options
 from .digests import model_sha256, targets_sha256
 from .objectives import OBJECTIVES, ClassifierObjective
+from .origins import commit_of
 from .schema import nearest
 from .targets import MatchingTargets
 
@@ -207,7 +208,7 @@ def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | Non
     if model is None:
         return None
     name, sha256 = _name_of(model), model_sha256(model)
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    revision = commit_of(model)
     origin: dict[str, Any] = cached_origin(name) or {"id": name or None, "revision": revision}
     folder = (generator or {}).get("id")
     if folder and Path(name) == Path(str(folder)) / part:  # a component of a local pipeline

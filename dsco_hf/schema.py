@@ -55,7 +55,7 @@ def features_of(dataset: AnyDataset) -> Features:
     features = dataset.features
     if features is None:  # a stream that declares no types; its first row may tell them
         try:
-            features = dataset._resolve_features().features
+            features = resolved(dataset).features
         except ValueError as error:
             raise ValueError(
                 "The column types of this streamed dataset are unknown; `map` forgets them. Keep them with "
@@ -64,6 +64,11 @@ def features_of(dataset: AnyDataset) -> Features:
     if not features:
         raise ValueError("The dataset is empty: it has no rows and no columns.")
     return features
+
+
+def resolved(stream: IterableDataset) -> IterableDataset:
+    """A stream that knows the types of its columns, told from its first row where they are not declared."""
+    return stream if stream.features is not None else stream._resolve_features()  # `datasets` has no public name
 
 
 def find_column(features: Features, option: str, column: str | None, kind: type) -> str:

@@ -34,6 +34,8 @@ ORDER = [
     "pixels",
     "data",
     "kernels",
+    "origins",
+    "preprocessing",
     "features",
     "feature_spec",
     "feature_files",

@@ -91,7 +91,8 @@ def predict_logits(model: PreTrainedModel, pixels: torch.Tensor, *, batch_size: 
     model.eval()
     try:
         inputs = (
-            preprocess(b.to(model.device), model).contiguous(memory_format=layout) for b in pixels.split(batch_size)
+            preprocess(b.to(model.device), model).to(model.dtype, memory_format=layout)
+            for b in pixels.split(batch_size)
         )
         batches = [model(pixel_values).logits.float() for pixel_values in inputs]
     finally:
