@@ -37,10 +37,13 @@ from .generators import (
     learning_rate_at,
     null_class,
 )
+from .pace import Pace
 from .values import plain_arguments
 
 
 logger = logging.getLogger(__name__)
+
+FIRST_CHECKPOINT, CHECKPOINTS = 60.0, 600.0  # seconds until the first one, and between them
 
 
 @dataclass
@@ -80,7 +83,7 @@ def train_generator(
     accelerator: Accelerator | None = None,
     vae: AutoencoderKL | None = None,
     checkpoint_dir: str | Path | None = None,
-    checkpoint_every: int = 1000,
+    checkpoint_every: int | None = None,
     resume: bool = False,
     max_minutes: float | None = None,
     log_every: int = 20,
@@ -100,15 +103,15 @@ def train_generator(
         accelerator (`Accelerator`, *optional*): device, precision and processes. What is prepared with it is released
             at the end.
         vae (`AutoencoderKL`, *optional*): train in its latents instead of in pixels. Images are encoded once.
-        checkpoint_dir (`str` or `Path`, *optional*): save checkpoints here, every `checkpoint_every` steps, at the
-            time limit and at the end.
-        checkpoint_every (`int`): steps between checkpoints.
+        checkpoint_dir (`str` or `Path`, *optional*): save checkpoints here: after about a minute, then every
+            `checkpoint_every` steps, at the time limit and at the end.
+        checkpoint_every (`int`, *optional*): steps between checkpoints; as many as take ten minutes if None.
         resume (`bool`): continue from the checkpoint in `checkpoint_dir`, if there is one.
         max_minutes (`float`, *optional*): stop after this time, for machines that are lent in slices.
         log_every (`int`): steps between looks at the loss and the clock.
         distributed (`bool`): all processes train this one model together; otherwise the calling process trains it
             alone, while others may do something else. No checkpoints then.
-        progress (`bool`): show a progress bar.
+        progress (`bool`): show a progress bar, and say what is trained and when it will end.
         denoiser (`DiTTransformer2DModel` or `UNet2DModel`, *optional*): what to train further, in place; a new one of
             the configured architecture otherwise. `dsco_hf.fine_tuning.adapt_transformer` fits one to new classes.
         evaluate (`Callable`, *optional*): called by the main process as `f(step, averaged)` with the averaged
@@ -287,16 +290,22 @@ class _Trainer:
         self.evaluate_every = 1000
 
     def run(
-        self, *, checkpoint_every: int, max_minutes: float | None, log_every: int, progress: bool
+        self, *, checkpoint_every: int | None, max_minutes: float | None, log_every: int, progress: bool
     ) -> GeneratorTrainingResult:
         self._resume()
         started, before = time.monotonic(), self.progress.seconds
+        progress = progress and self.accelerator.is_local_main_process
+        pace = Pace(
+            self.denoiser, total=self.config.train_steps, done=self.progress.step, accelerator=self.accelerator,
+            processes=self.accelerator.num_processes if self.distributed else 1, shown=progress,
+        )  # fmt: skip
+        early = 0  # the step of the first checkpoint, if it is not that of `checkpoint_every`
         bar = tqdm(
             total=self.config.train_steps,
             initial=self.progress.step,
             desc="Training generator",
             unit="step",
-            disable=not (progress and self.accelerator.is_local_main_process),
+            disable=not progress,
         )
         out_of_time = False
         with bar:
@@ -305,7 +314,12 @@ class _Trainer:
                 bar.update()
                 step = self.progress.step
                 last = step == self.config.train_steps
-                due = self.checkpoints is not None and step % checkpoint_every == 0
+                if pace(step) and self.checkpoints is not None:
+                    early, regular = self._by_the_clock(pace, step, log_every)
+                    checkpoint_every = checkpoint_every or regular
+                due = self.checkpoints is not None and (
+                    step == early or (checkpoint_every is not None and step % checkpoint_every == 0)
+                )
                 if step % log_every == 0 or last or due:
                     bar.set_postfix(loss=f"{self._log():.4f}")
                     self.progress.seconds = before + time.monotonic() - started
@@ -315,6 +329,15 @@ class _Trainer:
                 if self.checkpoints is not None and (due or last or out_of_time):
                     self.checkpoints.save(self.progress, self._ema_state())
         return self._result()
+
+    def _by_the_clock(self, pace: Pace, step: int, log_every: int) -> tuple[int, int]:
+        """The step of the first checkpoint and the steps between the later ones, at those that are logged anyway."""
+        steps = [step + pace.steps_in(FIRST_CHECKPOINT), pace.steps_in(CHECKPOINTS)]
+        rounded = torch.tensor([-(-count // log_every) * log_every for count in steps], device=self.accelerator.device)
+        if self.distributed:
+            rounded = broadcast(rounded)  # one clock decides for all processes
+        first, between = rounded.tolist()
+        return first, between
 
     def _step(self) -> None:
         step = self.progress.step

@@ -54,7 +54,8 @@ class GeneratorRecipe(GeneratorTrainingConfig):
             classes that should start from others than the mean of all.
         classifier, classifier_revision: an image classifier to store with the pipeline, and to score samples with.
         output_dir: the pipeline folder.
-        checkpoint_every: steps between checkpoints (kept in `<output_dir>-checkpoints`).
+        checkpoint_every: steps between checkpoints (kept in `<output_dir>-checkpoints`); if None, as many as take ten
+            minutes. The first one comes after a minute.
         resume: continue from the last checkpoint, or start if there is none.
         log_every: steps between looks at the loss and the clock.
         max_minutes: stop with a checkpoint after this time.
@@ -82,7 +83,7 @@ class GeneratorRecipe(GeneratorTrainingConfig):
     classifier: str | None = None
     classifier_revision: str | None = None
     output_dir: str = "outputs/generator"
-    checkpoint_every: int = 1000
+    checkpoint_every: int | None = None
     resume: bool = False
     max_minutes: float | None = None
     log_every: int = 20

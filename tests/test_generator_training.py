@@ -106,6 +106,25 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, mon
     assert again.step == 12 and torch.equal(weights(again), weights(resumed))
 
 
+def test_the_first_checkpoint_comes_by_the_clock(tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, train_steps=24)
+    undisturbed, draw = train(config, log_every=4), generator_training.draw_batch
+
+    def dies_at_step_fourteen(data, step, *rest, **options):
+        if step == 14:
+            raise KeyboardInterrupt
+        return draw(data, step, *rest, **options)
+
+    monkeypatch.setattr(generator_training, "draw_batch", dies_at_step_fourteen)
+    monkeypatch.setattr(generator_training, "FIRST_CHECKPOINT", 0.0)  # seconds after the tenth step
+    with pytest.raises(KeyboardInterrupt):
+        train(config, checkpoint_dir=tmp_path, log_every=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]  # the next one that is logged
+    monkeypatch.undo()
+    resumed = train(config, checkpoint_dir=tmp_path, log_every=4, resume=True)
+    assert torch.equal(weights(undisturbed), weights(resumed)) and resumed.losses == undisturbed.losses
+
+
 def test_a_unet_in_bf16_resumes_bit_by_bit(tmp_path):
     config = dataclasses.replace(TINY, **UNET | {"block_out_channels": "8"})
 

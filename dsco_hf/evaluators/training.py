@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ..features import preprocess
 from ..files import remove_partials
+from ..pace import Pace
 from ..values import plain_arguments
 from .augmentation import Augmented, augment
 from .checkpoints import content_hash, read_checkpoint, write_checkpoint
@@ -198,6 +199,7 @@ class _Run:
         self.losses = torch.zeros(self.total_steps, device=self.device)
         self.steps, self.epoch, self.images, self.seconds = 0, 0, 0, 0.0
         self.accuracy_best: float | None = None
+        self.pace: Pace | None = None
 
     def batches(self) -> list[torch.Tensor]:
         """The batches of an epoch; every process gets at least two images of each."""
@@ -220,6 +222,8 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.step(indices)
+            if self.pace is not None:
+                self.pace(self.steps)
         self.epoch += 1
         self.seconds += time.perf_counter() - start
 
@@ -387,7 +391,7 @@ def train_evaluator(
         checkpoint_seconds (`float`): shortest time between two checkpoints; 0 writes one after every epoch.
         track_best (`bool`): also evaluate on the way, for `accuracy_best`.
         on_epoch (`Callable`, *optional*): called after every epoch with epoch, loss and, if evaluated, accuracy.
-        progress (`bool`): show a progress bar.
+        progress (`bool`): show a progress bar, and say what is trained and when it will end.
 
     Returns:
         `TrainingResult`: with the trained model.
@@ -445,6 +449,10 @@ def _train(
         if checkpoint.exists():
             run.load(checkpoint, fingerprint)
     checked, saved = run.steps, time.perf_counter()
+    if progress:
+        run.pace = Pace(
+            run.model, total=run.total_steps, done=run.steps, accelerator=run.accelerator, processes=run.world
+        )
     bar = tqdm(total=run.total_steps, initial=run.steps, desc=f"seed {run.seed}", disable=not progress, unit="step")
     while run.steps < run.total_steps:
         start = run.steps
