@@ -34,7 +34,7 @@ from transformers import AutoModelForImageClassification
 import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset
-from dsco_hf.files import write_atomically
+from dsco_hf.files import read_json, write_atomically
 from dsco_hf.folder import concentration_record, save_dataset_folder, to_json
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
@@ -329,7 +329,7 @@ def kept_targets(
     made = path.is_file()
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     if made:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, f"Remove {folder}: the targets are then made again.")
         if differing := [name for name in request if before.get(name) != request[name]]:
             values = "; ".join(f"{name}: {before.get(name)!r} there, {request[name]!r} now" for name in differing)
             raise ValueError(

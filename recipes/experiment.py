@@ -42,9 +42,9 @@ from dsco_hf.evaluators import (
     summarise,
     train_job,
 )
-from dsco_hf.evaluators.evaluation import run_environment
+from dsco_hf.evaluators.evaluation import read_job, run_environment
 from dsco_hf.evaluators.training import content_hash
-from dsco_hf.files import write_atomically
+from dsco_hf.files import read_json, reading, whole, write_atomically
 from dsco_hf.generator_training import weights_fingerprint
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
@@ -54,6 +54,7 @@ from dsco_hf.schema import nearest
 from dsco_hf.targets import MatchingTargets
 
 
+DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
 METHODS = ("plain", "nopt", "nopt-data-free", "nopt-quantile")
 FEATURES: dict[str, Any] = {
     "trained": {},
@@ -329,9 +330,8 @@ class Experiment:
                 targets = make(accelerator=self.accelerator, work_dir=self.work / f"{method}-pass", progress=False)
                 targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
                 if self.accelerator.is_main_process:
-                    partial = folder.with_name(f"{folder.name}.partial")
-                    targets.save_pretrained(partial)
-                    partial.rename(folder)
+                    with whole(folder) as partial:
+                        targets.save_pretrained(partial)
             self.accelerator.wait_for_everyone()
             self.targets[method] = MatchingTargets.from_pretrained(folder)
 
@@ -390,9 +390,8 @@ class Experiment:
             )
             cost = json.dumps(dataclasses.asdict(report) | {"matching": matching}).encode()
             write_atomically(path.with_suffix(".json"), cost)
-            partial = path.with_suffix(f".{self.rank}.partial")
-            rows.to_parquet(partial)
-            partial.replace(path)
+            with whole(path) as partial:
+                rows.to_parquet(partial)
         self.accelerator.wait_for_everyone()
 
     def sets(self) -> dict[str, ImageSet]:
@@ -408,7 +407,9 @@ class Experiment:
         for name in self.set_names():
             path = self.work / "sets" / f"{name}.parquet"
             if name not in self._sets and path.is_file():
-                self._sets[name] = self.images(Dataset.from_parquet(str(path), keep_in_memory=True))
+                with reading(path, DRAW_AGAIN):
+                    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+                self._sets[name] = self.images(rows)
         return self._sets
 
     def jobs(self) -> dict[str, tuple[str, int]]:
@@ -446,7 +447,7 @@ class Experiment:
         folder = self.output / "evaluators"
         done: dict[str, list[dict[str, Any]]] = {}
         for key, (name, _) in jobs.items():
-            done.setdefault(name, []).append(json.loads((folder / f"{key}.json").read_text(encoding="utf-8")))
+            done.setdefault(name, []).append(read_job(folder / f"{key}.json"))
         groups: dict[tuple[int, str], list[str]] = {}
         for name in sets:
             method, size, _ = name.rsplit("-", 2)
@@ -478,7 +479,7 @@ class Experiment:
     def cost(self, name: str) -> dict[str, Any]:
         """What a set cost; nothing for real images."""
         path = self.work / "sets" / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path, DRAW_AGAIN) if path.is_file() else {}
 
     def discrepancy(self, images: ImageSet) -> float:
         """MMD² of a set from the real classes, mean over classes."""

@@ -45,15 +45,16 @@ from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import select_per_class
 from dsco_hf.evaluators import herd_per_class, load_image_set, run_job, summarise, train_job
 from dsco_hf.evaluators.augmentation import RandomShift
-from dsco_hf.evaluators.evaluation import run_environment
+from dsco_hf.evaluators.evaluation import read_job, run_environment
 from dsco_hf.evaluators.training import content_hash
-from dsco_hf.files import write_atomically
+from dsco_hf.files import read_json, reading, whole, write_atomically, write_json
 from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.report import accuracy_figure, feature_figure, results_table, sample_grid
 
 
+DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
 METHODS = ("plain", "nopt", "nopt-data-free", "nopt-classifier-only", "nopt-quantile")
 BUDGETS = (1, 3, 10)
 GUIDANCE = 1.0
@@ -209,18 +210,20 @@ class Run:
         """Keeps a finished set and what it cost."""
         path = self._set_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(cost), encoding="utf-8")
-        rows.to_parquet(path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        write_json(path.with_suffix(".json"), cost)
+        with whole(path) as partial:
+            rows.to_parquet(partial)
 
     def load_set(self, name: str) -> Dataset:
         """A finished set."""
-        return Dataset.from_parquet(str(self._set_path(name)), keep_in_memory=True)
+        path = self._set_path(name)
+        with reading(path, DRAW_AGAIN):
+            return Dataset.from_parquet(str(path), keep_in_memory=True)
 
     def cost(self, name: str) -> dict[str, Any]:
         """What a set cost; nothing for real images."""
         path = self._set_path(name).with_suffix(".json")
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path, DRAW_AGAIN) if path.is_file() else {}
 
 
 def train_models(run: Run) -> DsCoPipeline:
@@ -252,8 +255,8 @@ def train_models(run: Run) -> DsCoPipeline:
                 classifier_2=untrained_network(run.train.names),
                 id2label=names,
             )
-            pipe.save_pretrained(folder.with_suffix(".partial"))
-            folder.with_suffix(".partial").rename(folder)
+            with whole(folder) as partial:
+                pipe.save_pretrained(partial)
         else:
             others = {"rank": accelerator.process_index - 1, "world": accelerator.num_processes - 1}
             train_evaluators(run, real_sets(run), **others)
@@ -312,8 +315,8 @@ def make_targets(run: Run, pipe: DsCoPipeline) -> dict[str, MatchingTargets]:
             targets = make(accelerator=run.accelerator)
             targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
             if run.accelerator.is_main_process:
-                targets.save_pretrained(folders[method].with_suffix(".partial"))
-                folders[method].with_suffix(".partial").rename(folders[method])
+                with whole(folders[method]) as partial:
+                    targets.save_pretrained(partial)
         run.accelerator.wait_for_everyone()
     return {method: MatchingTargets.from_pretrained(folder) for method, folder in folders.items()}
 
@@ -357,7 +360,7 @@ def real_sets(run: Run) -> dict[str, Dataset]:
     chosen: dict[str, torch.Tensor] = {}
     for budget in (*BUDGETS, run.doped_per_class):
         for seed in range(run.recipe.herding_seeds if budget in BUDGETS else 1):
-            herded = json.loads(run.herded(seed).read_text(encoding="utf-8"))
+            herded = read_json(run.herded(seed), DRAW_AGAIN)
             chosen[f"herding-ipc{budget}-seed{seed}"] = torch.tensor(herded[str(budget)])
         many = budget in (1, run.doped_per_class)
         for seed in range(run.recipe.random_seeds if many else run.recipe.synthesis_seeds):
@@ -414,10 +417,7 @@ def collect(
     run: Run, pipe: DsCoPipeline, targets: MatchingTargets, sets: dict[str, Dataset], jobs: dict[str, list[str]]
 ) -> dict[str, Any]:
     """The content of results.json: one row per method and budget."""
-    done = {
-        name: [json.loads((run.evaluators / f"{key}.json").read_text(encoding="utf-8")) for key in keys]
-        for name, keys in jobs.items()
-    }
+    done = {name: [read_job(run.evaluators / f"{key}.json") for key in keys] for name, keys in jobs.items()}
     groups: dict[tuple[int, str], list[str]] = {}
     for name in sets:
         method, size, _ = name.rsplit("-", 2)
@@ -467,8 +467,8 @@ def write_results(run: Run, results: dict[str, Any]) -> None:
     stamp = run.work / "seconds.json"
     if stamp.is_file():
         results["total_seconds"] = json.loads(stamp.read_text(encoding="utf-8"))
-    stamp.write_text(json.dumps(results["total_seconds"]), encoding="utf-8")
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_atomically(stamp, json.dumps(results["total_seconds"]).encode())
+    write_json(path, results)
 
 
 def draw(
