@@ -15,6 +15,7 @@ ORDER = [
     "schema",
     "values",
     "memory",
+    "pace",
     "team",
     "files",
     "labels",
