@@ -14,7 +14,7 @@ from datasets import Dataset, Image, concatenate_datasets
 from transformers import PreTrainedModel
 
 from .concentrate import SOURCES, embed_pixels, row_features
-from .data import load_pixels
+from .data import load_pixels, present_classes
 from .evaluators import predict_logits
 from .evaluators.checks import class_columns, model_classes
 from .evaluators.evaluation import ImageSet, evaluator_builder
@@ -281,13 +281,16 @@ def clearest(
             "`DsCoPipeline.from_pretrained`."
         )
     names, config = class_names(real, label_column=label_column), pipe.classifier.config
+    present = present_classes(real, label_column=label_column)
     try:
-        known = torch.tensor(class_mapping(names, config.id2label, config.num_labels, owner="classifier"))
+        known = torch.tensor(
+            class_mapping(names, config.id2label, config.num_labels, present=present, owner="classifier")
+        )
     except ValueError as error:
         raise ValueError(f"The classifier was trained on other classes than the dataset: {error}") from error
     pixels, labels, indices = load_pixels(
         real, image_size=pipe.image_size, num_channels=pipe.num_channels, image_column=image_column,
-        label_column=label_column, progress=progress,
+        label_column=label_column, classes=present, progress=progress,
     )  # fmt: skip
     labels = labels.cpu()
     margins = class_margin(predict_logits(pipe.classifier, pixels).cpu(), known[labels])

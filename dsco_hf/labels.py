@@ -11,7 +11,7 @@ import importlib.resources
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -86,6 +86,7 @@ def class_mapping(
     *,
     mapping: Mapped = None,
     own_labels: Sequence[int] | None = None,
+    present: Sequence[str] | None = None,
     owner: str = "generator",
 ) -> list[int]:
     """Finds the generator's class for every class of a dataset.
@@ -109,23 +110,28 @@ def class_mapping(
             - path of a YAML (or JSON) file that holds such a dict or list.
         own_labels (sequence of `int`, *optional*): index of each class in a label set of its own. A name that fits
             several classes is settled if the generator has it at that index.
+        present (sequence of `str`, *optional*): those of `names` that are wanted, as the others have no image. What
+            `mapping` says of the others is left aside; labels and places are those among all `names`.
         owner (`str`): whose classes these are, for errors: "generator", or "classifier", which takes no `mapping`.
 
     Returns:
-        `list[int]`: for dataset label i, a class in [0, num_classes).
+        `list[int]`: for each of `names` (or of `present`) a class in [0, num_classes).
 
     Raises:
         ValueError: if a class cannot be found or is ambiguous; all such classes are listed with the nearest names.
         FileNotFoundError: if `mapping` is a path and no file is there.
     """
     lookup = ClassLookup(id2label, num_classes)
-    told = read_mapping(mapping, names, lookup)
+    wanted = set(names if present is None else present)
+    told = read_mapping(mapping, names, lookup, wanted)
     unnamed = _of_unnamed(names, lookup, own_labels)
     if own_labels is None and len(names) == num_classes:
         own_labels = range(num_classes)  # the same label set on both sides settles names that occur twice
     resolved: list[int] = []
     problems: list[str] = []
     for label, name in enumerate(names):
+        if name not in wanted:
+            continue
         found = lookup.find(told[name]) if name in told else lookup.find(name) or unnamed[label]
         if own_labels is not None and own_labels[label] in found:
             found = {own_labels[label]}
@@ -138,10 +144,10 @@ def class_mapping(
             problems.append(f"{name!r}{given}{several}{near}")
     if problems:
         raise ValueError(
-            f"{len(problems)} of {len(names)} dataset classes have no certain match among the {num_classes} "
+            f"{len(problems)} of {len(wanted)} dataset classes have no certain match among the {num_classes} "
             f"classes of the {owner}: {'; '.join(problems)}. {_advice(names, num_classes, owner)}"
         )
-    _refuse_shared_classes(names, resolved, told, owner)
+    _refuse_shared_classes([name for name in names if name in wanted], resolved, told, owner)
     return resolved
 
 
@@ -240,16 +246,18 @@ class ClassLookup:
         return dict(found)
 
 
-def read_mapping(mapping: Mapped, names: Sequence[str], lookup: ClassLookup) -> dict[str, int | str]:
+def read_mapping(
+    mapping: Mapped, names: Sequence[str], lookup: ClassLookup, wanted: Container[str]
+) -> dict[str, int | str]:
     """Any form of a `mapping` argument as a dict from dataset class name to generator class, see [`class_mapping`]."""
     if mapping is None:
         return {}
     if isinstance(mapping, str) and mapping == "index":
         return {name: label for label, name in enumerate(names)}
     if isinstance(mapping, str) and mapping == "number":
-        return _told_by_numbers(names)
+        return _told_by_numbers([name for name in names if name in wanted])
     if isinstance(mapping, str) and not mapping.lower().endswith((".yaml", ".yml", ".json")):
-        return _told_by_label_set(mapping, names, lookup)
+        return _told_by_label_set(mapping, names, lookup, wanted)
     where = "`mapping`"
     if isinstance(mapping, str | Path):
         where = f"The file {mapping}"
@@ -301,7 +309,9 @@ def _told_by_numbers(names: Sequence[str]) -> dict[str, int | str]:
     return dict(zip(names, numbers, strict=True))
 
 
-def _told_by_label_set(preset: str, names: Sequence[str], lookup: ClassLookup) -> dict[str, int | str]:
+def _told_by_label_set(
+    preset: str, names: Sequence[str], lookup: ClassLookup, wanted: Container[str]
+) -> dict[str, int | str]:
     """Class by class what a label set says; a class that the generator knows by its own name keeps that."""
     classes = label_set(preset)
     numbers = numbers_of(names)
@@ -313,6 +323,8 @@ def _told_by_label_set(preset: str, names: Sequence[str], lookup: ClassLookup) -
     told: dict[str, int | str] = {}
     problems = []
     for label, name in enumerate(names):
+        if name not in wanted:
+            continue
         found = _by_any_synonym(name, known)
         if label in found and len(names) == len(classes):
             found = {label}

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from .data import iterate_pixels, present_classes
+from .data import class_names, iterate_pixels, present_classes
 from .feature_spec import RandomExtractor as RandomExtractor
 from .labels import Mapped, class_mapping
 from .population import refuse_empty_classes
@@ -67,7 +67,7 @@ class QuantileTargets:
         work at a noise level is the same for all of them, and is then done once.
         """
         names = present_classes(dataset)
-        labels = class_mapping(names, pipe.id2label, pipe.num_classes, mapping=mapping)
+        labels = class_mapping(class_names(dataset), pipe.id2label, pipe.num_classes, mapping=mapping, present=names)
         found: list[list[torch.Tensor]] = [[] for _ in names]
         generator = torch.Generator().manual_seed(seed)
         for batch in iterate_pixels(

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data import dataset_fingerprint, present_classes
+from .data import class_names, dataset_fingerprint, present_classes
 from .digests import model_sha256
 from .feature_spec import (
     DEFAULT_FEATURES,
@@ -218,7 +218,13 @@ class MatchingTargets:
         specs = feature_specs(features)
         source = FeatureSource(pipe, specs)
         names = present_classes(dataset, label_column=label_column)
-        labels = class_mapping(names, pipe.id2label, pipe.num_classes, mapping=mapping)
+        labels = class_mapping(
+            class_names(dataset, label_column=label_column),
+            pipe.id2label,
+            pipe.num_classes,
+            mapping=mapping,
+            present=names,
+        )
         source.warn_of_other_classes(names)
         probe = source.probe()
         columns = {"image_column": image_column, "label_column": label_column}

@@ -1,7 +1,7 @@
 """Evaluators: networks, protocols and the training loop that tell how good a small dataset is."""
 
 from .augmentation import Augmented, augment
-from .checks import class_columns, model_classes
+from .checks import check_same_classes, class_columns, model_classes
 from .evaluation import ImageSet, herd_per_class, load_image_set, run_job, run_jobs, summarise, train_job
 from .losses import accuracy
 from .models import (
@@ -35,6 +35,7 @@ __all__ = [
     "accuracy",
     "augment",
     "build_evaluator",
+    "check_same_classes",
     "class_columns",
     "get_protocol",
     "herd_per_class",

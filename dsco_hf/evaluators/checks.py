@@ -92,6 +92,25 @@ def class_columns(names: Sequence[str], others: Sequence[str], *, what: str) -> 
     return [place for place in places if place is not None]
 
 
+def check_same_classes(names: Sequence[str], others: Sequence[str], *, what: str) -> None:
+    """Checks that two sets number the same classes alike, for labels that are not aligned as they are read.
+
+    Args:
+        names (`Sequence[str]`): of the training set.
+        others (`Sequence[str]`): of what is compared.
+        what (`str`): how the message calls it, e.g. `"the test set"`.
+
+    Raises:
+        ValueError: for other classes, or the same ones in another order; Unicode forms of a name are the same.
+    """
+    if class_columns(names, others, what=what) != list(range(len(others))):
+        raise ValueError(
+            f"The training set and {what} number their classes differently: {list(names)[:5]} here, "
+            f"{list(others)[:5]} there. Read {what} with `load_pixels(..., classes=names)`, names of the training "
+            "set: labels are then numbered by name. (A cast would keep the numbers.)"
+        )
+
+
 def check_label_source(
     model: PreTrainedModel,
     protocol: Protocol,

@@ -1,0 +1,62 @@
+"""Datasets that were filtered to some of their classes, or number them in another order, wherever classes meet."""
+
+import pytest
+import torch
+
+from dsco_hf import MatchingTargets, concentrate, dope
+from dsco_hf.data import load_pixels
+from dsco_hf.doping import clearest
+from dsco_hf.evaluators.checks import check_same_classes
+from dsco_hf.labels import class_mapping
+
+
+OPTIONS = {"embedding_dim": 16, "progress": False}
+ANIMALS = ("cat", "dog", "fox", "owl")
+
+
+@pytest.mark.parametrize("mapping, found", [
+    ("index", [1, 3]), ([3, 2, 1, 0], [2, 0]), ({"cat": 9, "dog": 0, "owl": 2}, [0, 2]), (None, [1, 3]),
+])  # fmt: skip
+def test_labels_and_places_are_those_among_all_names(mapping, found):
+    generator = None if mapping is None else {0: "a", 1: "b", 2: "c", 3: "d"}
+    assert class_mapping(ANIMALS, generator, 4, mapping=mapping, present=["dog", "owl"]) == found
+
+
+def test_only_classes_that_are_wanted_must_be_known():
+    assert class_mapping(ANIMALS, {7: "owl", 8: "dog"}, 10, present=["dog", "owl"]) == [8, 7]
+    with pytest.raises(ValueError, match="1 of 2 dataset classes.*'fox'"):
+        class_mapping(ANIMALS, {7: "owl", 8: "dog"}, 10, present=["fox", "owl"])
+    names = ("tench", "my own", "church")
+    assert class_mapping(names, {0: "fish", 1: "house"}, 2, mapping={"tench": 0, "church": 1}, present=names[::2]) == [
+        0, 1
+    ]  # fmt: skip
+    assert class_mapping(["x", "3", "1"], {0: "a"}, 4, mapping="number", present=["3", "1"]) == [3, 1]
+    nette = class_mapping(names, None, 1000, mapping="imagenette", present=names[::2])
+    assert nette == [0, 497]
+
+
+def test_a_filtered_dataset_is_matched_concentrated_and_doped_as_it_is(make):
+    pipe = make.pipe(classifier=make.convnet())
+    part = make.images((4, 3, 5)).filter(lambda label: label != 1, input_columns="label")
+    for mapping in (None, "index", [0, 1, 2], {"square": 1, "circle": 0}):
+        targets = MatchingTargets.from_dataset(part, pipe, mapping=mapping, **OPTIONS)
+        assert (targets.class_names, targets.class_labels) == (["circle", "triangle"], [0, 2])
+    sure = clearest(part, pipe, share=0.5, progress=False)
+    assert sorted(sure["label"]) == [0, 0, 2, 2, 2]
+    small = concentrate(pipe, targets, images_per_class=1, num_inference_steps=2, optimization_steps=0, progress=False)
+    assert small.features["label"].names == ["circle", "triangle"]
+    mixed = dope(small, part, pipe, images_per_class=3, targets=targets, progress=False)
+    taken = [row for row in mixed if row["real_index"] >= 0]
+    assert [row["label"] for row in taken] == [0, 0, 1, 1]
+    assert [part[row["real_index"]]["label"] for row in taken] == [0, 0, 2, 2]
+
+
+def test_the_same_classes_in_another_order_are_told_and_the_advice_aligns_them(make):
+    names = ("circle", "square", "triangle")
+    with pytest.raises(ValueError, match=r"number their classes differently.*classes=names"):
+        check_same_classes(names, names[::-1], what="the test set")
+    with pytest.raises(ValueError, match=r"has 2 without \['triangle'\]"):
+        check_same_classes(names, names[:2], what="the test set")
+    other = make.images((2, 1, 1), names=names[::-1])
+    _, labels, _ = load_pixels(other, classes=names)
+    assert torch.equal(labels, 2 - torch.tensor(other["label"][:]))
