@@ -88,7 +88,7 @@ def find_column(features: Features, option: str, column: str | None, kind: type)
     if column not in features:
         raise ValueError(f"There is no column {column!r}. The columns are {have}.{nearest(column, found or features)}")
     if column not in found:
-        hint = _column_hint({column: features[column]}, kind) or f" Of type {kind.__name__} are: {found}."
+        hint = f" Of type {kind.__name__} are: {found}." if found else _column_hint(features, kind, column)
         raise ValueError(f"Column {column!r} is {_kind(features[column])}, not {kind.__name__}.{hint}")
     return column
 
@@ -97,14 +97,21 @@ def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", "")) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
-def _column_hint(features: Mapping[str, Any], kind: type) -> str:
-    """The call that most likely repairs a column of the wrong type."""
+def _column_hint(features: Mapping[str, Any], kind: type, column: str | None = None) -> str:
+    """The call that most likely repairs a column of the wrong type: the one that was named, or the most plausible."""
+    fits = _may_be_image if kind is Image else _may_be_label
+    if column is not None:  # chosen by the user: its name need not speak for it
+        key, asked = column if fits(_kind(features[column]), features[column]) else "", ""
+    elif kind is Image:
+        key = _most_plausible(features, fits, "image|img|picture|photo|pixel", "path|file")
+        asked = f" Did you mean {key!r}?"
+    else:
+        key = _most_plausible(features, fits, "label|class|target|category|species|digit", "fine|coarse|^y$")
+        asked = f" Did you mean {key!r}?"
     if kind is Image:
-        key = _most_plausible(features, _may_be_image, "image|img|picture|photo|pixel", "path|file")
-        return key and f" Did you mean {key!r}? Make it one with `dataset.cast_column({key!r}, datasets.Image())`."
-    key = _most_plausible(features, _may_be_label, "label|class|target|category|species|digit", "fine|coarse|^y$")
+        return key and f"{asked} Make it one with `dataset.cast_column({key!r}, datasets.Image())`."
     return key and (
-        f" Did you mean {key!r}? Make it one with `dataset.class_encode_column({key!r})`, or, of a stream, "
+        f"{asked} Make it one with `dataset.class_encode_column({key!r})`, or, of a stream, "
         f"`dataset.cast_column({key!r}, datasets.ClassLabel(names=[...]))`."
     )
 

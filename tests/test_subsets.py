@@ -1,10 +1,12 @@
 """Datasets that were filtered to some of their classes, or number them in another order, wherever classes meet."""
 
+import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
 
 from dsco_hf import MatchingTargets, concentrate, dope
-from dsco_hf.data import load_pixels
+from dsco_hf.data import class_names, load_pixels
 from dsco_hf.doping import clearest
 from dsco_hf.evaluators.checks import check_same_classes
 from dsco_hf.labels import class_mapping
@@ -60,3 +62,30 @@ def test_the_same_classes_in_another_order_are_told_and_the_advice_aligns_them(m
     other = make.images((2, 1, 1), names=names[::-1])
     _, labels, _ = load_pixels(other, classes=names)
     assert torch.equal(labels, 2 - torch.tensor(other["label"][:]))
+
+
+@pytest.mark.parametrize("columns, suggested", [
+    ({"id": [1, 2], "width": [8, 8], "label": [0, 1]}, "label"),
+    ({"filename": ["a", "b"], "label": ["cat", "dog"]}, "label"),
+    ({"class_id": [0, 1], "file_name": ["a", "b"], "height": [8, 8]}, "class_id"),
+    ({"Label": ["cat", "dog"], "image_id": [3, 4]}, "Label"),
+    ({"y": [1, 0], "x": [0, 1]}, "y"),
+])  # fmt: skip
+def test_the_suggested_column_is_the_plausible_one_and_the_advice_works(columns, suggested):
+    data = Dataset.from_dict({"image": [PIL.Image.new("L", (8, 8))] * 2, **columns})
+    with pytest.raises(ValueError, match=f"Did you mean '{suggested}'.*class_encode_column\\('{suggested}'\\)"):
+        class_names(data)
+    assert class_names(data.class_encode_column(suggested)) == sorted(map(str, columns[suggested]))
+
+
+def test_a_column_that_was_named_is_advised_on_whatever_its_name():
+    data = Dataset.from_dict({"image": [PIL.Image.new("L", (8, 8))] * 2, "group": [7, 3], "score": [0.5, 1.0]})
+    with pytest.raises(ValueError, match="'group' is int64, not ClassLabel. Make it one with"):
+        class_names(data, label_column="group")
+    assert class_names(data.class_encode_column("group"), label_column="group") == ["3", "7"]
+    with pytest.raises(ValueError, match="'score' is float64, not ClassLabel.$"):
+        class_names(data, label_column="score")
+    with pytest.raises(ValueError, match=r"'score' is float64, not ClassLabel. Of type ClassLabel are: \['group'\]"):
+        class_names(data.class_encode_column("group"), label_column="score")
+    with pytest.raises(ValueError, match="No column is of type ClassLabel[^?]*$"):
+        class_names(data)
