@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForImageClassification
 
-from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.files import write_atomically
@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("Give either `dataset`, the images to match, or `data_free`, to match the generator's own.")
     if recipe.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {recipe.dtype!r}.")
+    check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
     accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     pipe = load_pipeline(recipe, accelerator)
     output = Path(recipe.output_dir).absolute()

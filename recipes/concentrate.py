@@ -32,7 +32,7 @@ from diffusers import AutoencoderTiny
 from transformers import AutoModelForImageClassification
 
 import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
-from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset
 from dsco_hf.files import read_json, write_atomically
 from dsco_hf.folder import concentration_record, save_dataset_folder, to_json
@@ -154,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = [f"--from_dataset{text.removeprefix('--from')}" if is_from(text) else text for text in given]
     recipe = parse_config(ConcentrateRecipe, given, description=__doc__)
     check_recipe(recipe)
+    check_made(Path(__file__).parent, {name: getattr(recipe, name) for name in ("generator", "classifier", "targets")})
     # the pass over a large dataset, or a download, takes longer than the 10 or 30 minutes that processes usually wait
     accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     try:

@@ -29,7 +29,7 @@ from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from dsco_hf.concentrate import concentrate_and_report, measure_discrepancy
-from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, select_per_class
 from dsco_hf.doping import clearest
 from dsco_hf.evaluators import (
@@ -191,6 +191,7 @@ _SETS = (
 def main(arguments: list[str] | None = None) -> None:
     """Runs all stages; every process works, the main one writes."""
     recipe = parse_config(ExperimentRecipe, arguments, description=__doc__)
+    check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
     datasets.disable_progress_bars()
     accelerator = make_accelerator(
         recipe.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))]

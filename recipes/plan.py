@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderTiny
 from transformers import AutoModelForImageClassification
 
 import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
 from dsco_hf.concentrate import plan_units
-from dsco_hf.configs import parse_config
+from dsco_hf.configs import check_made, parse_config, read_config
 from dsco_hf.costs import (
     PassCost,
     Prediction,
@@ -37,6 +36,8 @@ from dsco_hf.costs import (
     predict,
     weight_bytes,
 )
+from dsco_hf.labels import PRESETS as LABEL_SETS
+from dsco_hf.labels import label_set
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.probe import probe_seconds
 from dsco_hf.schema import nearest
@@ -69,6 +70,7 @@ class PlanRecipe:
             preview VAE and ResNet-18, without weights.
         generator: a pipeline's folder or Hub id, instead.
         classifier, preview_vae: folders or Hub ids; those of the pipeline if none.
+        generator_revision, classifier_revision, preview_vae_revision: of those on the Hub.
         features: what the targets match, as YAML or JSON, see `dsco_hf.feature_spec`.
         run_config: a YAML file of `recipes/concentrate.py`; options that both recipes have are taken from it.
         num_classes: classes to draw; by default the preset's, or all that the pipeline has.
@@ -93,6 +95,9 @@ class PlanRecipe:
     generator: str | None = None
     classifier: str | None = None
     preview_vae: str | None = None
+    generator_revision: str | None = None
+    classifier_revision: str | None = None
+    preview_vae_revision: str | None = None
     features: str | None = None
     run_config: str | None = None
     num_classes: int | None = None
@@ -123,7 +128,9 @@ class PlanRecipe:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Reads the config, predicts, prints the plan, and returns its numbers."""
-    recipe = with_run_config(parse_config(PlanRecipe, arguments, description=__doc__))
+    recipe = parse_config(PlanRecipe, arguments, description=__doc__)
+    if recipe.run_config is not None:
+        recipe = parse_config(PlanRecipe, arguments, defaults=of_run_config(Path(recipe.run_config)))
     pipe = load(recipe)
     recipe = with_defaults(recipe, pipe)
     costs = pass_costs(pipe, features=recipe.features, extractor=recipe.objective == "quantile")
@@ -161,20 +168,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return plan
 
 
-def with_run_config(recipe: PlanRecipe) -> PlanRecipe:
-    """Takes the options that the file of a run has, and this recipe knows."""
-    if recipe.run_config is None:
-        return recipe
-    path = Path(recipe.run_config)
+@dataclass(frozen=True)
+class RunClasses:
+    """What the file of a run says of its classes, beside its dataset."""
+
+    class_labels: list[str] = field(default_factory=list)
+    mapping: str | None = None
+
+
+def of_run_config(path: Path) -> dict[str, Any]:
+    """The options of a run that this recipe has too; those of the command line come before them."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no config file {path}: `--run_config` is that of recipes/concentrate.py.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    names = {field.name for field in dataclasses.fields(recipe)} - {"max_hours"}
-    found = {name: value for name, value in values.items() if name in names}
-    for name in ("images_per_class", "num_processes"):  # one number there, one or several here
-        if isinstance(found.get(name), int):
-            found[name] = [found[name]]
-    return dataclasses.replace(recipe, **found)
+    found = {"dtype": "float32", **read_config(path, PlanRecipe, others=True)}  # the run's default
+    found.pop("max_hours", None)
+    classes = RunClasses(**read_config(path, RunClasses, others=True))
+    if classes.class_labels:
+        found["num_classes"] = len(classes.class_labels)
+    elif classes.mapping in LABEL_SETS:
+        found["num_classes"] = len(label_set(str(classes.mapping)))
+    return found
 
 
 def load(recipe: PlanRecipe) -> DsCoPipeline:
@@ -194,12 +207,19 @@ def load(recipe: PlanRecipe) -> DsCoPipeline:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.preset is not None:
         return imagenet_pipeline(device=here if recipe.device == "here" else "meta", dtype=dtype, tiny=recipe.tiny)
+    check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
     options: dict[str, Any] = {}
     if recipe.classifier is not None:
-        options["classifier"] = AutoModelForImageClassification.from_pretrained(recipe.classifier, dtype=dtype)
+        options["classifier"] = AutoModelForImageClassification.from_pretrained(
+            recipe.classifier, revision=recipe.classifier_revision, dtype=dtype
+        )
     if recipe.preview_vae is not None:
-        options["preview_vae"] = AutoencoderTiny.from_pretrained(recipe.preview_vae, dtype=dtype)
-    pipe = DsCoPipeline.from_pretrained(recipe.generator, dtype=dtype, **options).to(here)
+        options["preview_vae"] = AutoencoderTiny.from_pretrained(
+            recipe.preview_vae, revision=recipe.preview_vae_revision, dtype=dtype
+        )
+    pipe = DsCoPipeline.from_pretrained(
+        recipe.generator, revision=recipe.generator_revision, dtype=dtype, **options
+    ).to(here)
     if pipe.classifier is None and not recipe.plain:
         raise ValueError(
             f"{recipe.generator} has no classifier: name one with `--classifier`, or plan `--plain true`."

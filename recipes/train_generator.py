@@ -26,7 +26,7 @@ from datasets import Dataset
 from diffusers import AutoencoderKL
 from transformers import AutoModelForImageClassification
 
-from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import dataset_fingerprint, load_image_dataset, load_pixels, present_classes
 from dsco_hf.fine_tuning import adapt_denoiser, with_schedule_of
 from dsco_hf.generator_evaluation import GeneratorScore
@@ -98,6 +98,7 @@ class GeneratorRecipe(GeneratorTrainingConfig):
 def main(arguments: list[str] | None = None) -> None:
     """Reads the config, trains, and saves the pipeline, the samples and the results."""
     recipe = parse_config(GeneratorRecipe, arguments, description=__doc__)
+    check_made(Path(__file__).parent, {"finetune_from": recipe.finetune_from, "classifier": recipe.classifier})
     accelerator = make_accelerator(recipe.mixed_precision)
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         dataset = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision)

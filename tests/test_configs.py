@@ -3,11 +3,11 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
-from dsco_hf.configs import parse_config
+from dsco_hf.configs import check_made, parse_config
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,64 @@ def test_bad_command_lines_are_explained(tmp_path):
     write(tmp_path, "")
     with pytest.raises(FileNotFoundError, match="Nearest: 'recipe.yaml'"):
         parse_config(Recipe, ["--config", str(tmp_path / "recipes.yaml")])
+
+
+@dataclass(frozen=True)
+class Lists:
+    sizes: list[int]
+    widths: str = "8"
+    names: list[str] = field(default_factory=list)
+    limit: float | None = 3.0
+    folder: str | None = None
+
+
+@pytest.mark.parametrize("given", [["16", "32"], ["16,32"], ["16,", "32"]])
+def test_lists_of_numbers_apart_or_with_commas(given):
+    assert parse_config(Lists, ["--sizes", *given]).sizes == [16, 32]
+    assert parse_config(Lists, ["--sizes=16,32", "--limit", "none"]) == Lists([16, 32], limit=None)
+    assert parse_config(Lists, ["--sizes=4", "--limit=none", "--limit", "2"]).limit == 2.0
+
+
+def test_text_on_the_command_line_is_what_was_written():
+    given = ["--sizes", "1", "--names", "tench, Tinca", "no", "2024-01-01", "1e3", "--widths=a=", "--folder", "none"]
+    assert parse_config(Lists, given) == Lists([1], "a=", ["tench, Tinca", "no", "2024-01-01", "1e3"], folder="none")
+
+
+def test_a_second_value_says_how_to_give_one():
+    with pytest.raises(ValueError, match="`--widths` takes one value, got '8 16'.*commas: --widths 8,16"):
+        parse_config(Lists, ["--sizes", "1", "--widths", "8", "16"])
+    assert parse_config(Lists, ["--sizes", "1", "--widths", "8,16"]).widths == "8,16"
+
+
+def test_defaults_of_the_caller_come_before_the_file(tmp_path):
+    path = write(tmp_path, "steps: 5\n")
+    recipe = parse_config(Recipe, ["--config", path], defaults={"dataset": "x", "steps": 3, "rate": 2.0})
+    assert recipe == Recipe("x", 5, 2.0)
+
+
+def test_what_is_missing_is_told_with_the_command_that_makes_it(tmp_path):
+    recipes = tmp_path / "recipes"
+    (recipes / "configs" / "deep").mkdir(parents=True)
+    (recipes / "configs" / "deep" / "small.yaml").write_text(
+        "# A small one.\n#   accelerate launch recipes/train.py \\\n#       --config recipes/configs/deep/small.yaml\n"
+        "#   accelerate launch recipes/other.py --output_dir outputs/b --resume\noutput_dir: outputs/a\n"
+    )
+    (recipes / "train.py").write_text(
+        '"""Trains.\n\n    python recipes/train.py --dataset x --output_dir outputs/c\n"""\n'
+    )
+    (tmp_path / "here").mkdir()
+    check_made(recipes, {"generator": str(tmp_path / "here"), "classifier": None, "dataset": "outputs/unknown"})
+    for missing, command in {
+        "outputs/a": "accelerate launch recipes/train.py --config recipes/configs/deep/small.yaml",
+        "outputs/b": "accelerate launch recipes/other.py --output_dir outputs/b --resume",
+        "outputs/c": "python recipes/train.py --dataset x --output_dir outputs/c",
+        "outputs/a/dataset": "accelerate launch recipes/train.py --config recipes/configs/deep/small.yaml",
+    }.items():
+        with pytest.raises(FileNotFoundError) as caught:
+            check_made(recipes, {"generator": missing})
+        assert str(caught.value) == (
+            f"There is no folder {missing!r} (`generator`). It is made by this command:\n    {command}"
+        )
 
 
 HEAP = """

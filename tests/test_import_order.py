@@ -20,6 +20,7 @@ ORDER = [
     "files",
     "labels",
     "configs",
+    "pace",
     "digests",
     "seeds",
     "safety",
