@@ -15,7 +15,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from .names import are_places, canonical, find_classes, folded, nearest, number_of, numbers_of
+from .names import canonical, find_classes, folded, nearest, number_of, numbers_of
 from .values import check_whole, plain
 from .yaml_text import Entry, read_entries
 
@@ -154,13 +154,14 @@ def class_mapping(
 def _of_unnamed(names: Sequence[str], lookup: ClassLookup, own_labels: Sequence[int] | None) -> list[set[int]]:
     """For each class what its number or its place says, where one of the two sides has no names."""
     numbers = [number_of(name) for name in names]
-    if own_labels is not None:  # the places are those of another label set: a number must agree with its own
-        agree = lookup.is_generic and list(own_labels) == numbers
-        return [{label} if agree else set() for label in own_labels]
-    if len(names) == lookup.num_classes and lookup.is_generic:
-        return [{place if number is None else number} for place, number in enumerate(numbers)]
-    by_place = len(names) == lookup.num_classes and are_places(names) and not lookup.has_numbers
-    return [{place} if by_place else set() for place in range(len(names))]
+    places = list(range(len(names)) if own_labels is None else own_labels)
+    if sorted(places) != list(range(lookup.num_classes)):  # some of the classes: a number must agree with its place
+        agree = own_labels is not None and lookup.is_generic and places == numbers
+        return [{place} if agree else set() for place in places]
+    if lookup.is_generic:
+        return [{place if number is None else number} for place, number in zip(places, numbers, strict=True)]
+    agree = places == numbers and not lookup.has_numbers
+    return [{place} if agree else set() for place in places]
 
 
 def _advice(names: Sequence[str], num_classes: int, owner: str) -> str:

@@ -43,11 +43,6 @@ def numbers_of(names: Sequence[str]) -> list[int] | None:
     return None if None in numbers else [number for number in numbers if number is not None]
 
 
-def are_places(names: Sequence[str]) -> bool:
-    """Whether names say nothing but their place: none at all, "7", "LABEL_7", "class 7"."""
-    return numbers_of(names) == list(range(len(names)))
-
-
 def find_classes(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
     """The place in `names` of each of the wanted classes; None for one that is not there.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsco_hf.configs import parse_config
 from dsco_hf.labels import ClassLookup, class_mapping, label_set
-from dsco_hf.names import are_places, canonical, find_classes, folded, nearest, number_of, numbers_of
+from dsco_hf.names import canonical, find_classes, folded, nearest, number_of, numbers_of
 
 
 NFC, NFD = (
@@ -85,7 +85,7 @@ TEXT_ORDER = sorted(map(str, range(12)))  # "0", "1", "10", "11", "2", ...: what
 def test_a_number_means_the_class_of_that_number(spelling, id2label):
     names = [spelling.format(number) for number in TEXT_ORDER]
     assert class_mapping(names, id2label, 12) == [int(number) for number in TEXT_ORDER]
-    assert numbers_of(names) == [int(number) for number in TEXT_ORDER] and not are_places(names)
+    assert numbers_of(names) == [int(number) for number in TEXT_ORDER]
 
 
 def test_id2label_in_the_order_of_text_has_no_names_either():
@@ -249,3 +249,15 @@ def test_any_names_are_found_in_any_order_and_form(names, random):
         assert "certain match" in str(error) or "would all be drawn" in str(error)
     else:
         assert [generator[index] for index in found] == names or numbers_of(names) is not None
+
+
+def test_classes_of_a_label_set_of_their_own_are_matched_by_its_places():
+    animals = {0: "cat", 1: "dog", 2: "fox"}
+    # a generator without names and a named classifier, and the other way round, in any order of the classes
+    assert class_mapping(["0", "1", "2"], animals, 3, own_labels=[0, 1, 2]) == [0, 1, 2]
+    assert class_mapping(["2", "0", "1"], animals, 3, own_labels=[2, 0, 1]) == [2, 0, 1]
+    assert class_mapping(["fox", "cat", "dog"], None, 3, own_labels=[2, 0, 1]) == [2, 0, 1]
+    assert class_mapping(["2"], {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, 3, own_labels=[2]) == [2]
+    for names, id2label in ((["fox"], None), (["2"], animals), (["1"], None)):
+        with pytest.raises(ValueError, match="1 of 1 dataset classes.*give it these: its `config.id2label`"):
+            class_mapping(names, id2label, 3, own_labels=[2], owner="classifier")

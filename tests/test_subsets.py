@@ -89,3 +89,32 @@ def test_a_column_that_was_named_is_advised_on_whatever_its_name():
         class_names(data.class_encode_column("group"), label_column="score")
     with pytest.raises(ValueError, match="No column is of type ClassLabel[^?]*$"):
         class_names(data)
+
+
+def test_advice_for_a_classifier_that_knows_the_classes_by_other_names_works(make):
+    pipe, real = make.pipe(classifier=make.convnet(names=("x", "y", "z"))), make.images((2, 2, 2))
+    calls = (
+        lambda: clearest(real, pipe, progress=False),
+        lambda: MatchingTargets.from_generator(pipe, samples_per_class=2, num_inference_steps=2, **OPTIONS),
+        lambda: pipe.classifier_labels([0, 1, 2]),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="3 of 3 .* give it these: its `config.id2label`") as error:
+            call()
+        assert "`mapping=" not in str(error.value)  # which these do not take
+    pipe.classifier.config.id2label = dict(enumerate(real.features["label"].names))
+    clearest(real, pipe, progress=False)
+    assert pipe.classifier_labels([2, 0]) == [2, 0]
+    with pytest.raises(ValueError, match="no class 'circel'. Nearest: 'circle'"):
+        pipe.get_label_ids(["circel"])
+
+
+def test_a_typed_number_is_an_index_unless_classes_are_named_by_numbers(make):
+    pipe = make.pipe()
+    assert pipe.get_label_ids(["2", "circle", 1]) == [2, 0, 1]
+    pipe.id2label = {0: "1", 1: "2", 2: "3"}
+    assert pipe.get_label_ids(["1", "2", 2]) == [0, 1, 2]
+    with pytest.raises(ValueError, match="no class '0'"):
+        pipe.get_label_ids(["0"])
+    pipe.id2label = {}
+    assert pipe.get_label_ids(["2"]) == [2]
