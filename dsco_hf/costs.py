@@ -30,6 +30,7 @@ from .pipeline import DsCoPipeline
 from .plan import optimized_steps
 from .quantile import RandomExtractor
 from .runs import divide
+from .values import plain_arguments
 
 
 # Kinds of passes; each is counted in images. "preview" is the decoder that noise is optimised with: the preview
@@ -209,6 +210,7 @@ def count_unit(
     return passes
 
 
+@plain_arguments()
 def count_run(
     pipe: DsCoPipeline,
     num_classes: int,
@@ -237,6 +239,7 @@ def _by_unit(pipe: DsCoPipeline, units: Sequence[Unit], **options: Any) -> Itera
         yield unit, known[key]
 
 
+@plain_arguments()
 def predict(
     pipe: DsCoPipeline,
     num_classes: int,
@@ -291,6 +294,7 @@ def predict(
     )
 
 
+@plain_arguments()
 def predict_memory(
     pipe: DsCoPipeline,
     images: int,

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 
 from .files import explained, locked, read_json, reading, remove_partials, write_atomically, write_json
 from .team import RunError, Team
+from .values import plain
 
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class FeatureFolder:
         self.folder = Path(folder).expanduser().absolute()
         self._stack = contextlib.ExitStack()
         try:
-            found = team.from_main(lambda: self._begin(json.loads(json.dumps(identity))), "opening `work_dir`")
+            found = team.from_main(lambda: self._begin(json.loads(json.dumps(plain(identity)))), "opening `work_dir`")
             parts = team.everywhere(lambda: self._damaged(found, team), "reading `work_dir`")
         except BaseException:
             self.close()

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .team import RunError
+from .values import plain
 
 
 _REASONS = {
@@ -166,8 +167,8 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a file that is whole or absent."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Writes JSON, also numbers of NumPy and torch, to a file that is whole or absent."""
+    write_atomically(path, (json.dumps(plain(value), indent=2) + "\n").encode())
 
 
 def portable(name: str) -> bool:

@@ -11,11 +11,13 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from .generators import Denoiser, GeneratorTrainingConfig, check_unet_size, null_class
+from .values import plain_arguments
 
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
+@plain_arguments()
 def adapt_denoiser(
     denoiser: Denoiser,
     num_classes: int,

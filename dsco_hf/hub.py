@@ -40,6 +40,7 @@ from .remake import load_recorded as load_recorded
 from .remake import read_concentration as read_concentration
 from .safety import Token, explained, is_pickle
 from .shards import DatasetLike, as_configs, compact_soft_labels
+from .values import plain_arguments
 from .verification import verify_folder
 
 
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 SHARD = re.compile(r"[\w.]+-\d{5}-of-\d{5}\.parquet")
 
 
+@plain_arguments()
 def publish(
     dataset: DatasetLike | Mapping[str, DatasetLike] | str | Path,
     repo_id: str,

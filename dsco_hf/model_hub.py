@@ -13,6 +13,7 @@ from .markdown import merge_cards
 from .model_cards import render_evaluator_card, render_pipeline_card
 from .push import PublishResult, Remote, make_target, push, with_retries
 from .safety import Token, explained
+from .values import plain_arguments
 
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ CARD = "README.md"
 LIBRARIES = ("diffusers", "transformers", "dsco_hf")  # whose classes the users of a published pipeline have
 
 
+@plain_arguments()
 def publish_pipeline(
     pipeline: DiffusionPipeline,
     repo_id: str,
@@ -99,6 +101,7 @@ def publish_pipeline(
     )  # fmt: skip
 
 
+@plain_arguments()
 def publish_evaluator(
     model: PreTrainedModel,
     repo_id: str,

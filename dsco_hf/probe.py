@@ -19,9 +19,10 @@ from .objectives import rkhs
 from .pipeline import DsCoPipeline
 from .quantile import QuantilePivots, RandomExtractor, quantile_loss, shell_penalty
 from .targets import MatchingTargets
-from .values import check_whole
+from .values import check_whole, plain_arguments
 
 
+@plain_arguments()
 def probe_seconds(
     pipe: DsCoPipeline,
     batch_size: int,
@@ -99,6 +100,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@plain_arguments()
 def stand_in_targets(pipe: DsCoPipeline, *, embedding_dim: int = 2048) -> MatchingTargets:
     """Targets of the right shapes for all of a pipeline's classes, without data: for measurements of cost only."""
     classes, features = range(pipe.num_classes), feature_dim(pipe.classifier)

@@ -42,6 +42,7 @@ from .files import (
 )
 from .schema import nearest
 from .shards import file_sha256
+from .values import plain
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class RunFolder:
         """
         for folder in (self.path, self.units):
             remove_partials(folder)
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps(plain(settings)))
         record: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": settings}
         if (self.path / "run.json").is_file():
             before, record["changes"] = self.settings(), self.changes()

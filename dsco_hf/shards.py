@@ -19,6 +19,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Im
 from datasets.table import embed_table_storage
 
 from .files import portable, reading, same_file
+from .values import plain_arguments
 
 
 ROWS_PER_GROUP = 256
@@ -111,6 +112,7 @@ def check_rows(dataset: object, *, where: str) -> None:
         raise ValueError(f"The dataset of {where} has no rows.")
 
 
+@plain_arguments()
 def compact_soft_labels(dataset: Dataset, *, top_k: int | None = None, column: str = "soft_label") -> Dataset:
     """Stores soft labels in half precision, all classes or only the most probable ones.
 

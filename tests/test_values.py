@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsco_hf import MatchingTargets, build_evaluator, get_protocol
 from dsco_hf.values import check_choice, check_real, check_whole, plain, plain_arguments, plain_fields
 
 
@@ -124,3 +125,30 @@ def test_fields_are_plain():
     assert json.dumps(dataclasses.asdict(found)) == '{"steps": 2, "rate": 0.5, "names": [1]}'
     with pytest.raises(ValueError, match="`steps` must be a whole number of at least 1, got True"):
         Settings(True, None)
+
+
+def test_numbers_of_numpy_in_everything_that_is_saved(pipe, targets, tmp_path):
+    model = build_evaluator(
+        "convnet-2", class_names=["a", "b"], image_size=np.int64(8), num_channels=np.int32(1), width=np.int64(4),
+        seed=np.uint8(3),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["width"] == 4
+    targets.provenance["seconds"], targets.bandwidth = np.float32(0.5), torch.tensor(2.0)
+    targets.save_pretrained(tmp_path / "targets")
+    loaded = MatchingTargets.from_pretrained(tmp_path / "targets")
+    assert loaded.provenance["seconds"] == 0.5 and loaded.bandwidth == 2.0
+    protocol = get_protocol("quick", steps=np.array([[10, 3]])[0, 1], learning_rate=np.float64(0.1))
+    assert (type(protocol.steps), type(protocol.learning_rate)) == (int, float)
+    plain_run = pipe([0, 1], generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="pt")
+    same_run = pipe(
+        np.array([0, 1]), generator=torch.Generator().manual_seed(0), num_inference_steps=np.int64(2),
+        guidance_scale=np.float64(4.0), eta=torch.tensor(1.0), output_type="pt",
+    )  # fmt: skip
+    assert torch.equal(plain_run.images, same_run.images)
+
+
+@pytest.mark.parametrize("label", [True, 1.5, math.nan, None])
+def test_what_is_no_class(pipe, label):
+    with pytest.raises(ValueError, match="must be a whole number, got"):
+        pipe.get_label_ids([label])

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from ..schema import nearest
-from ..values import plain_arguments
+from ..values import plain, plain_arguments
 from .norms import check_norm, make_norm
 
 
@@ -462,7 +462,7 @@ def build_evaluator(
             "id2label": dict(enumerate(names)),
             "label2id": {name: index for index, name in enumerate(names)},
             **values,
-            **overrides,
+            **plain(overrides),
         },
     )
     if seed is None:
