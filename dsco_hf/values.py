@@ -108,8 +108,11 @@ def plain_arguments(**least: int) -> Callable[[F], F]:
 
 def plain_fields(instance: Any, **least: int) -> None:
     """The same for the fields of a dataclass, also a frozen one: to be called in its `__post_init__`."""
+    annotations: dict[str, Any] = {}  # as written: HfArgumentParser takes the None out of `field.type`
+    for base in reversed(type(instance).__mro__):
+        annotations |= base.__dict__.get("__annotations__", {})
     for field in dataclasses.fields(instance):
-        kind = _kind(field.type)
+        kind = _kind(annotations[field.name])
         if kind is not None:
             value = _plain_value(field.name, getattr(instance, field.name), kind, least)
             object.__setattr__(instance, field.name, value)

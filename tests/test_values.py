@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import HfArgumentParser
 
 from dsco_hf import MatchingTargets, build_evaluator, get_protocol
 from dsco_hf.values import check_choice, check_real, check_whole, plain, plain_arguments, plain_fields
@@ -125,6 +126,18 @@ def test_fields_are_plain():
     assert json.dumps(dataclasses.asdict(found)) == '{"steps": 2, "rate": 0.5, "names": [1]}'
     with pytest.raises(ValueError, match="`steps` must be a whole number of at least 1, got True"):
         Settings(True, None)
+
+
+def test_fields_that_a_command_line_parser_has_read():
+    @dataclasses.dataclass
+    class Settings:
+        size: int | None = None
+
+        def __post_init__(self):
+            plain_fields(self)
+
+    HfArgumentParser(Settings)  # which changes the types of the fields
+    assert Settings().size is None and Settings(np.int64(3)).size == 3
 
 
 def test_numbers_of_numpy_in_everything_that_is_saved(pipe, targets, tmp_path):
