@@ -11,155 +11,30 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    IterableDataset,
-    IterableDatasetDict,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 
 from .images import images_from_pixels as images_from_pixels
 from .labels import class_mapping as class_mapping
+from .opening import load_digits_dataset as load_digits_dataset
+from .opening import load_image_dataset as load_image_dataset
+from .opening import load_splits as load_splits
 from .pixels import PixelBatch as PixelBatch
 from .pixels import encoded_columns
 from .pixels import iterate_pixels as iterate_pixels
 from .pixels import load_pixels as load_pixels
-from .safety import explained
-from .schema import AnyDataset, features_of, find_column, nearest
+from .schema import AnyDataset, features_of, find_column
 from .schema import class_names as class_names
 from .schema import find_columns as find_columns
-from .shards import explained_tables
+from .splits import stratified_indices
 from .values import plain_arguments
 
 
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT_ROWS = 1024
-
-
-@plain_arguments()
-def load_digits_dataset(*, seed: int = 0) -> DatasetDict:
-    """The 1,797 handwritten digits that scikit-learn ships (8x8, https://archive.ics.uci.edu/dataset/80).
-
-    Args:
-        seed (`int`): seed of the stratified split.
-
-    Returns:
-        `DatasetDict`: `train` (1,437 rows) and `test` (360), columns `image` (mode L) and `label` ("0" to "9").
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), intensities come as 0..16
-    labels = digits.target.astype(np.int64)
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
-    splits = {}
-    for split, rows in zip(("train", "test"), _stratified_indices(labels, 360, seed), strict=True):
-        columns = {"image": [PIL.Image.fromarray(pixels[i]) for i in rows], "label": labels[rows]}
-        splits[split] = Dataset.from_dict(columns, features=features)
-    return DatasetDict(splits)
-
-
-def load_image_dataset(
-    path: str | Path | Sequence[str | Path],
-    name: str | None = None,
-    *,
-    split: str | None = None,
-    revision: str | None = None,
-    streaming: bool = False,
-    token: str | bool | None = None,
-) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
-    """Opens an image-classification dataset, wherever it is.
-
-    Args:
-        path (`str`, `Path` or a list of them): `"digits"`; a Hub id; a local folder (images in one folder per class, a
-            folder of parquet files with or without README.md, or one written by `save_to_disk`); or parquet file(s).
-        name (`str`, *optional*): the configuration, where the dataset has several.
-        split (`str`, *optional*): one split; without it all of them come, as a dict.
-        revision (`str`, *optional*): branch, tag or commit of a Hub dataset. Pin a commit for results that last.
-        streaming (`bool`): read row by row without downloading or converting the whole.
-        token (`str` or `bool`, *optional*): for private or gated Hub datasets.
-
-    Raises:
-        FileNotFoundError: if `path` looks like a local path and is not there, or the Hub has no such dataset.
-        PermissionError: if the dataset is gated, or the token is not valid.
-        ConnectionError: if the Hub cannot be reached; the message says what is in the cache.
-        ValueError: if the split does not exist, or `name` or `revision` has no meaning for this kind of dataset.
-    """
-    if isinstance(path, str) and path == "digits":
-        _refuse_options("the embedded digits", name=name, revision=revision)
-        return _open_splits(load_digits_dataset(), split, streaming)
-    paths = [path] if isinstance(path, str | Path) else list(path)
-    if not paths:
-        raise ValueError("`path` is an empty list; give a Hub id, a folder, or parquet file(s).")
-    texts = [str(p) if "://" in str(p) else str(Path(p).expanduser()) for p in paths]
-    if len(texts) > 1 or texts[0].endswith(".parquet"):
-        _refuse_options("parquet files", name=name, revision=revision)
-        for text in texts:
-            if "://" not in text and "*" not in text:
-                _check_exists(Path(text))
-        with explained_tables([Path(text) for text in texts if Path(text).is_file()]):
-            loaded = load_dataset("parquet", data_files={"train": texts}, streaming=streaming, token=token)
-        return _open_splits(loaded, split, streaming=False)
-    if Path(texts[0]).exists():
-        with explained(texts[0], token=token, action="load"), explained_tables([Path(texts[0])]):
-            return _load_local(Path(texts[0]), name, split=split, revision=revision, streaming=streaming)
-    looks_local = isinstance(paths[0], Path) or texts[0].count("/") > 1 or texts[0].startswith((".", "/", "~"))
-    if looks_local and "://" not in texts[0]:
-        _check_exists(Path(texts[0]))
-    with explained(texts[0], token=token, action="load"):
-        return load_dataset(texts[0], name, split=split, revision=revision, streaming=streaming, token=token)
-
-
-def _load_local(
-    path: Path, name: str | None, *, split: str | None, revision: str | None, streaming: bool
-) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
-    _refuse_options(f"the local dataset {path}", revision=revision)
-    if path.is_file():
-        raise ValueError(f"Cannot read {path} as a dataset. Give its folder, or a file that ends in .parquet.")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by `save_to_disk`
-        _refuse_options(f"the saved dataset {path}", name=name)
-        return _open_splits(load_from_disk(str(path)), split, streaming)
-    if not any(path.iterdir()):
-        raise FileNotFoundError(f"The folder {path} is empty: no images and no parquet files to read.")
-    return load_dataset(str(path), name, split=split, streaming=streaming)
-
-
-def _open_splits(loaded: Any, split: str | None, streaming: bool) -> Any:
-    if isinstance(loaded, Dataset):
-        loaded = DatasetDict(train=loaded) if split is not None else loaded
-    if split is not None:
-        if split not in loaded:
-            raise ValueError(f"There is no split {split!r}; the dataset has {list(loaded)}.{nearest(split, loaded)}")
-        loaded = loaded[split]
-    if not streaming:
-        return loaded
-    if isinstance(loaded, Dataset):
-        return loaded.to_iterable_dataset()
-    return IterableDatasetDict({key: value.to_iterable_dataset() for key, value in loaded.items()})
-
-
-def _check_exists(path: Path) -> None:
-    if path.exists():
-        return
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise FileNotFoundError(f"There is no file or folder {path}.{nearest(path.name, siblings)}")
-
-
-def _refuse_options(what: str, **options: str | None) -> None:
-    for option, value in options.items():
-        if value is not None:
-            raise ValueError(f"`{option}={value!r}` has no meaning for {what}; leave it out.")
 
 
 @plain_arguments()
@@ -191,15 +66,8 @@ def stratified_split(
         [features[column].names[i] for i in present],
         images_per_class=2,
     )
-    train, test = _stratified_indices(labels, test_size, seed)
+    train, test = stratified_indices(labels, test_size, seed)
     return DatasetDict(train=dataset.select(train), test=dataset.select(test))
-
-
-def _stratified_indices(labels: np.ndarray, test_size: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.model_selection import train_test_split
-
-    train, test = train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=seed)
-    return np.sort(train), np.sort(test)
 
 
 def check_classes(labels: torch.Tensor, names: Sequence[str], *, images_per_class: int = 1) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .components import check_index
 from .files import read_json
 from .model_hub import publish_pipeline
+from .paths import check_path
 from .push import PublishResult
 from .safety import explained, hub_error, is_pickle
 from .weights import check_folder, check_own_weights, check_weights, listed_files, variants_of
@@ -73,10 +74,10 @@ class StoredPipeline(DiffusionPipeline):
             kwargs["use_safetensors"] = True
         if Path(name).is_dir():
             return cls._load(name, Path(name), kwargs)
-        if isinstance(pretrained_model_name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise FileNotFoundError(
-                f"There is no folder {name}. Give one that `save_pretrained` wrote, or an id such as 'user/name'."
-            )
+        check_path(
+            pretrained_model_name_or_path,
+            wanted="Give a folder that `save_pretrained` wrote, or an id such as 'user/name'.",
+        )
         if kwargs["use_safetensors"] and kwargs.get("revision") is None and name in CONVERSIONS:
             kwargs["revision"] = CONVERSIONS[name]
             logger.info("The main branch of %s holds pickled weights: loading %s of it.", name, kwargs["revision"])

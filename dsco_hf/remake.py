@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification
 from .digests import model_sha256, targets_sha256
 from .files import reading
 from .folder import CONCENTRATION, WRITE_AGAIN, parse_record
+from .paths import check_path
 from .pipeline import DsCoPipeline
 from .records import PARTS, config_record
 from .safety import Token, explained, safe_path
@@ -101,10 +102,7 @@ def _fetch(repo_or_folder: str | Path, *, revision: str | None, token: Token, ca
     """The folder with the records and targets of a dataset, downloaded at one commit unless it is a local one."""
     folder, name = Path(repo_or_folder), str(repo_or_folder)
     if not folder.is_dir():
-        if name.count("/") > 1 or name.startswith((".", "/", "~")):
-            raise FileNotFoundError(
-                f"There is no folder {name}. Give the folder of a published dataset, or an id such as 'user/name'."
-            )
+        check_path(repo_or_folder, wanted="Give the folder of a published dataset, or an id such as 'user/name'.")
         with explained(name, token=token, action="read"):
             api = HfApi(token=token, library_name="dsco_hf")
             patterns = [CONCENTRATION, "targets/*/targets.json", "targets/*/targets.safetensors"]

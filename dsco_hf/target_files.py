@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .files import DamagedFileError, read_json, reading, whole, write_json
 from .files import explained as explained_disk
+from .paths import check_path
 from .safety import explained
 from .values import check_real, check_whole
 
@@ -41,9 +42,7 @@ def find_targets(name_or_path: str | Path, *, subfolder: str | None = None, **op
         ConnectionError: if the Hub cannot be reached.
     """
     text = str(name_or_path)
-    looks_local = isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    if looks_local and not Path(name_or_path).is_dir():
-        raise FileNotFoundError(f"There is no folder {name_or_path}: give one written by `save_pretrained`.")
+    check_path(name_or_path, wanted="Give a folder that `save_pretrained` wrote, or an id such as 'user/name'.")
     paths = []
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if Path(name_or_path).is_dir():

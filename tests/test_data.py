@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
 
-from dsco_hf import data
+from dsco_hf import data, opening
 
 
 NAMES = ["cat", "dog", "owl"]
@@ -142,7 +142,7 @@ def test_missing_paths_are_named_with_the_nearest(tmp_path):
 
 def test_a_hub_id_goes_to_load_dataset_with_its_options(monkeypatch, dataset):
     calls = []
-    monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or dataset)
+    monkeypatch.setattr(opening, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or dataset)
     loaded = data.load_image_dataset("user/pets", "320px", split="train", revision="abc123", streaming=True, token="t")
     assert loaded is dataset
     options = {"split": "train", "revision": "abc123", "streaming": True, "token": "t"}

@@ -49,7 +49,7 @@ def test_pickles_are_refused(folder):
 def test_folders_that_hold_no_pipeline(tmp_path, pipe, folder):
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
         DsCoPipeline.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
         DsCoPipeline.from_pretrained(tmp_path / "gone")
     index = json.loads((folder / "model_index.json").read_text())
     for text, message in (("{", "is damaged: it may be truncated"), ("[]", "a JSON object is needed")):
