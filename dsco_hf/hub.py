@@ -35,6 +35,7 @@ from .folder import save_dataset_folder as save_dataset_folder
 from .markdown import split_card
 from .model_hub import publish_evaluator as publish_evaluator
 from .model_hub import publish_pipeline as publish_pipeline
+from .paths import check_path
 from .push import PublishResult, Remote, make_target, push, with_retries
 from .remake import load_recorded as load_recorded
 from .remake import read_concentration as read_concentration
@@ -290,10 +291,7 @@ def verify(
     if Path(repo_or_folder).is_dir():
         return verify_folder(repo_or_folder)
     name = str(repo_or_folder)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"There is no folder {name}. Give the folder of a published dataset, or an id such as 'user/name'."
-        )
+    check_path(repo_or_folder, wanted="Give the folder of a published dataset, or an id such as 'user/name'.")
     with explained(name, token=token, action="check"):
         api = HfApi(token=token, library_name="dsco_hf")
         folder = api.snapshot_download(

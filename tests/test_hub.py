@@ -249,7 +249,7 @@ def test_gated_and_missing_sources(hub, ann, stranger):
         verify(stranger, "ann/gated")
     with pytest.raises(ClientError, match="no such repository"):
         verify(ann, "ann/never-made")
-    with pytest.raises(ClientError, match="There is no folder ./gone"):
+    with pytest.raises(ClientError, match="There is no file or folder ./gone"):
         verify(ann, "./gone")
 
 

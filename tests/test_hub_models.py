@@ -157,7 +157,7 @@ def test_what_cannot_be_loaded_is_explained(hub, stranger, tmp_path, published):
     for name, options, kind, message in [
         ("ann/gone", {}, "FileNotFoundError", "no such repository"),
         ("ann/pipe", {"revision": "gone"}, "FileNotFoundError", "no such revision"),
-        ("./gone", {}, "FileNotFoundError", "There is no folder ./gone"),
+        ("./gone", {}, "FileNotFoundError", "There is no file or folder ./gone"),
         ("ann/never", {"local_files_only": True}, "FileNotFoundError", "not in the cache"),
         ("a b", {}, "ValueError", "not a repository id"),
     ]:

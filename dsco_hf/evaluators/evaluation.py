@@ -138,7 +138,8 @@ def load_image_set(
     if stored:
         soft = read_soft_labels(dataset, soft_label_column, num_classes=len(own))[rows]
         soft = soft[:, class_columns(names, own, what="the soft labels' dataset")]
-    return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset))
+    columns = {"image_column": image_column, "label_column": label_column}
+    return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset, **columns))
 
 
 def read_soft_labels(dataset: AnyDataset, column: str, *, num_classes: int) -> torch.Tensor:
