@@ -1,12 +1,16 @@
-"""The table of the method on any dataset: real, plain and concentrated sets of every size, and what they train.
+"""Your own data, from folder to table: concentrated sets of every size, what they train, and the dataset to publish.
 
+    accelerate launch recipes/train_classifier.py --dataset path/to/images --output_dir outputs/classifier
+    accelerate launch recipes/train_generator.py --dataset path/to/images --output_dir outputs/generator
+    accelerate launch recipes/experiment.py --dataset path/to/images
     accelerate launch recipes/experiment.py --config recipes/configs/experiment_cifar10_cpu.yaml
     accelerate launch --multi_gpu --num_processes 2 recipes/experiment.py --config ...     (also without a GPU)
 
 Takes a generator (recipes/train_generator.py) and a classifier (recipes/train_classifier.py); computes targets, draws
-the sets, trains evaluators on them with random and herded real images beside, and writes results.json, table.md,
-samples.png and accuracy.png. Whatever is finished is kept: a run that was stopped, or that met `--max_minutes`, goes
-on when it is started again. Sets do not depend on how evaluators are trained: give two runs the same `--sets_dir`.
+the sets, mixes real images in, trains evaluators on all of them with random and herded real images beside, and writes
+results.json, table.md, samples.png, accuracy.png and dataset/, which recipes/publish.py sends.
+Whatever is finished is kept: a run that was stopped, or that met `--max_minutes`, goes on when it is started again.
+Sets do not depend on how evaluators are trained: give two runs the same `--sets_dir`.
 """
 
 from __future__ import annotations
@@ -28,10 +32,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from dsco_hf.concentrate import concentrate_and_report, measure_discrepancy
+from dsco_hf.concentrate import ConcentrationReport, concentrate_and_report, measure_discrepancy
 from dsco_hf.configs import check_made, make_accelerator, parse_config
-from dsco_hf.data import load_image_dataset, select_per_class
-from dsco_hf.doping import clearest
+from dsco_hf.data import check_classes, dataset_fingerprint, load_pixels, load_splits, select_per_class
+from dsco_hf.doping import STRATEGIES, clearest, dope
 from dsco_hf.evaluators import (
     ImageSet,
     build_evaluator,
@@ -45,13 +49,16 @@ from dsco_hf.evaluators import (
 from dsco_hf.evaluators.evaluation import read_job, run_environment
 from dsco_hf.evaluators.training import content_hash
 from dsco_hf.files import read_json, reading, whole, write_atomically
+from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import weights_fingerprint
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
 from dsco_hf.report import accuracy_figure, results_table, sample_grid
 from dsco_hf.schema import nearest
+from dsco_hf.shards import file_sha256
 from dsco_hf.targets import MatchingTargets
+from dsco_hf.values import check_choice
 
 
 DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
@@ -61,6 +68,8 @@ FEATURES: dict[str, Any] = {
     "untrained": {"network": "classifier_2"},
     "both": [{}, {"network": "classifier_2"}],
 }
+DEFAULT_BUDGETS = (1, 10, 50)
+PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset
 FEATURE_SEED = 1000  # of the untrained network: no evaluator's
 
 
@@ -76,10 +85,12 @@ class ExperimentRecipe:
             or of "both".
         feature_architecture, feature_options: of the untrained network, if it should not be the evaluators'; options
             as JSON. With both of them, sets do not depend on the evaluators' architecture.
-        dataset, dataset_name, revision, train_split, test_split: the real images.
+        dataset, dataset_name, revision, train_split: the real images.
+        test_split, holdout: what evaluators are tested on, see recipes/train_classifier.py.
         image_column, label_column: for datasets with several of them.
-        methods: of "plain", "nopt", "nopt-data-free" and "nopt-quantile" (the released objective).
-        budgets: images per class.
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
+        methods: of "plain", "nopt", "nopt-data-free" and "nopt-quantile" (the released objective, which takes long).
+        budgets: images per class; if none, those of 1, 10 and 50 that every class has.
         synthesis_seeds, training_seeds: repetitions of the sets, and of the trainings on each. "nopt-quantile", whose
             cost is many times that of the others, has one synthesis seed.
         num_inference_steps, guidance_scale: of sampling.
@@ -95,6 +106,9 @@ class ExperimentRecipe:
         template_guidance_scale, template_steps: of those samples, in place of `guidance_scale` and
             `num_inference_steps`: less guidance and more steps bring them nearer to the real images.
         weighting: of those samples by what the classifier says of them, see `MatchingTargets.from_generator`.
+        doping_budgets: images per class of sets whose first part is the largest set of "nopt" below it, and whose rest
+            are chosen real images; if neither these nor `budgets` are given, half of the smallest class.
+        doping_strategy: how they are chosen, see `dsco_hf.dope`; "clarity" takes four students.
         quantile_iterations: of the released objective, per sampling step; its authors use 200.
         protocol: how evaluators are trained: a name or a YAML file.
         steps, epochs, batch_size, learning_rate: changes to it.
@@ -106,9 +120,9 @@ class ExperimentRecipe:
         output_dir: where the results go.
     """
 
-    generator: str
-    classifier: str
     dataset: str
+    generator: str = "outputs/generator"
+    classifier: str = "outputs/classifier"
     generator_revision: str | None = None
     classifier_revision: str | None = None
     features: str = "trained"
@@ -117,11 +131,13 @@ class ExperimentRecipe:
     dataset_name: str | None = None
     revision: str | None = None
     train_split: str = "train"
-    test_split: str = "test"
+    test_split: str = "auto"
+    holdout: float = 0.2
     image_column: str | None = None
     label_column: str | None = None
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
-    budgets: list[int] = field(default_factory=lambda: [1, 10, 50])
+    on_error: str = "skip"
+    methods: list[str] = field(default_factory=lambda: ["plain", "nopt", "nopt-data-free"])
+    budgets: list[int] = field(default_factory=list)
     synthesis_seeds: int = 2
     training_seeds: int = 3
     num_inference_steps: int = 50
@@ -139,6 +155,8 @@ class ExperimentRecipe:
     template_guidance_scale: float | None = None
     template_steps: int | None = None
     weighting: str = "confidence"
+    doping_budgets: list[int] = field(default_factory=list)
+    doping_strategy: str = "herding"
     quantile_iterations: int = 200
     protocol: str = "quick"
     steps: int | None = None
@@ -162,17 +180,37 @@ class ExperimentRecipe:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
+        check_choice("doping_strategy", self.doping_strategy, STRATEGIES)
+        for budget in self.doping_budgets:
+            if "nopt" not in self.methods:
+                raise ValueError(f"Real images are added to sets of 'nopt', which `methods` {self.methods} lacks.")
+            if self.budgets and min(self.budgets) >= budget:
+                raise ValueError(
+                    f"`doping_budgets` must exceed the smallest of `budgets` {self.budgets}, got {budget}."
+                )
         for objective in self.objective:
             if objective not in MATCHING:
                 raise ValueError(
                     f"`objective` may hold {list(MATCHING)}, got {objective!r}.{nearest(objective, MATCHING)}"
                 )
         for name in ("clearest_share", "objective", "contrast", "regularization"):
-            if len(values := getattr(self, name)) not in (1, len(self.budgets)):
+            if len(values := getattr(self, name)) > 1 and not self.budgets:
+                raise ValueError(f"Several values of `{name}` belong to as many `budgets`: give these, too.")
+            if len(values) not in (1, len(self.budgets) or 1):
                 raise ValueError(
                     f"`{name}` must be one value or one for each of the {len(self.budgets)} budgets {self.budgets}, "
                     f"got {values}."
                 )
+
+    def for_classes(self, smallest: int) -> ExperimentRecipe:
+        """With the budgets that this number of images in the smallest class allows, where none were given."""
+        if self.budgets:
+            return self
+        budgets = [budget for budget in DEFAULT_BUDGETS if budget <= smallest] or [1]
+        doping = self.doping_budgets
+        if not doping and "nopt" in self.methods and smallest // 2 > budgets[0]:
+            doping = [smallest // 2]
+        return dataclasses.replace(self, budgets=budgets, doping_budgets=doping)
 
     def at_budget(self, name: str, budget: int) -> Any:
         """The value of an option that may differ between budgets."""
@@ -182,9 +220,9 @@ class ExperimentRecipe:
 
 # What all sets depend on beside the models; the rest is about single sets, about evaluators or about folders.
 _SETS = (
-    "dataset", "dataset_name", "revision", "train_split", "num_inference_steps", "guidance_scale", "block_size",
-    "images_per_call", "samples_per_class", "template_guidance_scale", "template_steps", "weighting",
-    "quantile_iterations", "features", "step_size", "optimize_from", "optimize_until",
+    "dataset", "dataset_name", "revision", "image_column", "label_column", "num_inference_steps",
+    "guidance_scale", "block_size", "images_per_call", "samples_per_class", "template_guidance_scale",
+    "template_steps", "weighting", "quantile_iterations", "features", "step_size", "optimize_from", "optimize_until",
 )  # fmt: skip
 
 
@@ -199,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Experiment(recipe, accelerator)
     run.make_targets()
     run.draw_sets()
+    run.dope_sets()
     run.train_evaluators()
     if run.stopped():
         run.say("stopped by `max_minutes`; run the same command again to go on")
@@ -208,6 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_atomically(run.output / "table.md", (results_table(results) + "\n").encode())
         accuracy_figure(results, run.output / "accuracy.png")
         run.draw_samples(run.output / "samples.png")
+        run.write_dataset(results)
         run.say(f"done: {run.output}")
         print(f"\n{results_table(results)}")
     accelerator.end_training()
@@ -240,9 +280,6 @@ class Experiment:
             self.pipe.register_modules(classifier_2=self.untrained_network(**untrained))
             settings |= untrained
         settings |= {"second_moment": "ridge" in recipe.objective}
-        identity = content_hash(settings, weights_fingerprint(self.pipe.denoiser), self.classifier)[:8]
-        self.work = Path(recipe.sets_dir or self.output / "work") / identity
-        (self.work / "sets").mkdir(parents=True, exist_ok=True)
         self.output.mkdir(parents=True, exist_ok=True)
         changes = {
             name: value
@@ -251,16 +288,43 @@ class Experiment:
         }
         self.protocol = get_protocol(recipe.protocol, input_size=self.pipe.image_size, **changes)
         with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
-            self.real, test = (
-                load_image_dataset(recipe.dataset, recipe.dataset_name, split=split, revision=recipe.revision)
-                for split in (recipe.train_split, recipe.test_split)
+            self.real, test, self.splits = load_splits(
+                recipe.dataset,
+                recipe.dataset_name,
+                train_split=recipe.train_split,
+                test_split=recipe.test_split,
+                holdout=recipe.holdout,
+                label_column=recipe.label_column,
+                revision=recipe.revision,
             )
+        if test is None:
+            raise ValueError("Evaluators are tested: `test_split` is a split or 'auto' here, not 'none'.")
         columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
-        self.train = self.images(self.real, **columns)
-        self.test = self.images(test, test_for=self.train, **columns)
+        self.train = self.images(self.real, on_error=recipe.on_error, **columns)
+        self.test = self.images(test, test_for=self.train, on_error=recipe.on_error, **columns)
+        if len(self.train.labels) < len(self.real):  # some cannot be decoded: nobody is to meet them again
+            readable = load_pixels(self.real, num_channels=self.pipe.num_channels, image_size=self.pipe.image_size,
+                                   on_error="skip", **columns)[2]  # fmt: skip
+            self.real = self.real.select(readable.tolist())
+        self.recipe = recipe = recipe.for_classes(int(self.train.labels.bincount().min()))
+        most = max(*recipe.budgets, *recipe.doping_budgets, 1)
+        check_classes(self.train.labels, self.train.names, images_per_class=most)
+        self.say(f"{len(self.real)} training images, {len(self.test.labels)} test images: {self.splits['test_split']}")
+        self.work = Path(recipe.sets_dir or self.output / "work") / self.identity(settings)
+        (self.work / "sets").mkdir(parents=True, exist_ok=True)
         self.targets: dict[str, MatchingTargets] = {}
         self.unfinished = False
         self._sets: dict[str, ImageSet] = {}
+
+    def identity(self, settings: dict[str, Any]) -> str:
+        """Names the folder of the sets by all that decides them: settings, images and models."""
+        settings |= {"fingerprint": dataset_fingerprint(
+            self.real, image_column=self.recipe.image_column, label_column=self.recipe.label_column
+        )}  # fmt: skip
+        chosen = {name: self.splits[name] for name in self.splits if name != "test_split"}
+        weights = [weights_fingerprint(part) for part in (self.pipe.denoiser, self.pipe.vae) if part is not None]
+        schedule = dict(self.pipe.scheduler.config)
+        return content_hash(settings, chosen, weights, schedule, self.classifier)[:8]
 
     def untrained_network(self, architecture: str, model_options: str) -> PreTrainedModel:
         """A network as evaluators are before their training, with a seed of its own."""
@@ -395,22 +459,120 @@ class Experiment:
                 rows.to_parquet(partial)
         self.accelerator.wait_for_everyone()
 
+    def doped_names(self) -> dict[str, tuple[str, int, int]]:
+        """Names of the sets with real images in them, with the set they begin with, the budget and the seed."""
+        smaller = {budget: [b for b in self.recipe.budgets if b < budget] for budget in self.recipe.doping_budgets}
+        return {
+            f"nopt+doping-ipc{budget}-seed{seed}": (f"nopt-ipc{max(smaller[budget])}-seed{seed}", budget, seed)
+            for budget in self.recipe.doping_budgets
+            for seed in range(self.recipe.synthesis_seeds)
+        }
+
+    def dope_sets(self) -> None:
+        """Mixes chosen real images into the sets of "nopt"; every process its share."""
+        recipe = self.recipe
+        for name in list(self.doped_names())[self.rank :: self.world]:
+            base, budget, seed = self.doped_names()[name]
+            path, begun = self.work / "sets" / f"{name}.parquet", self.work / "sets" / f"{base}.parquet"
+            if not begun.is_file() or self.out_of_time():
+                self.unfinished = True
+                continue
+            doping = {"strategy": recipe.doping_strategy, "images_per_class": budget}
+            doping |= {"num_students": 4} if recipe.doping_strategy == "clarity" else {}
+            matching = {"base": file_sha256(begun), "protocol": repr(self.protocol), "doping": doping}
+            matching |= {"architecture": recipe.architecture}
+            if path.is_file() and self.cost(name).get("matching") == matching:
+                continue
+            path.unlink(missing_ok=True)
+            self.say(f"doping: {name}")
+            start = time.perf_counter()
+            rows = dope(
+                self.rows(base), self.real, self.pipe, **doping, protocol=self.protocol, seed=seed, progress=False,
+                architecture=recipe.architecture, image_column=recipe.image_column, label_column=recipe.label_column,
+                targets=self.targets["real"] if recipe.doping_strategy == "herding" else None,
+            )  # fmt: skip
+            cost = {"seconds": time.perf_counter() - start, "matching": matching}
+            write_atomically(path.with_suffix(".json"), json.dumps(cost).encode())
+            with whole(path) as partial:
+                rows.to_parquet(partial)
+        self.accelerator.wait_for_everyone()
+
+    def rows(self, name: str) -> Dataset:
+        """A finished set as it is kept."""
+        path = self.work / "sets" / f"{name}.parquet"
+        with reading(path, DRAW_AGAIN):
+            return Dataset.from_parquet(str(path), keep_in_memory=True)
+
+    def write_dataset(self, results: dict[str, Any]) -> None:
+        """dataset/: the sets of the first seed with their card and records, as they are published."""
+        recipe = self.recipe
+        method = next((name for name in PUBLISHED if name in recipe.methods), None)
+        if method is None:
+            return
+        chosen = {f"ipc{budget}": (method, budget, f"{method}-ipc{budget}-seed0") for budget in recipe.budgets}
+        for name, (base, budget, _) in self.doped_names().items():
+            if name.endswith("-seed0"):
+                chosen[f"doped{budget}"] = ("nopt+doping", int(base.split("-")[1][3:]), name)
+        records = {config: self.record(*made) for config, made in chosen.items()}
+        shared = ("source", "generator", "classifier", "versions")
+        first = next(iter(records.values()))
+        save_dataset_folder(
+            {config: self.rows(name) for config, (_, _, name) in chosen.items()},
+            self.output / "dataset",
+            results=results,
+            concentration={key: first[key] for key in shared if key in first}
+            | {"configs": {c: {k: v for k, v in one.items() if k not in shared} for c, one in records.items()}},
+            figures=[self.output / "samples.png", self.output / "accuracy.png"],
+        )
+
+    def record(self, method: str, budget: int, name: str) -> dict[str, Any]:
+        """How a set was made."""
+        recipe, cost = self.recipe, self.cost(name)
+        drawn = name if method != "nopt+doping" else f"nopt-ipc{budget}-seed0"
+        kind = method.removesuffix("+doping")
+        matching = dict(self.cost(drawn).get("matching", {}))
+        share = matching.pop("clearest_share", 1)
+        population = {"nopt": "real" if share == 1 else clear_name(share)}.get(kind, kind)
+        parameters: dict[str, Any] = {"images_per_class": budget, **matching}
+        for option in ("num_inference_steps", "guidance_scale", "block_size", "images_per_call"):
+            parameters[option] = getattr(recipe, option)
+        if kind == "plain":
+            parameters["optimization_steps"] = 0
+        else:
+            parameters |= {name: getattr(recipe, name) for name in ("step_size", "optimize_from", "optimize_until")}
+        if kind == "nopt-quantile":
+            parameters |= {"objective": "quantile", "optimize_from": 0.0}
+            parameters["optimization_steps"] = recipe.quantile_iterations
+        if method != kind:
+            parameters["doping"] = cost["matching"]["doping"]
+        fields = {field.name for field in dataclasses.fields(ConcentrationReport)}
+        spent = {key: value for key, value in self.cost(drawn).items() if key in fields}
+        local = not Path(recipe.dataset).exists()
+        source = {"dataset": recipe.dataset if local else None, "config": recipe.dataset_name,
+                  "revision": recipe.revision, "split": self.splits["train_split"]}  # fmt: skip
+        record = concentration_record(
+            self.pipe, self.targets.get(population), ConcentrationReport(**spent), method=method, seed=0,
+            parameters=parameters, source=source,
+        )  # fmt: skip
+        for model in ("generator", "classifier"):  # a folder of this machine means nothing elsewhere
+            if Path(getattr(recipe, model)).exists():
+                record[model] = {**record[model], "id": f"trained by recipes/train_{model}.py"}
+        return record
+
     def sets(self) -> dict[str, ImageSet]:
         """All sets that can be trained on now: real ones, and the synthetic ones that are finished."""
         if not self._sets:
-            most = max(self.recipe.budgets)
+            budgets = sorted({*self.recipe.budgets, *self.recipe.doping_budgets})
+            most = max(budgets)
             herded = herd_per_class(self.train, most, classifier=self.classifier).view(-1, most)  # (K, most)
-            for budget in self.recipe.budgets:
+            for budget in budgets:
                 self._sets[f"herding-ipc{budget}-seed0"] = self.train.select(herded[:, :budget].flatten())
                 for seed in range(self.recipe.synthesis_seeds):
                     rows = select_per_class(self.train.labels, budget, seed=seed)
                     self._sets[f"random-ipc{budget}-seed{seed}"] = self.train.select(rows)
-        for name in self.set_names():
-            path = self.work / "sets" / f"{name}.parquet"
-            if name not in self._sets and path.is_file():
-                with reading(path, DRAW_AGAIN):
-                    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
-                self._sets[name] = self.images(rows)
+        for name in (*self.set_names(), *self.doped_names()):
+            if name not in self._sets and (self.work / "sets" / f"{name}.parquet").is_file():
+                self._sets[name] = self.images(self.rows(name))
         return self._sets
 
     def jobs(self) -> dict[str, tuple[str, int]]:
@@ -435,7 +597,10 @@ class Experiment:
 
         def fingerprint(key: str) -> str:
             name, seed = jobs[key]
-            return content_hash(self.protocol, options, sets[name].digest, self.test.digest, seed)
+            return content_hash(
+                self.protocol, options, sets[name].digest, self.test.digest, seed, teacher,
+                self.accelerator.mixed_precision,
+            )  # fmt: skip
 
         for key in list(jobs)[self.rank :: self.world]:
             if not self.out_of_time():
@@ -467,7 +632,8 @@ class Experiment:
             )
         results: dict[str, Any] = {
             "dataset": self.recipe.dataset,
-            "config": dataclasses.asdict(self.recipe) | {"input_size": self.pipe.image_size},
+            "config": dataclasses.asdict(self.recipe) | {"image_size": self.pipe.image_size},
+            "splits": self.splits,
             "rows": rows,
             "environment": run_environment(self.accelerator),
         }

@@ -22,10 +22,11 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dsco_hf.configs import make_accelerator, parse_config
-from dsco_hf.data import load_image_dataset
-from dsco_hf.evaluators import get_protocol, load_image_set, protocol_to_dict, train_evaluator
+from dsco_hf.data import load_splits
+from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, load_image_set, protocol_to_dict, train_evaluator
 from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
 from dsco_hf.evaluators.models import is_own_architecture
+from dsco_hf.image_sizes import default_image_size
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,20 @@ class ClassifierRecipe:
     """Options of this recipe.
 
     Attributes:
-        dataset, dataset_name, split, revision: what to train on; see `dsco_hf.data.load_image_dataset`.
-        test_split: what to test on; None trains without a test.
+        dataset, dataset_name, train_split, revision: what to train on; see `dsco_hf.data.load_image_dataset`.
+        test_split: what to test on: a split, "none", or "auto": the test split, else the validation split, else the
+            share `holdout` of every class of the training images, the same ones in every recipe.
+        holdout: see `test_split`.
         image_column, label_column: for datasets with several of them.
         architecture: a name or model type, see `dsco_hf.evaluators.build_evaluator`.
         model_options: values of the network's configuration, as JSON, e.g. '{"depths": [2, 2, 2]}'.
-        image_size: what the network is fed; by default the images' size, for stock networks at least 32.
+        image_size: what images are brought to (shorter side, then the centre), and the network is fed; by default
+            their own size, or 32 if they have several; stock networks are fed at least 32.
         num_channels: 1 or 3.
         protocol: a protocol's name or YAML file; its hard labels, schedule and augmentation are used.
         epochs, steps, batch_size, learning_rate, weight_decay: changes to the protocol.
         seed: decides initial weights, order and augmentation.
-        on_error: "raise" or "skip" images that cannot be decoded.
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
         compile: pass the networks through `torch.compile`; pays from about a minute of training on.
         checkpoint_seconds: time between checkpoints.
@@ -53,9 +57,10 @@ class ClassifierRecipe:
 
     dataset: str = "digits"
     dataset_name: str | None = None
-    split: str = "train"
+    train_split: str = "train"
     revision: str | None = None
-    test_split: str | None = "test"
+    test_split: str = "auto"
+    holdout: float = 0.2
     image_column: str | None = None
     label_column: str | None = None
     architecture: str = "resnet-small"
@@ -69,7 +74,7 @@ class ClassifierRecipe:
     learning_rate: float | None = None
     weight_decay: float | None = None
     seed: int = 0
-    on_error: str = "raise"
+    on_error: str = "skip"
     mixed_precision: str | None = None
     compile: bool = False
     checkpoint_seconds: float = 60.0
@@ -87,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = ("epochs", "steps", "batch_size", "learning_rate", "weight_decay")
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
     protocol = get_protocol(recipe.protocol, label_type="hard", **changes)
-    train, test = load_sets(recipe, protocol, accelerator)
+    train, test, splits = load_sets(recipe, protocol, accelerator)
     native = train.pixels.shape[-1]
     size = recipe.image_size or (native if is_own_architecture(recipe.architecture) else max(32, native))
     checkpoint = output / "checkpoint.safetensors"
@@ -117,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, Any] = {
         "config": dataclasses.asdict(recipe),
         "protocol": protocol_to_dict(protocol),
+        "splits": splits,
         "dataset_fingerprint": train.fingerprint,
         "images": len(train.labels),
         "accuracy": result.accuracy,
@@ -133,31 +139,31 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"Saved the classifier to {output}{tested}, loss {result.loss:.4f} after {result.steps} steps.")
 
 
-def load_sets(recipe: ClassifierRecipe, protocol: Any, accelerator: Accelerator) -> tuple[Any, Any]:
-    """Training and test images; None for the latter without a test split."""
-    splits = [split for split in (recipe.split, recipe.test_split) if split is not None]
+def load_sets(
+    recipe: ClassifierRecipe, protocol: Protocol, accelerator: Accelerator
+) -> tuple[ImageSet, ImageSet | None, dict[str, Any]]:
+    """Training images, test images (None without a test split), and where they are from."""
+    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
-        datasets = [
-            load_image_dataset(recipe.dataset, recipe.dataset_name, split=split, revision=recipe.revision)
-            for split in splits
-        ]
-    sets: list[Any] = []
-    for dataset in datasets:
-        sets.append(
-            load_image_set(
-                dataset,
-                protocol=protocol,
-                test_for=sets[0] if sets else None,
-                num_channels=recipe.num_channels,
-                image_column=recipe.image_column,
-                label_column=recipe.label_column,
-                on_error=recipe.on_error,
-                progress=accelerator.is_local_main_process,
-            )
+        train, test, splits = load_splits(
+            recipe.dataset,
+            recipe.dataset_name,
+            train_split=recipe.train_split,
+            test_split=recipe.test_split,
+            holdout=recipe.holdout,
+            label_column=recipe.label_column,
+            revision=recipe.revision,
         )
-    if len(sets) == 1:
-        return sets[0], None
-    return sets[0], sets[1]
+    size = recipe.image_size or protocol.input_size or default_image_size(train, **columns)
+    options: dict[str, Any] = {
+        "protocol": dataclasses.replace(protocol, input_size=size),
+        "num_channels": recipe.num_channels,
+        "on_error": recipe.on_error,
+        "progress": accelerator.is_local_main_process,
+        **columns,
+    }
+    images = load_image_set(train, **options)
+    return images, None if test is None else load_image_set(test, test_for=images, **options), splits
 
 
 if __name__ == "__main__":

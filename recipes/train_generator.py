@@ -18,6 +18,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -27,11 +28,12 @@ from diffusers import AutoencoderKL
 from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import check_made, make_accelerator, parse_config
-from dsco_hf.data import dataset_fingerprint, load_image_dataset, load_pixels, present_classes
+from dsco_hf.data import dataset_fingerprint, load_pixels, load_splits, present_classes
 from dsco_hf.fine_tuning import adapt_denoiser, with_schedule_of
 from dsco_hf.generator_evaluation import GeneratorScore
 from dsco_hf.generator_training import GeneratorTrainingResult, train_generator
 from dsco_hf.generators import Denoiser, GeneratorTrainingConfig, build_scheduler, component_name
+from dsco_hf.image_sizes import default_image_size
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.report import sample_grid
 from dsco_hf.schema import nearest
@@ -42,10 +44,12 @@ class GeneratorRecipe(GeneratorTrainingConfig):
     """Options of this recipe; those of the training itself are inherited.
 
     Attributes:
-        dataset, dataset_name, split, revision: what to train on; see `dsco_hf.data.load_image_dataset`.
+        dataset, dataset_name, train_split, revision: what to train on; see `dsco_hf.data.load_image_dataset`.
+        test_split, holdout: what is not trained on, as in recipes/train_classifier.py: without a test split, the share
+            `holdout` of every class.
         image_column, label_column: for datasets with several of them.
-        image_size, num_channels: what images are brought to.
-        on_error: "raise" or "skip" images that cannot be decoded.
+        image_size, num_channels: what images are brought to; by default their own size, or 32 px if they have several.
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         vae, vae_revision: an `AutoencoderKL` (folder or Hub id) to train in its latents; none for pixel space.
         finetune_from, finetune_revision: a pipeline (folder or Hub id) to train further: its denoiser with new class
             embeddings, its noise schedule, its autoencoder and its image size (a UNet takes another `image_size`
@@ -68,13 +72,15 @@ class GeneratorRecipe(GeneratorTrainingConfig):
 
     dataset: str = "digits"
     dataset_name: str | None = None
-    split: str = "train"
+    train_split: str = "train"
+    test_split: str = "auto"
+    holdout: float = 0.2
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
     image_size: int | None = None
     num_channels: int = 3
-    on_error: str = "raise"
+    on_error: str = "skip"
     vae: str | None = None
     vae_revision: str | None = None
     finetune_from: str | None = None
@@ -101,9 +107,17 @@ def main(arguments: list[str] | None = None) -> None:
     check_made(Path(__file__).parent, {"finetune_from": recipe.finetune_from, "classifier": recipe.classifier})
     accelerator = make_accelerator(recipe.mixed_precision)
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
-        dataset = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision)
+        dataset, _, splits = load_splits(
+            recipe.dataset,
+            recipe.dataset_name,
+            train_split=recipe.train_split,
+            test_split=recipe.test_split,
+            holdout=recipe.holdout,
+            label_column=recipe.label_column,
+            revision=recipe.revision,
+        )
         base = load_base(recipe)
-    run = GeneratorRun(recipe, accelerator, dataset, base)
+    run = GeneratorRun(recipe, accelerator, dataset, base, splits)
     result = run.train()
     if accelerator.is_main_process:
         if result.finished:
@@ -117,9 +131,14 @@ class GeneratorRun:
     """One run of this recipe: the images, the models, and what is written of them."""
 
     def __init__(
-        self, recipe: GeneratorRecipe, accelerator: Accelerator, dataset: Dataset, base: DsCoPipeline | None
+        self,
+        recipe: GeneratorRecipe,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        base: DsCoPipeline | None,
+        splits: dict[str, Any],
     ) -> None:
-        self.recipe, self.accelerator, self.dataset = recipe, accelerator, dataset
+        self.recipe, self.accelerator, self.dataset, self.splits = recipe, accelerator, dataset, splits
         self.output = Path(recipe.output_dir)
         self.names = present_classes(dataset, label_column=recipe.label_column)
         self.config = GeneratorTrainingConfig(
@@ -142,12 +161,12 @@ class GeneratorRun:
             self.vae.to(accelerator.device)
         self.scheduler = base.scheduler if base else build_scheduler(self.config, latents=self.vae is not None)
         self.classifier = load_classifier(recipe)
+        columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
         self.pixels, self.labels, _ = load_pixels(
             dataset,
-            image_size=recipe.image_size or (base.image_size if base else None),
+            image_size=recipe.image_size or (base.image_size if base else default_image_size(dataset, **columns)),
             num_channels=base.num_channels if base else recipe.num_channels,
-            image_column=recipe.image_column,
-            label_column=recipe.label_column,
+            **columns,
             on_error=recipe.on_error,
             classes=self.names,
             progress=accelerator.is_local_main_process,
@@ -208,7 +227,7 @@ class GeneratorRun:
         """Writes the pipeline folder, `results.json` and `samples.png`."""
         pipe = self.pipeline(**result.components)
         pipe.save_pretrained(self.output)
-        save_results(self.recipe, self.config, result, self.dataset, self.accelerator, self.output / "results.json")
+        save_results(self, result, self.output / "results.json")
         draw_samples(pipe, self.recipe, self.names, self.output / "samples.png")
         print(f"Saved the pipeline to {self.output}, loss {result.losses[-1]['loss']:.4f} after {result.step} steps.")
 
@@ -264,21 +283,16 @@ def draw_samples(pipeline: DsCoPipeline, recipe: GeneratorRecipe, names: list[st
     sample_grid({"generated": rows}, [names[label] for label in shown], path)
 
 
-def save_results(
-    recipe: GeneratorRecipe,
-    config: GeneratorTrainingConfig,
-    result: GeneratorTrainingResult,
-    dataset: Dataset,
-    accelerator: Accelerator,
-    path: Path,
-) -> None:
+def save_results(run: GeneratorRun, result: GeneratorTrainingResult, path: Path) -> None:
     """Writes what was trained, on what, for how long and with what loss."""
+    recipe, dataset, accelerator = run.recipe, run.dataset, run.accelerator
     results = {
-        "config": dataclasses.asdict(recipe) | dataclasses.asdict(config),
+        "config": dataclasses.asdict(recipe) | dataclasses.asdict(run.config),
+        "splits": run.splits,
         "dataset_fingerprint": dataset_fingerprint(
             dataset, image_column=recipe.image_column, label_column=recipe.label_column
         ),
-        "images": len(dataset),
+        "images": len(run.labels),
         "steps": result.step,
         "seconds": round(result.seconds, 2),
         "loss": result.losses[-1]["loss"],

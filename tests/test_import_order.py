@@ -38,6 +38,7 @@ ORDER = [
     "opening",
     "images",
     "pixels",
+    "image_sizes",
     "data",
     "kernels",
     "origins",

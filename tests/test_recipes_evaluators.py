@@ -101,7 +101,7 @@ def test_classifier_loads_as_any_other(tmp_path):
 
 def test_classifier_without_a_test_split(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("architecture: convnet-2\ntest_split: null\n")
+    path.write_text("architecture: convnet-2\ntest_split: none\n")
     train_classifier.main(["--config", str(path), "--output_dir", str(tmp_path / "out"), *TINY])
     assert results(tmp_path / "out")["accuracy"] is None
 

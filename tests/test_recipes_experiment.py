@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForImageClassification
 
 from conftest import NAMES, striped_images
@@ -83,7 +83,9 @@ def test_options_for_each_budget():
     with pytest.raises(
         ValueError, match=r"`contrast` must be one value or one for each of the 3 budgets \[1, 10, 50\]"
     ):
-        experiment.ExperimentRecipe("a", "b", "c", contrast=[8, 0])
+        experiment.ExperimentRecipe("a", "b", "c", budgets=[1, 10, 50], contrast=[8, 0])
+    with pytest.raises(ValueError, match="Several values of `contrast` belong to as many `budgets`"):
+        experiment.ExperimentRecipe("a", contrast=[8, 0])
 
 
 def test_contrast_and_the_clearest_images_by_budget(work):
@@ -153,6 +155,7 @@ def test_objectives_by_budget_and_wider_features(work):
 def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\n"
+        "methods: [plain, nopt, nopt-data-free, nopt-quantile]\n"
         "budgets: [1, 2]\nsynthesis_seeds: 2\ntraining_seeds: 1\nnum_inference_steps: 3\nsamples_per_class: 6\n"
         "quantile_iterations: 2\nsteps: 3\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\nfull: true\n"
     )
@@ -174,7 +177,7 @@ def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
         and rows["nopt", 2]["classifier_calls"] > 0 == rows["plain", 2]["classifier_calls"]
     )
     assert rows["nopt", 2]["discrepancy"] < rows["plain", 2]["discrepancy"]
-    assert results["full"]["images"] == 21 and results["config"]["input_size"] == 8
+    assert results["full"]["images"] == 21 and results["config"]["image_size"] == 8
     assert "DsCo" in (work / "sliced" / "table.md").read_text()
     assert all((work / "sliced" / name).stat().st_size > 1000 for name in ("samples.png", "accuracy.png"))
     # the sets are kept apart from the evaluators: another evaluator takes them as they are
@@ -191,7 +194,8 @@ def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
 @pytest.mark.slow
 def test_two_processes_make_the_table_of_one(work):
     (work / "tiny.yaml").write_text(
-        "generator: pipe\nclassifier: classifier\ndataset: data\nbudgets: [1, 2]\ntraining_seeds: 2\nsteps: 3\n"
+        "generator: pipe\nclassifier: classifier\ndataset: data\n"
+        "methods: [plain, nopt, nopt-data-free, nopt-quantile]\nbudgets: [1, 2]\ntraining_seeds: 2\nsteps: 3\n"
         "num_inference_steps: 3\nsamples_per_class: 5\nquantile_iterations: 2\narchitecture: convnet-2\n"
         "model_options: '{\"width\": 4}'\nfeatures: both\n"
     )
@@ -208,3 +212,58 @@ def test_two_processes_make_the_table_of_one(work):
     for one, two in zip(*tables, strict=True):
         assert one.pop("discrepancy") == pytest.approx(two.pop("discrepancy"), rel=1e-4)
         assert one == two
+
+
+def test_a_folder_of_photographs_needs_no_other_option(make, tmp_path, monkeypatch, capsys):
+    """Several sizes, no test split, one damaged file: budgets, test images and doping follow from what is there."""
+    monkeypatch.chdir(tmp_path)
+    for index, row in enumerate(striped_images((9, 7, 6), size=12)):
+        path = tmp_path / "photos" / NAMES[row["label"]] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].resize((12 + index, 30 - index)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    make.pipe().save_pretrained("outputs/generator")
+    make.convnet().save_pretrained("outputs/classifier")
+    small = ["--steps", "2", "--num_inference_steps", "2", "--samples_per_class", "3", "--training_seeds", "1"]
+    small += ["--architecture", "convnet-2", "--model_options", '{"width": 4}']
+    experiment.main(["--dataset", "photos", *small])
+    results = json.loads(Path("outputs/experiment/results.json").read_text())
+    # 20 % of 9, 7 and 6 are 2, 1 and 1 test images; the damaged one is the last of the first class
+    assert results["splits"]["test_split"] == "train, held out: 20 % of every class, seed 0"
+    rows = {(row["method"], row["images_per_class"]): row["images"] for row in results["rows"]}
+    drawn = ("random", "herding", "plain", "nopt", "nopt-data-free")
+    assert rows == {(method, 1): 3 for method in drawn} | {
+        (method, 2): 6 for method in ("random", "herding", "nopt+doping")
+    }
+    doped = load_dataset("outputs/experiment/dataset", "doped2", split="train")
+    assert sorted(doped["source"]) == [0] * 3 + [1] * 3 and {image.size for image in doped["image"]} == {(8, 8)}
+    record = Path("outputs/experiment/dataset/concentration.json").read_text()
+    assert str(tmp_path) not in record and json.loads(record)["configs"]["doped2"]["doping"]["images_per_class"] == 2
+    before = {path: path.stat().st_mtime_ns for path in Path("outputs/experiment").rglob("*.parquet")}
+    AcceleratorState._reset_state(), PartialState._reset_state()
+    experiment.main(["--dataset", "photos", *small])
+    assert "doping:" not in capsys.readouterr().out.split("done:")[1]
+    kept = [path for path in before if "work" in path.parts]
+    assert len(kept) == 2 * 4 and all(path.stat().st_mtime_ns == before[path] for path in kept)
+
+
+def test_budgets_that_the_smallest_class_allows():
+    assert experiment.ExperimentRecipe("x").for_classes(60).budgets == [1, 10, 50]
+    assert experiment.ExperimentRecipe("x").for_classes(60).doping_budgets == [30]
+    assert experiment.ExperimentRecipe("x").for_classes(3).budgets == [1]
+    assert (
+        experiment.ExperimentRecipe("x").for_classes(3).doping_budgets == []
+    )  # 1 is no more than the smallest budget
+    given = experiment.ExperimentRecipe("x", budgets=[5])
+    assert given.for_classes(60) is given
+    with pytest.raises(ValueError, match=r"`doping_budgets` must exceed the smallest of `budgets` \[5\], got 5"):
+        experiment.ExperimentRecipe("x", budgets=[5], doping_budgets=[5])
+
+
+def test_missing_models_are_told_with_their_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"outputs/generator(?s:.)*train_generator\.py --dataset path/to/images"
+    ):
+        experiment.main(["--dataset", "photos"])
