@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .images import ignored_parts, image_array, pixels_from_arrays
 from .names import find_classes
 from .schema import AnyDataset, class_names, find_columns, resolved
+from .values import check_choice, plain_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class PixelBatch(NamedTuple):
     keys: torch.Tensor
 
 
+@plain_arguments(image_size=1, batch_size=1)
 def iterate_pixels(
     dataset: AnyDataset,
     *,
@@ -91,7 +93,7 @@ def iterate_pixels(
         ValueError: for an unreadable image, a missing label or a class that is not in `classes` (the row is named),
             for sizes that differ, and for an empty dataset.
     """
-    _check_pixel_options(image_size, num_channels, batch_size, on_error)
+    _check_pixel_options(num_channels, on_error)
     image_column, label_column = find_columns(dataset, image_column=image_column, label_column=label_column)
     reader = _Reader(
         encoded_columns(dataset, image_column, label_column),
@@ -157,15 +159,10 @@ def ahead(produce: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
         thread.join()
 
 
-def _check_pixel_options(image_size: int | None, num_channels: int, batch_size: int, on_error: str) -> None:
+def _check_pixel_options(num_channels: int, on_error: str) -> None:
     if num_channels not in (1, 3):
         raise ValueError(f"`num_channels` must be 1 (gray) or 3 (RGB), got {num_channels}.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"`image_size` must be at least 1 pixel, or None for the images' own size; got {image_size}.")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
+    check_choice("on_error", on_error, ("raise", "skip"))
 
 
 def encoded_columns(dataset: AnyDataset, image_column: str, label_column: str) -> AnyDataset:

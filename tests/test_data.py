@@ -318,8 +318,8 @@ def test_images_that_are_not_square_keep_their_size_or_lose_their_ends():
     [
         ({"num_channels": 4}, "1 .gray. or 3"),
         ({"batch_size": 0}, "at least 1"),
-        ({"image_size": 0}, "at least 1 pixel"),
-        ({"on_error": "ignore"}, "'raise' or 'skip'"),
+        ({"image_size": 0}, "`image_size` must be a whole number of at least 1"),
+        ({"on_error": "ignore"}, "`on_error` must be one of"),
     ],
 )
 def test_bad_options_fail_at_the_call(dataset, options, message):
