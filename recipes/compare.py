@@ -24,7 +24,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from dsco_hf.configs import make_accelerator, parse_config
-from dsco_hf.data import load_image_dataset, select_per_class
+from dsco_hf.data import find_columns, load_image_dataset, load_splits, select_per_class
 from dsco_hf.evaluators import (
     ImageSet,
     get_protocol,
@@ -37,6 +37,7 @@ from dsco_hf.evaluators import (
 )
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.evaluators.training import content_hash
+from dsco_hf.image_sizes import default_image_size
 from dsco_hf.metrics import paired_difference
 from dsco_hf.report import accuracy_figure
 
@@ -51,7 +52,8 @@ class ComparisonRecipe:
     Attributes:
         real, real_name, revision: the real dataset that baselines are drawn from and that is tested on.
         title: what tables and figures call the real dataset; `real` by default.
-        train_split, test_split: its splits.
+        train_split, test_split, holdout: its splits, as in recipes/train_classifier.py.
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         image_column, label_column: for a real dataset with several of them.
         datasets: what is compared, see above; none compares the baselines only.
         budgets: images per class.
@@ -76,9 +78,11 @@ class ComparisonRecipe:
     revision: str | None = None
     title: str | None = None
     train_split: str = "train"
-    test_split: str = "test"
+    test_split: str = "auto"
+    holdout: float = 0.2
     image_column: str | None = None
     label_column: str | None = None
+    on_error: str = "skip"
     datasets: list[str] = field(default_factory=list)
     budgets: list[int] = field(default_factory=lambda: [10])
     protocol: str = "quick"
@@ -113,6 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
     protocol = get_protocol(recipe.protocol, **changes)
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
+        dataset_names(recipe)  # before anything is read
+        if protocol.input_size is None:
+            protocol = dataclasses.replace(protocol, input_size=size_of_all(recipe))
         real, test = load_real(recipe, protocol, accelerator)
         classifier = load_classifier(recipe.classifier, accelerator)
         teacher = None
@@ -186,26 +193,43 @@ def herd(real: ImageSet, budgets: Sequence[int], classifier: PreTrainedModel | N
 
 def load_real(recipe: ComparisonRecipe, protocol: Any, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
     """Training and test images of the real dataset."""
-    sets: list[ImageSet] = []
-    for split in (recipe.train_split, recipe.test_split):
-        sets.append(
-            load_image_set(
-                load_image_dataset(recipe.real, recipe.real_name, split=split, revision=recipe.revision),
-                # Real images have no stored soft labels.
-                protocol=dataclasses.replace(protocol, label_type="hard"),
-                test_for=sets[0] if sets else None,
-                num_channels=recipe.num_channels,
-                image_column=recipe.image_column,
-                label_column=recipe.label_column,
-                progress=accelerator.is_local_main_process,
-            )
-        )
+    train, test, _ = load_splits(
+        recipe.real,
+        recipe.real_name,
+        train_split=recipe.train_split,
+        test_split=recipe.test_split,
+        holdout=recipe.holdout,
+        label_column=recipe.label_column,
+        revision=recipe.revision,
+    )
+    if test is None:
+        raise ValueError("Networks are tested: `test_split` is a split or 'auto' here, not 'none'.")
+    options: dict[str, Any] = {
+        "protocol": dataclasses.replace(protocol, label_type="hard"),  # real images have no stored soft labels
+        "num_channels": recipe.num_channels,
+        "image_column": recipe.image_column,
+        "label_column": recipe.label_column,
+        "on_error": recipe.on_error,
+        "progress": accelerator.is_local_main_process,
+    }
+    real = load_image_set(train, **options)
     if protocol.label_type == "stored":
         raise ValueError(
             "compare.py needs labels that all datasets can have, but label_type is 'stored'. Use --label_type hard, "
             "or teacher with --teacher; recipes/train_evaluator.py evaluates one dataset with its stored labels."
         )
-    return sets[0], sets[1]
+    return real, load_image_set(test, test_for=real, **options)
+
+
+def size_of_all(recipe: ComparisonRecipe) -> int | None:
+    """The size that all images are brought to, so that they are treated alike: that of the compared ones."""
+    for item in recipe.datasets:
+        path, config, split = [*item.split("=", 1)[1].format(budget=recipe.budgets[0]).split("@"), "", ""][:3]
+        rows = load_image_dataset(path, config or None, split=split or "train")
+        return min(rows[0][find_columns(rows)[0]].size)
+    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+    options = {"split": recipe.train_split, "revision": recipe.revision}
+    return default_image_size(load_image_dataset(recipe.real, recipe.real_name, **options), **columns)
 
 
 def dataset_names(recipe: ComparisonRecipe) -> list[str]:
