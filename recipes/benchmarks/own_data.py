@@ -1,4 +1,4 @@
-"""A new user's folder of photographs, from the first command to a published dataset, by the commands of the README.
+"""A new user's folder of photographs, from the first command to a dataset folder, by the commands of the README.
 
     python recipes/benchmarks/own_data.py --out own_data.json
 
@@ -86,7 +86,6 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         dataset = "outputs/experiment/dataset"
         run("compare", "--real", "photographs", "--datasets", f"DsCo={dataset}@ipc{{budget}}", "--budgets", "1", "10",
             "--seeds", "2", *QUICK[:2], *QUICK[-2:])  # fmt: skip
-        run("publish", "--folder", dataset, "--repo_id", "user/photographs", "--dry_run")
         results = json.loads((work / "outputs" / "experiment" / "results.json").read_text(encoding="utf-8"))
         outcome = {
             "killed_and_resumed": killed,
