@@ -64,6 +64,23 @@ CAPTIONS = {
     "cost": "Synthesis cost against images per class",
 }
 
+_PAPER = "[arXiv 2603.27987](https://arxiv.org/abs/2603.27987)"
+_NOISE = "The sampling noise of a frozen class-conditional diffusion model was optimised so that"
+# What was done for each objective, and with each way to choose real images.
+_DRAWN = {
+    "rkhs": f"{_NOISE} the few images drawn for a class together match the features of the whole class.",
+    "ridge": f"{_NOISE} a ridge regression trained on the few images makes the smallest error on all of the source.",
+    "quantile": f"{_NOISE} at every step the features of the latents have the quantiles of those of real images.",
+    "classifier": f"{_NOISE} a classifier is sure of every image and finds its own statistics; nothing was matched.",
+    "nopt": f"{_NOISE} the few images of a class together teach what the whole class does.",
+    "plain": "The synthetic images are plain samples of a class-conditional diffusion model: nothing was optimised.",
+}
+_ADDED = {
+    "herding": "Real images were added that fill best what the synthetic ones leave unmatched.",
+    "clarity": "Real images were added that students of the synthetic ones find least clear.",
+    "random": "Real images were added at random.",
+}
+
 
 @dataclass
 class DatasetCardFields:
@@ -323,6 +340,7 @@ def _template_values(
         "pretty_name": fields.pretty_name or _pretty_name(concentration),
         "description": fields.description,
         "summary": Trusted(_summary(configs, default, len(names))),
+        "how_sentence": Trusted(how_made(concentration)),
         "source_sentence": Trusted(f"{rows}{source_name}" if source.get("dataset") else "its much larger source"),
         "warnings": _license_warnings(source_license, generator_license),
         "load_path": Trusted(fields.repo_id or "path/to/this/folder"),
@@ -350,6 +368,24 @@ def _template_values(
         "generator_license": generator_license or "not known",
         "license": license.get("license_name") or license["license"],
     }
+
+
+def how_made(concentration: Mapping[str, Any]) -> str:
+    """What was really done, by the records of the configs: one sentence for each way in which images were made."""
+    records = [{**concentration, **entry} for entry in concentration["configs"].values()]
+    drawn, added = [], []
+    for record in records:
+        parameters, doping = (
+            value if isinstance(value := record.get(key), Mapping) else {} for key in ("parameters", "doping")
+        )
+        method = str(record.get("method") or "")
+        objective = parameters.get("objective") or ("nopt" if method.startswith("nopt") else "")
+        drawn.append(_DRAWN.get("plain" if method.startswith("plain") else str(objective), ""))
+        added.append(_ADDED.get(str(doping.get("strategy")), ""))
+    sentences = [text for text in dict.fromkeys([*drawn, *added]) if text]
+    if not any(drawn):
+        sentences.insert(0, "How its images were made is not recorded.")
+    return " ".join(sentences) + f" Written with `dsco_hf` ({_PAPER})."
 
 
 def _summary(configs: Mapping[str, Any], default: str, num_classes: int) -> str:

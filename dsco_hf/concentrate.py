@@ -24,11 +24,13 @@ from .pipeline import DsCoPipeline, DsCoPipelineOutput
 from .quantile import QuantileTargets
 from .schema import nearest
 from .seeds import image_seed
+from .set_records import drawn_record, with_record
 from .targets import MatchingTargets
 from .values import plain, plain_arguments
 
 
 SOURCES = ("synthetic", "real")
+COSTS = ("images", "seconds", "denoiser_calls", "decoder_calls", "classifier_calls", "peak_memory_bytes")
 # arguments of a pipeline call that are no options of a run: it sets them itself, image by image
 _SET_BY_RUN = {"self", "class_labels", "targets", "previous", "generator", "latents", "output_type", "return_dict"}
 _CALLBACKS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
@@ -301,7 +303,29 @@ def concentrate_and_report(
         pixels, labels = pixels_from_images([row["image"] for row in finished]), [row["label"] for row in finished]
         report.discrepancy_by_class = measure_discrepancy(pixels, torch.tensor(labels), pipe, judge)
         report.discrepancy = statistics.fmean(report.discrepancy_by_class.values())
-    return to_dataset(finished, sampler.class_names), report
+    parameters = {
+        "images_per_class": images_per_class,
+        "class_labels": class_labels,
+        "block_size": block_size,
+        "images_per_call": images_per_call,
+        **sampling_options({name: value for name, value in options.items() if name not in _CALLBACKS}),
+    }
+    cost = {name: value for name in COSTS if (value := getattr(report, name)) is not None}
+    record = drawn_record(
+        pipe, targets, method=method_of(targets, options), seed=seed, parameters=parameters, cost=cost
+    )
+    return with_record(to_dataset(finished, sampler.class_names), record), report
+
+
+def method_of(targets: Any, options: Mapping[str, Any]) -> str:
+    """What results call a set that was drawn for these targets, with these options of a pipeline call."""
+    if options.get("objective") == "classifier":
+        return "nopt-classifier-only"
+    if targets is None or options.get("optimization_steps") == 0:
+        return "plain"
+    if isinstance(targets, QuantileTargets):
+        return "nopt-quantile"
+    return "nopt" if targets.provenance.get("population") == "data" else "nopt-data-free"
 
 
 class PreviousBlocks:

@@ -14,7 +14,7 @@ from datasets import Dataset, Image, concatenate_datasets
 from transformers import PreTrainedModel
 
 from .concentrate import SOURCES, embed_pixels, row_features
-from .data import load_pixels, present_classes
+from .data import dataset_fingerprint, load_pixels, present_classes
 from .evaluators import predict_logits
 from .evaluators.checks import class_columns, model_classes
 from .evaluators.evaluation import ImageSet, evaluator_builder
@@ -29,6 +29,7 @@ from .pipeline import DsCoPipeline
 from .pixels import class_places, place_of
 from .schema import class_names, find_columns
 from .seeds import image_seed
+from .set_records import record_of, with_record
 from .targets import MatchingTargets
 from .values import check_choice, check_real, check_whole, plain_arguments
 
@@ -112,9 +113,11 @@ def dope(
         raise ValueError(
             "Pass either `images_per_class` or `total`, the size of the result with its synthetic images."
         )
+    record = record_of(small) or {}
     small = as_concentrated(small)
     names = class_names(small)
-    pool = _Pool.of(real, names, image_column=image_column, label_column=label_column)
+    columns = {"image_column": image_column, "label_column": label_column}
+    pool = _Pool.of(real, names, **columns)
     class_wise = total is None if class_wise is None else class_wise
     held = torch.bincount(torch.tensor(small["label"]), minlength=len(names))
     ask = (pipe, student, protocol, architecture, num_students, seed, progress, image_column, label_column)
@@ -131,7 +134,15 @@ def dope(
         else:
             order = clarity(small, pool.dataset, *ask).argsort(stable=True)
             chosen = torch.cat([order[pool.labels[order] == row][:count] for row, count in enumerate(wanted)])
-    return concatenate_datasets([small, _as_rows(pool, chosen, small, image_size)])
+    doping = {"strategy": strategy, "images_per_class": images_per_class, "total": total, "class_wise": class_wise}
+    if strategy == "clarity":
+        protocol = protocol if isinstance(protocol, str) else protocol.name
+        doping |= {"protocol": protocol, "architecture": architecture, "num_students": num_students}
+    doping |= {"seed": seed, "real_fingerprint": dataset_fingerprint(real, **columns)}
+    method = f"{record['method']}+doping" if "method" in record else None
+    mixed = concatenate_datasets([small, _as_rows(pool, chosen, small, image_size)])
+    given = {"method": method, "doping": doping}
+    return with_record(mixed, {**record, **{key: value for key, value in given.items() if value is not None}})
 
 
 def as_concentrated(small: Dataset) -> Dataset:

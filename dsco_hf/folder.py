@@ -30,7 +30,17 @@ from .records import concentration_record as concentration_record
 from .records import targets_record
 from .safety import safe_path
 from .samples import draw_samples
-from .shards import CONFIG_NAME, DatasetLike, as_configs, describe_split, file_sha256, read_split, write_shards
+from .set_records import record_of, without_paths
+from .shards import (
+    CONFIG_NAME,
+    DatasetLike,
+    as_configs,
+    describe_split,
+    file_sha256,
+    read_split,
+    rows_sha256,
+    write_shards,
+)
 from .targets import MatchingTargets
 
 
@@ -217,11 +227,56 @@ def save_dataset_folder(
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
     with atomic_folder(folder) as new:
         described = write_configs(checked, new)
+        concentration = carried_records(checked, concentration)
         concentration = with_targets(concentration, targets, new, names=list(checked))
         paths = write_figures(figures, new, dataset=next(iter(checked[default].values())))
         record = build_concentration(concentration, described, default_config=default, card=card)
         write_records(new, record, card=card, results=results, figures=paths, existing_card=existing)
     return folder
+
+
+def carried_records(
+    configs: Mapping[str, Mapping[str, Dataset]], given: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """What the sets themselves say they were drawn with, where no record is given; one that contradicts is refused.
+
+    Rows that were changed, added or left out since are said to be so.
+
+    Raises:
+        ValueError: if a set was drawn with another seed or other parameters than the given record says.
+    """
+    carried = {name: found for name, splits in configs.items() if (found := _carried(next(iter(splits.values()))))}
+    if given is None:
+        if not carried:
+            return None
+        found = next(iter(carried.values())) if len(configs) == 1 else {"configs": carried}
+        return without_paths(found)
+    for name, own in carried.items():
+        told = {**given, **((given.get("configs") or {}).get(name) or {})}
+        mine, theirs = (entry.get("parameters") or {} for entry in (own, told))
+        pairs = [("seed", own.get("seed"), told.get("seed"))]
+        pairs += [
+            (key, value, theirs.get(key)) for key, value in mine.items() if key != "class_labels"
+        ]  # by name or id
+        for key, here, there in pairs:
+            if here is not None and there is not None and here != there:
+                raise ValueError(
+                    f"Config {name!r} says itself that it was drawn with {key}={here!r}, the given record says "
+                    f"{there!r}: leave `concentration` out, and what the set says is recorded."
+                )
+    return without_paths(given)
+
+
+def _carried(dataset: Dataset) -> dict[str, Any] | None:
+    record = record_of(dataset)
+    if record is None or "source" not in dataset.features:
+        return record
+    drawn = record.get("synthetic") or {}
+    column = dataset.with_format(None)["source"][:]
+    synthetic = dataset.select([row for row, source in enumerate(column) if source == 0])
+    if len(synthetic) and drawn.get("rows_sha256") not in (None, rows_sha256(synthetic)):
+        return {**record, "changed": "rows were changed, added or left out after they were drawn"}
+    return record
 
 
 def with_targets(

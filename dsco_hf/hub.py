@@ -23,6 +23,7 @@ from .folder import (
     CONCENTRATION,
     RESULTS,
     TargetsLike,
+    carried_records,
     merged_record,
     parse_record,
     read_folder,
@@ -119,7 +120,9 @@ def publish(
         dataset, config_name, default_config, card, results, concentration, figures, targets, soft_label_top_k
     )
     with explained(repo_id, token=token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
-        target = make_target(repo_id, "dataset", token=token, private=private, revision=revision, create_pr=create_pr)
+        target = make_target(
+            repo_id, "dataset", token=token, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run
+        )
         described = write_configs(content.configs, Path(scratch))
 
         def prepare(folder: Path, remote: Remote) -> list[str]:
@@ -195,6 +198,7 @@ def _gather(
         for split, rows in splits.items():
             if "soft_label" in rows.features:
                 splits[split] = compact_soft_labels(rows, top_k=top_k)
+    concentration = carried_records(configs, concentration)
     _warn_of_local_parts(concentration)
     return _Content(configs, default_config, card, results, concentration, figures, targets)
 
@@ -202,10 +206,10 @@ def _gather(
 def _warn_of_local_parts(concentration: Mapping[str, Any] | None) -> None:
     for part in ("generator", "classifier"):
         entry = (concentration or {}).get(part)
-        name = entry.get("id") if isinstance(entry, Mapping) else None
-        if isinstance(name, str) and (name.startswith(("/", "~", ".")) or Path(name).exists()):
+        name = entry.get("folder") if isinstance(entry, Mapping) else None
+        if name:
             logger.warning(
-                "The %s is recorded as the local folder %s, which nobody else can load and whose path becomes public. "
+                "The %s is recorded as a folder %r of this machine, which nobody else can load. "
                 "Publish it (`publish_pipeline`, `publish_evaluator`) and record its id, so that others can make the "
                 "images again.",
                 part,

@@ -174,7 +174,9 @@ def _publish_model(
     if not PartialState().is_main_process:
         return None
     with explained(repo_id, token=token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
-        target = make_target(repo_id, "model", token=token, private=private, revision=revision, create_pr=create_pr)
+        target = make_target(
+            repo_id, "model", token=token, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run
+        )
         folder = Path(scratch) / "model"
         folder.mkdir()
         save(folder)

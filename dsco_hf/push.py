@@ -47,6 +47,7 @@ class PublishResult:
         unchanged: Paths of files that are in the repository already.
         num_bytes: Size of the files in `added`.
         dry_run: Whether nothing was sent.
+        compared: Whether the repository was read; a dry run without network or token tells of all files.
     """
 
     repo_id: str
@@ -58,6 +59,7 @@ class PublishResult:
     unchanged: tuple[str, ...]
     num_bytes: int
     dry_run: bool = False
+    compared: bool = True
 
     def __str__(self) -> str:
         """One line, or with changes one per file."""
@@ -68,6 +70,8 @@ class PublishResult:
             f"{self.url}: {verb} {len(self.added)} files ({self.num_bytes / 2**20:.1f} MiB), {len(self.unchanged)} "
             f"unchanged"
         ]
+        if not self.compared:
+            lines.append("  not compared with the repository, which cannot be read from here: all files are listed")
         return "\n".join([*lines, *(f"  + {path}" for path in self.added), *(f"  - {path}" for path in self.deleted)])
 
 
@@ -183,10 +187,16 @@ def push(
     Raises:
         ValueError: If a file must not be published. Errors of `prepare` and of the Hub's client are passed on.
     """
-    remote = read_remote(target)
+    compared = True
+    try:
+        remote = read_remote(target)
+    except Exception as error:
+        if not dry_run or not _unreadable(error):
+            raise
+        remote, compared = Remote(None, False, {}, lambda path: None), False
     planned = _plan(target, folder, remote, prepare(folder, remote))
     if dry_run:
-        return replace(planned, dry_run=True)
+        return replace(planned, dry_run=True, compared=compared)
     if not remote.has_branch:
         _create_missing(target, remote)
         remote = read_remote(target)
@@ -207,6 +217,13 @@ def push(
     if commit.pr_url:
         return replace(planned, commit=commit.oid, url=commit.pr_url, revision=str(commit.pr_revision))
     return replace(planned, commit=commit.oid)
+
+
+def _unreadable(error: Exception) -> bool:
+    """Whether the Hub was out of reach, or wants a token that is not there: no reason to say nothing of the files."""
+    found = hub_error(error)
+    offline = isinstance(found, hub_errors.OfflineModeIsEnabled) or is_transport_error(found)
+    return offline or status_of(found) in (401, 403)
 
 
 def _plan(target: Target, folder: Path, remote: Remote, deleted: Sequence[str]) -> PublishResult:
@@ -242,7 +259,14 @@ def refuse_secrets(folder: Path, paths: Sequence[str], token: Token) -> None:
 
 
 def make_target(
-    repo_id: str, repo_type: str, *, token: Token, private: bool | None, revision: str | None, create_pr: bool
+    repo_id: str,
+    repo_type: str,
+    *,
+    token: Token,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    dry_run: bool = False,
 ) -> Target:
     """Checks a repository id and where to push to, before anything is read or sent."""
     validate_repo_id(repo_id)
@@ -251,6 +275,6 @@ def make_target(
             f"A pull request is opened against 'main', but revision is {revision!r}. Leave one of them out."
         )
     api = HfApi(token=token, library_name="dsco_hf")
-    if "/" not in repo_id:
+    if "/" not in repo_id and not dry_run:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     return Target(api, repo_id, repo_type, revision or "main", private, create_pr, token)

@@ -7,33 +7,26 @@ record alone says how to run it again, also after a default has changed.
 from __future__ import annotations
 
 import inspect
-import platform
-import re
 from collections.abc import Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
-from .concentrate import ConcentrationReport, concentrate_and_report, sampling_options
-from .digests import model_sha256, targets_sha256
+from .concentrate import COSTS, ConcentrationReport, concentrate_and_report, sampling_options
 from .objectives import OBJECTIVES, ClassifierObjective
-from .origins import commit_of
 from .schema import nearest
+from .set_records import PARTS as PARTS
+from .set_records import cached_origin as cached_origin
+from .set_records import drawn_record
+from .set_records import library_versions as library_versions
+from .set_records import targets_record as targets_record
 from .targets import MatchingTargets
 
 
-COSTS = ("images", "seconds", "denoiser_calls", "decoder_calls", "classifier_calls", "peak_memory_bytes")
-LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "datasets", "accelerate", "numpy")
 # Arguments of `concentrate` that shape the images, beside those of a pipeline call.
 RUN_OPTIONS = ("images_per_class", "class_labels", "block_size", "images_per_call")
 # Arguments that are recorded elsewhere, or say nothing about the images.
 _NOT_RECORDED = {"seed", "progress", "measure_by", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
-_SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})(?:[/\\](?P<part>\w+))?")
-# Components that are often added to a generator by hand, so that they have an origin of their own.
-PARTS = ("classifier", "classifier_2", "preview_vae")
 
 
 def resolve_parameters(**given: Any) -> dict[str, Any]:
@@ -131,105 +124,21 @@ def concentration_record(
     """
     parameters = dict(parameters)
     doping = parameters.pop("doping", None)
-    generator = _generator(pipe, generator_revision)
-    record = {
-        "method": method,
-        "seed": seed,
-        "parameters": resolve_parameters(**parameters),
-        "doping": doping,
-        "source": _source(targets, source),
-        "targets": _targets(targets, targets_id, targets_revision),
-        "generator": generator,
-        **{part: _part(pipe, part, generator) for part in PARTS},
-        "environment": {
-            "device": pipe.device.type,
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        },
-        "versions": library_versions(),
-        "cost": None if report is None else _cost(report),
-    }
-    return {key: value for key, value in record.items() if value is not None}
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that the images depend on."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    origin = {"repo_id": targets_id, "revision": targets_revision}
+    return drawn_record(
+        pipe,
+        targets,
+        method=method,
+        seed=seed,
+        parameters=resolve_parameters(**parameters),
+        doping=doping,
+        source=source,
+        generator_revision=generator_revision,
+        targets_origin=origin,
+        cost=None if report is None else _cost(report),
+    )
 
 
 def _cost(report: ConcentrationReport) -> dict[str, Any]:
     values = {name: getattr(report, name, None) for name in COSTS}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    population = dict(getattr(targets, "provenance", None) or {})
-    origin: dict[str, Any] = {}
-    if population.get("population") == "data":
-        names = ("dataset", "config", "revision", "split", "fingerprint")
-        origin = {name: population.get(name) for name in names} | {"rows": population.get("images")}
-    return {key: value for key, value in {**origin, **(given or {})}.items() if value is not None} or None
-
-
-def _targets(targets: Any, repo_id: str | None, revision: str | None) -> dict[str, Any] | None:
-    if not isinstance(targets, MatchingTargets):
-        return None if targets is None else {"kind": type(targets).__name__}
-    known = {"id": repo_id, "revision": revision}
-    return targets_record(targets) | {key: value for key, value in known.items() if value is not None}
-
-
-def targets_record(targets: MatchingTargets) -> dict[str, Any]:
-    """How targets were made, and the SHA-256 of their content."""
-    return {**targets.provenance, "sha256": targets_sha256(targets)}
-
-
-def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] | None:
-    """Repository and commit of a pipeline; the commit is that of its denoiser, which the Hub's cache knows."""
-    name = getattr(pipe, "name_or_path", None) or None
-    denoiser = next((pipe.components.get(part) for part in ("transformer", "unet") if pipe.components.get(part)), None)
-    found = cached_origin(_name_of(denoiser))
-    if found is not None:
-        name = found["id"] if name is None or Path(str(name)).is_dir() else name
-        revision = revision or found["revision"]
-    sha256 = model_sha256(denoiser) if denoiser is not None else None
-    return _without_none({"id": name and str(name), "revision": revision, "sha256": sha256})
-
-
-def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    model = getattr(pipe, part, None)
-    if model is None:
-        return None
-    name, sha256 = _name_of(model), model_sha256(model)
-    revision = commit_of(model)
-    origin: dict[str, Any] = cached_origin(name) or {"id": name or None, "revision": revision}
-    folder = (generator or {}).get("id")
-    if folder and Path(name) == Path(str(folder)) / part:  # a component of a local pipeline
-        origin = {"id": folder, "subfolder": part}
-    return _without_none({**origin, "sha256": sha256})
-
-
-def _name_of(model: Any) -> str:
-    """What a model was loaded from: transformers keeps it as an attribute, diffusers in the configuration."""
-    config = getattr(model, "config", None)
-    return str(getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or "")
-
-
-def cached_origin(path: str) -> dict[str, Any] | None:
-    """Repository, commit and subfolder of a model that was loaded from the Hub's cache, told from its path."""
-    match = _SNAPSHOT.search(path)
-    if match is None:
-        return None
-    origin = {"id": match["id"].replace("--", "/", 1), "revision": match["revision"], "subfolder": match["part"]}
-    return _without_none(origin)
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    return {key: value for key, value in values.items() if value is not None} or None

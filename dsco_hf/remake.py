@@ -84,8 +84,9 @@ def load_recorded(
     name = f"{CONCENTRATION} of {repo_or_folder}"
     record = config_record(_record(folder, name), config)
     options = {"token": token, "cache_dir": cache_dir}
-    place = _place(record, "generator", name)
-    parts = {part: model for part in PARTS if (model := _load_part(record, part, place, name, options)) is not None}
+    place = _place(record, "generator", name, folder)
+    known = {part: _load_part(record, part, place, name, options, folder) for part in PARTS}
+    parts = {part: model for part, model in known.items() if model is not None}
     dtype = DTYPES.get(str((record.get("environment") or {}).get("dtype")), torch.float32)
     pipe = DsCoPipeline.from_pretrained(place["id"], revision=place.get("revision"), dtype=dtype, **parts, **options)
     for part, model in (("generator", pipe.denoiser), *((part, getattr(pipe, part, None)) for part in PARTS)):
@@ -119,10 +120,20 @@ def _record(folder: Path, name: str) -> dict[str, Any]:
     return parse_record(text, name)
 
 
-def _place(record: Mapping[str, Any], part: str, name: str) -> dict[str, Any]:
-    """The recorded repository of a model; ValueError if none is recorded that others could load."""
+def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dict[str, Any]:
+    """The recorded repository of a model, or its folder if it lies around here; ValueError if it cannot be loaded."""
     entry = record.get(part)
     entry = dict(entry) if isinstance(entry, Mapping) else {}
+    if isinstance(own := entry.get("folder"), str) and own == Path(own).name:
+        around = [Path.cwd(), *folder.resolve().parents[:3]]
+        found = next((str(place / own) for place in around if (place / own).is_dir()), None)
+        if found is None:
+            raise ValueError(
+                f"The {part} is recorded in {name} as a folder called {own!r} of its maker: ask who made the dataset "
+                "to publish it (`publish_pipeline`, `publish_evaluator`), or put a copy of it beside the dataset; its "
+                "SHA-256 is checked."
+            )
+        entry["id"] = found
     try:
         validate_repo_id(entry.get("id") or "")
     except HFValidationError:
@@ -136,12 +147,17 @@ def _place(record: Mapping[str, Any], part: str, name: str) -> dict[str, Any]:
 
 
 def _load_part(
-    record: Mapping[str, Any], part: str, generator: Mapping[str, Any], name: str, options: Mapping[str, Any]
+    record: Mapping[str, Any],
+    part: str,
+    generator: Mapping[str, Any],
+    name: str,
+    options: Mapping[str, Any],
+    folder: Path,
 ) -> Any:
     """A component that was added to the generator by hand; None if the generator's own repository has it."""
     if not record.get(part):
         return None
-    place = _place(record, part, name)
+    place = _place(record, part, name, folder)
     if place.get("subfolder") == part and place["id"] == generator["id"]:
         if place.get("revision") == generator.get("revision"):
             return None

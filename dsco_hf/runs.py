@@ -25,6 +25,7 @@ from .concentrate import (
     PreviousBlocks,
     Unit,
     UnitSampler,
+    method_of,
     peak_memory_bytes,
     plan_units,
     row_features,
@@ -37,6 +38,7 @@ from .failures import NonFiniteError
 from .pipeline import DsCoPipeline
 from .quantile import QuantileTargets
 from .run_folder import RunFolder, unit_name
+from .set_records import drawn_record, with_record
 from .targets import MatchingTargets
 from .team import RunError, Team
 from .values import plain_arguments
@@ -61,6 +63,7 @@ class RunResult:
         session (`dict`): what this session did: `images`, `seconds` of wall time, `images_per_second`, `processes`.
         settings (`dict`): what fixes the images, as in `run.json`.
         class_names (`list[str]`): names of the dataset's classes.
+        record (`dict`): what the images are drawn with, see [`~dsco_hf.records.concentration_record`].
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class RunResult:
     session: dict[str, Any]
     settings: dict[str, Any]
     class_names: list[str]
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -105,7 +109,8 @@ class RunResult:
         if not self.finished:
             raise RunError(self.message)
         units = _units(self.settings)
-        return RunFolder(self.folder).assemble(units, row_features(self.class_names), cache_file=cache_file)
+        rows = RunFolder(self.folder).assemble(units, row_features(self.class_names), cache_file=cache_file)
+        return with_record(rows, self.record) if self.record else rows
 
 
 @plain_arguments(images_per_class=1, block_size=1, images_per_call=1, cpu_threads=1, max_hours=0)
@@ -355,7 +360,21 @@ class _Run:
                 "processes": self.team.world,
             },
             settings=settings,
+            record=self._record(settings),
             class_names=list(self.sampler.class_names),
+        )
+
+    def _record(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What the images are drawn with, as [`concentrate`] says it."""
+        pipe, targets, options = self.sampler.pipe, self.sampler.targets, self.sampler.options
+        parameters = {name: settings[name] for name in ("images_per_class", "block_size", "images_per_call")}
+        parameters["class_labels"] = settings["class_labels"] if targets is None else None
+        return drawn_record(
+            pipe,
+            targets,
+            method=method_of(targets, options),
+            seed=settings["seed"],
+            parameters={**parameters, **settings["options"]},
         )
 
 

@@ -511,7 +511,7 @@ def test_paths_of_a_repository_cannot_leave_the_cache(hub, ann, home, tmp_path):
 def test_a_generator_that_nobody_else_has_is_mentioned(hub, ann):
     before = len(ann.output())
     publish(ann, "ann/local", concentration={**RECORD, "generator": {"id": "/home/ann/generator"}})
-    assert "generator is recorded as the local folder /home/ann/generator" in ann.output()[before:]
+    assert "generator is recorded as a folder 'generator' of this machine" in ann.output()[before:]
     assert "/home/ann" not in hub.files("ann/local")["README.md"].decode()
 
 

@@ -67,6 +67,7 @@ ORDER = [
     "generator_checkpoints",
     "generator_training",
     "generator_evaluation",
+    "set_records",
     "concentrate",
     "run_folder",
     "runs",

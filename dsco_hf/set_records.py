@@ -1,0 +1,203 @@
+"""What a set was drawn with: a record that travels with the set, and names nothing of the machine it was made on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from diffusers import DiffusionPipeline
+
+from .digests import model_sha256, targets_sha256
+from .origins import commit_of
+from .paths import looks_like_path
+from .shards import rows_sha256
+from .targets import MatchingTargets
+from .values import plain
+
+
+LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "datasets", "accelerate", "numpy")
+_SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})(?:[/\\](?P<part>\w+))?")
+# Components that are often added to a generator by hand, so that they have an origin of their own.
+PARTS = ("classifier", "classifier_2", "preview_vae")
+MARK = "dsco_hf"  # under which the record stands in the description of a dataset
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that the images depend on."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def drawn_record(
+    pipe: DiffusionPipeline,
+    targets: Any,
+    *,
+    method: str,
+    seed: int,
+    parameters: Mapping[str, Any],
+    doping: Any = None,
+    source: Mapping[str, Any] | None = None,
+    generator_revision: str | None = None,
+    targets_origin: Mapping[str, str | None] | None = None,
+    cost: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a set was drawn with, as plain JSON values; see [`~dsco_hf.records.concentration_record`]."""
+    generator = _generator(pipe, generator_revision)
+    record = {
+        "method": method,
+        "seed": seed,
+        "parameters": dict(parameters),
+        "doping": doping,
+        "source": _source(targets, source),
+        "targets": _targets(targets, **(targets_origin or {"repo_id": None, "revision": None})),
+        "generator": generator,
+        **{part: _part(pipe, part, generator) for part in PARTS},
+        "environment": {
+            "device": pipe.device.type,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+        "versions": library_versions(),
+        "cost": cost,
+    }
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def with_record(dataset: Dataset, record: Mapping[str, Any]) -> Dataset:
+    """The dataset with what it was drawn with, in its info: it goes along with `select`, `filter`, `save_to_disk`.
+
+    Saying what the rows were, it tells later whether they still are: `rows_sha256`.
+    """
+    rows = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
+    dataset.info.description = json.dumps({MARK: plain({"synthetic": rows, **record})}, ensure_ascii=False)
+    return dataset
+
+
+def record_of(dataset: Dataset | DatasetDict) -> dict[str, Any] | None:
+    """What a dataset says it was drawn with; None for one that does not say, or that was put together of several."""
+    if isinstance(dataset, DatasetDict):
+        dataset = next(iter(dataset.values()))
+    try:
+        found = json.loads(dataset.info.description or "null")
+    except ValueError:
+        return None
+    return found.get(MARK) if isinstance(found, dict) else None
+
+
+def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    population = dict(getattr(targets, "provenance", None) or {})
+    origin: dict[str, Any] = {}
+    if population.get("population") == "data":
+        names = ("dataset", "config", "revision", "split", "fingerprint")
+        origin = {name: population.get(name) for name in names} | {"rows": population.get("images")}
+    known = {key: value for key, value in {**origin, **(given or {})}.items() if value is not None}
+    if isinstance(name := known.get("dataset"), str) and "folder" in (place := published_origin(name)):
+        known["dataset"] = place["folder"]
+    return known or None
+
+
+def _targets(targets: Any, repo_id: str | None, revision: str | None) -> dict[str, Any] | None:
+    if not isinstance(targets, MatchingTargets):
+        return None if targets is None else {"kind": type(targets).__name__}
+    known = {"id": repo_id, "revision": revision}
+    return targets_record(targets) | {key: value for key, value in known.items() if value is not None}
+
+
+def targets_record(targets: MatchingTargets) -> dict[str, Any]:
+    """How targets were made, and the SHA-256 of their content."""
+    names = {
+        key: next(iter(published_origin(value).values()), value) if isinstance(value, str) and "/" in value else value
+        for key, value in targets.provenance.items()
+    }
+    return {**names, "sha256": targets_sha256(targets)}
+
+
+def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] | None:
+    """Repository and commit of a pipeline; the commit is that of its denoiser, which the Hub's cache knows."""
+    name = getattr(pipe, "name_or_path", None) or None
+    denoiser = next((pipe.components.get(part) for part in ("transformer", "unet") if pipe.components.get(part)), None)
+    found = cached_origin(_name_of(denoiser))
+    if found is not None:
+        name = found["id"] if name is None or Path(str(name)).is_dir() else name
+        revision = revision or found["revision"]
+    sha256 = model_sha256(denoiser) if denoiser is not None else None
+    return _without_none({**published_origin(name), "revision": revision, "sha256": sha256})
+
+
+def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    model = getattr(pipe, part, None)
+    if model is None:
+        return None
+    name, sha256 = _name_of(model), model_sha256(model)
+    origin: dict[str, Any] = cached_origin(name) or {**published_origin(name), "revision": commit_of(model)}
+    of_pipe = str(getattr(pipe, "name_or_path", None) or "")
+    if of_pipe and Path(name) == Path(of_pipe) / part:  # a component of a local pipeline
+        origin = {**published_origin(of_pipe), "subfolder": part}
+    return _without_none({**origin, "sha256": sha256})
+
+
+def published_origin(name: str | Path | None) -> dict[str, str]:
+    """Where a model or dataset came from, as others may read it: `id` of a repository, or the own name of a `folder`.
+
+    Where a folder lies says who its user is and how the machine is built, and nobody else can use it.
+    """
+    text = str(name or "")
+    if not text:
+        return {}
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists() or looks_like_path(text):
+        return {"folder": re.split(r"[\\/]", str(path.resolve()))[-1]}
+    return {"id": text}
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, however it was made, with the names of folders in place of where they lie on a machine."""
+    clean = dict(record)
+    for part in ("generator", *PARTS):
+        entry = clean.get(part)
+        if isinstance(entry, Mapping) and isinstance(name := entry.get("id"), str) and _is_place(name):
+            clean[part] = {**{key: value for key, value in entry.items() if key != "id"}, **published_origin(name)}
+    for part in ("source", "targets"):
+        entry = clean.get(part)
+        if isinstance(entry, Mapping) and isinstance(name := entry.get("dataset"), str) and _is_place(name):
+            clean[part] = {**entry, "dataset": published_origin(name)["folder"]}
+    if isinstance(clean.get("configs"), Mapping):
+        clean["configs"] = {name: without_paths(entry) for name, entry in clean["configs"].items()}
+    return clean
+
+
+def _is_place(name: str) -> bool:
+    return "folder" in published_origin(name)
+
+
+def _name_of(model: Any) -> str:
+    """What a model was loaded from: transformers keeps it as an attribute, diffusers in the configuration."""
+    config = getattr(model, "config", None)
+    return str(getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or "")
+
+
+def cached_origin(path: str) -> dict[str, Any] | None:
+    """Repository, commit and subfolder of a model that was loaded from the Hub's cache, told from its path."""
+    match = _SNAPSHOT.search(path)
+    if match is None:
+        return None
+    origin = {"id": match["id"].replace("--", "/", 1), "revision": match["revision"], "subfolder": match["part"]}
+    return _without_none(origin)
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    return {key: value for key, value in values.items() if value is not None} or None
