@@ -23,6 +23,8 @@ from .yaml_text import Entry, read_entries
 
 T = TypeVar("T")
 
+RENAMED = {"input_size": "image_size"}  # options by the names that they had in earlier config files
+
 
 def parse_config(
     config_class: type[T],
@@ -137,7 +139,8 @@ def read_config(path: Path, config_class: type, *, others: bool = False) -> dict
     kinds = get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
     values = {}
-    for name, entry in entries.items():
+    for given, entry in entries.items():
+        name = RENAMED.get(given, given) if given not in names else given
         if name not in names and others:
             continue
         if name not in names:

@@ -20,6 +20,7 @@ from .evaluators.checks import class_columns, model_classes
 from .evaluators.evaluation import ImageSet, evaluator_builder
 from .evaluators.protocols import Protocol, get_protocol
 from .evaluators.training import train_evaluator
+from .image_sizes import default_image_size
 from .images import stored_at
 from .kernels import herd
 from .labels import class_mapping
@@ -234,7 +235,8 @@ def clarity(
         protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
         if teacher is not None:
             protocol = dataclasses.replace(protocol, label_type="teacher", temperature=1.0)
-        pixels, labels, _ = load_pixels(small, image_size=protocol.input_size, num_channels=channels)
+        size = protocol.image_size or default_image_size(small)
+        pixels, labels, _ = load_pixels(small, image_size=size, num_channels=channels)
         build = evaluator_builder(architecture, ImageSet(pixels, labels, tuple(names)), protocol)
         seeds = [seed, *(image_seed(seed, 0, place, "student") for place in range(1, num_students))]
         students = [

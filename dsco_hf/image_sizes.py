@@ -44,7 +44,7 @@ def default_image_size(
     low, high = min(min(size) for size in sizes), max(max(size) for size in sizes)
     logger.warning(
         "Images have sides of %d to %d pixels: their shorter side is brought to %d and the centre cropped; "
-        "`image_size` (--image_size) chooses another size.",
+        "`image_size` (--image_size; of a protocol: `get_protocol(name, image_size=64)`) chooses another size.",
         low,
         high,
         fallback,

@@ -58,7 +58,9 @@ class ComparisonRecipe:
         datasets: what is compared, see above; none compares the baselines only.
         budgets: images per class.
         protocol: a protocol's name or YAML file.
-        epochs, steps, batch_size, learning_rate, label_type, input_size: changes to it.
+        epochs, steps, batch_size, learning_rate, label_type: changes to it.
+        image_size: what the images of all datasets are brought to (shorter side, then the centre); the protocol's by
+            default, or else that of the real images, or 32 if they have several sizes.
         architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
         model_options: values of the networks' configurations, as JSON.
         seeds: trainings of each network; each has random real images of its own.
@@ -91,7 +93,7 @@ class ComparisonRecipe:
     batch_size: int | None = None
     learning_rate: float | None = None
     label_type: str | None = None
-    input_size: int | None = None
+    image_size: int | None = None
     architectures: list[str] = field(default_factory=lambda: ["convnet-3"])
     model_options: str = "{}"
     seeds: int = 3
@@ -113,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator(
         recipe.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
     )
-    names = ("epochs", "steps", "batch_size", "learning_rate", "label_type", "input_size")
+    names = ("epochs", "steps", "batch_size", "learning_rate", "label_type", "image_size")
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
     protocol = get_protocol(recipe.protocol, **changes)
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
@@ -121,6 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
         if protocol.input_size is None:
             protocol = dataclasses.replace(protocol, input_size=size_of_all(recipe))
         real, test = load_real(recipe, protocol, accelerator)
+        if protocol.image_size is None:  # all datasets at one size: that of the real images
+            protocol = dataclasses.replace(protocol, image_size=real.pixels.shape[-1])
         classifier = load_classifier(recipe.classifier, accelerator)
         teacher = None
         if protocol.label_type == "teacher":

@@ -286,7 +286,7 @@ class Experiment:
             for name in ("steps", "epochs", "batch_size", "learning_rate")
             if (value := getattr(recipe, name)) is not None
         }
-        self.protocol = get_protocol(recipe.protocol, input_size=self.pipe.image_size, **changes)
+        self.protocol = get_protocol(recipe.protocol, image_size=self.pipe.image_size, **changes)
         with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
             self.real, test, self.splits = load_splits(
                 recipe.dataset,

@@ -154,9 +154,9 @@ def load_sets(
             label_column=recipe.label_column,
             revision=recipe.revision,
         )
-    size = recipe.image_size or protocol.input_size or default_image_size(train, **columns)
+    size = recipe.image_size or protocol.image_size or default_image_size(train, **columns)
     options: dict[str, Any] = {
-        "protocol": dataclasses.replace(protocol, input_size=size),
+        "protocol": dataclasses.replace(protocol, image_size=size),
         "num_channels": recipe.num_channels,
         "on_error": recipe.on_error,
         "progress": accelerator.is_local_main_process,

@@ -51,7 +51,9 @@ class EvaluatorRecipe:
         model_options: values of the networks' configurations, as JSON, e.g. '{"width": 32}'.
         teacher, teacher_revision: a classifier (folder or Hub id); soft labels are then made by it on each batch.
         label_type: "hard", "teacher" or "stored"; the protocol's own by default, "teacher" where one is given.
-        epochs, steps, batch_size, learning_rate, temperature, input_size: changes to the protocol.
+        epochs, steps, batch_size, learning_rate, temperature: changes to the protocol.
+        image_size: what all images are brought to (shorter side, then the centre); the protocol's by default, or else
+            that of the small dataset's images, or 32 if they have several sizes.
         num_channels: 1 or 3.
         on_error: "raise" or "skip" images that cannot be decoded.
         best: also report the best epoch on the test set, as most of the field does.
@@ -88,7 +90,7 @@ class EvaluatorRecipe:
     batch_size: int | None = None
     learning_rate: float | None = None
     temperature: float | None = None
-    input_size: int | None = None
+    image_size: int | None = None
     num_channels: int = 3
     on_error: str = "raise"
     best: bool = False
@@ -232,7 +234,7 @@ def start_accelerator(recipe: EvaluatorRecipe) -> Accelerator:
 
 def protocol_changes(recipe: EvaluatorRecipe) -> dict[str, Any]:
     """What the command line changes about the protocol."""
-    names = ("epochs", "steps", "batch_size", "learning_rate", "temperature", "input_size", "label_type")
+    names = ("epochs", "steps", "batch_size", "learning_rate", "temperature", "image_size", "label_type")
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
     if recipe.teacher is not None and get_protocol(recipe.protocol).label_type != "teacher":
         changes.setdefault("label_type", "teacher")

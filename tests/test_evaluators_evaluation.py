@@ -38,12 +38,12 @@ def dataset(count=12, size=8, channels=1, seed=0, **columns):
 
 
 def test_images_come_at_the_protocols_sizes():
-    protocol = dataclasses.replace(QUICK, input_size=8, load_size=12, test_size=10)
+    protocol = dataclasses.replace(QUICK, image_size=8, load_size=12, test_size=10)
     train = load_image_set(dataset(size=16), protocol=protocol, num_channels=1)
     test = load_image_set(dataset(size=16), protocol=protocol, test_for=train, num_channels=1)
     assert train.pixels.shape == (12, 1, 12, 12)
     assert test.pixels.shape == (12, 1, 8, 8)
-    whole = load_image_set(dataset(size=16), protocol=dataclasses.replace(QUICK, input_size=10), num_channels=1)
+    whole = load_image_set(dataset(size=16), protocol=dataclasses.replace(QUICK, image_size=10), num_channels=1)
     assert torch.equal(test.pixels, whole.pixels[:, :, 1:9, 1:9])
 
 
@@ -55,11 +55,14 @@ def test_without_a_size_the_test_images_follow_the_training_images():
     assert train.fingerprint and train.fingerprint != test.fingerprint
 
 
-def test_sizes_that_vary_are_an_error():
+def test_sizes_that_vary_are_brought_to_one_that_is_said(caplog):
     rows = [dataset(size=8)[0], dataset(size=9)[1]]
     mixed = Dataset.from_list(rows, features=dataset().features)
-    with pytest.raises(ValueError, match="image_size|size"):
-        load_image_set(mixed, protocol=QUICK)
+    train = load_image_set(mixed, protocol=QUICK)
+    assert train.pixels.shape == (2, 3, 32, 32)
+    assert "sides of 8 to 9 pixels" in caplog.text and "get_protocol(name, image_size=64)" in caplog.text
+    protocol = get_protocol("quick", image_size=64)  # as the warning says
+    assert load_image_set(mixed, protocol=protocol).pixels.shape == (2, 3, 64, 64)
 
 
 def test_stored_soft_labels():
@@ -89,7 +92,7 @@ def test_soft_labels_of_the_most_probable_classes_get_their_rest_back():
 
 def test_networks_are_built_as_the_protocol_says():
     train = load_image_set(dataset(channels=3), protocol=QUICK)
-    protocol = get_protocol("rded-soft", input_size=16)
+    protocol = get_protocol("rded-soft", image_size=16)
     config = evaluator_builder("convnet-2", train, protocol, width=4)().config
     assert (config.norm, config.image_size, config.width) == ("batch", 16, 4)
     assert config.image_mean == [0.485, 0.456, 0.406]

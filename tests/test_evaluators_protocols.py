@@ -43,7 +43,7 @@ PUBLISHED = {
         "schedule_milestones": (2 / 3, 5 / 6),
         "schedule_factor": 0.2,
         "label_type": "hard",
-        "input_size": 224,
+        "image_size": 224,
         "norm": "instance",
         "augmentation": (
             RandomResizedCrop(scale=(0.5, 1.0)),
@@ -62,7 +62,7 @@ PUBLISHED = {
         "schedule": "multistep",
         "label_type": "hard",
         "load_size": 256,
-        "input_size": 224,
+        "image_size": 224,
         "test_size": 256,
     },
     "rded-soft": {
@@ -74,7 +74,7 @@ PUBLISHED = {
         "schedule": "half-cosine",
         "label_type": "teacher",
         "temperature": 20.0,
-        "input_size": 224,
+        "image_size": 224,
         "test_size": 256,
         "best_from": 0.8,
         "best_every": 10,
@@ -84,7 +84,7 @@ PUBLISHED = {
         "epochs": 300,
         "label_type": "teacher",
         "temperature": 20.0,
-        "input_size": None,
+        "image_size": None,
         "augmentation": (HorizontalFlip(0.5), CutMix(1.0)),
     },
     "cifar-convnet": {
@@ -97,7 +97,7 @@ PUBLISHED = {
         "schedule": "multistep",
         "schedule_factor": 0.1,
         "label_type": "hard",
-        "input_size": 32,
+        "image_size": 32,
         "norm": "instance",
         "augmentation": (DSA(strategies=("color", "crop", "cutout", "flip", "scale", "rotate")),),
     },
@@ -206,3 +206,21 @@ def test_yaml_with_a_base(tmp_path):
     protocol = get_protocol(path)
     assert (protocol.name, protocol.epochs, protocol.temperature) == ("mine", 5, 20.0)
     assert protocol.augmentation == (RandomShift(4), RandomResizedCrop((0.5, 1.0)))
+
+
+def test_what_was_recorded_as_input_size_is_read_as_image_size():
+    old = protocol_to_dict(PROTOCOLS["rded-soft"])
+    old["input_size"] = old.pop("image_size")
+    old["variants"].append({"changes": [["input_size", 64]], "classes": [200, 200], "model_types": []})
+    read = protocol_from_dict(old)
+    assert read.image_size == 224 and read.for_model(200, "resnet").image_size == 64
+    assert protocol_from_dict({"base": "quick", "input_size": 16}).image_size == 16
+
+
+def test_sizes_of_loading_and_cropping_follow_the_image_size():
+    changed = get_protocol("released-dsco", image_size=56)
+    assert (changed.load_size, changed.image_size, changed.test_size) == (64, 56, 64)
+    assert changed.augmentation[0] == RandomResizedCrop(scale=(0.5, 1.0), size=56)
+    kept = get_protocol("released-dsco", image_size=56, test_size=60)
+    assert (kept.load_size, kept.test_size) == (64, 60)
+    assert get_protocol("quick", image_size=56).load_size is None

@@ -160,7 +160,7 @@ def test_teacher_labels_are_learned_and_the_teacher_is_left_alone():
     teacher = train(protocol=get_protocol("quick", steps=60, learning_rate=0.01)).model
     before = [p.clone() for p in teacher.parameters()]
     protocol = get_protocol(
-        "rded-soft-small", steps=60, learning_rate=0.01, input_size=8, augmentation=(CutMix(),), norm="instance"
+        "rded-soft-small", steps=60, learning_rate=0.01, image_size=8, augmentation=(CutMix(),), norm="instance"
     )
     pixels, labels = toy()
     wrong = labels.roll(1)  # hard labels must not be looked at

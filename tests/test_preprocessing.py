@@ -20,7 +20,7 @@ from dsco_hf.preprocessing import Preprocessing, as_dict, center_crop, check_aga
 # an image alone becomes something else than pixels of one size here, which is warned of
 NOT_FOLLOWED = {"ImageGPTImageProcessorPil", "Siglip2ImageProcessorPil", "DonutImageProcessorPil"}
 # these cannot be imported without torchvision or timm
-SHORT = get_protocol("quick", epochs=None, steps=2, input_size=8)
+SHORT = get_protocol("quick", epochs=None, steps=2, image_size=8)
 NEED_MORE = {"PPLCNetImageProcessor", "TimmWrapperImageProcessor"}
 
 

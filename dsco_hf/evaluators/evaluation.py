@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
 from ..features import features_and_logits
 from ..files import DamagedFileError, read_json, write_json
+from ..image_sizes import default_image_size
 from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
 from ..values import plain, plain_arguments
 from .checks import class_columns
@@ -89,6 +91,9 @@ def load_image_set(
 ) -> ImageSet:
     """Reads a dataset at the size that a protocol trains or tests on.
 
+    Where the protocol has no `image_size`, training images keep their own; are they of several sizes, or no squares,
+    they are brought to 32 pixels, as the log then says (a stream must have one size). Test images follow them.
+
     Args:
         dataset (`Dataset` or `IterableDataset`): one split.
         protocol (`Protocol`): its sizes are read; soft labels are read where it uses stored ones.
@@ -108,12 +113,16 @@ def load_image_set(
         `ImageSet`: on the CPU.
 
     Raises:
-        ValueError: where images have different sizes and the protocol names none, or soft labels are missing.
+        ValueError: where the images of a stream have different sizes and the protocol names none, or soft labels are
+            missing.
     """
+    columns = {"image_column": image_column, "label_column": label_column}
     if test_for is None:
-        size = protocol.load_size or protocol.input_size
+        size = protocol.load_size or protocol.image_size
+        if size is None and isinstance(dataset, Dataset):
+            size = default_image_size(dataset, **columns)
     else:
-        size = protocol.test_size or protocol.input_size or test_for.pixels.shape[-1]
+        size = protocol.test_size or protocol.image_size or test_for.pixels.shape[-1]
     stored = test_for is None and protocol.label_type == "stored"
     if test_for is not None:
         classes = test_for.names
@@ -123,22 +132,20 @@ def load_image_set(
         dataset,
         image_size=size,
         num_channels=num_channels,
-        image_column=image_column,
-        label_column=label_column,
         on_error=on_error,
         classes=classes,
         progress=progress,
+        **columns,
     )
-    if test_for is not None and protocol.test_size and protocol.input_size:
-        margin = (protocol.test_size - protocol.input_size) // 2
-        end = margin + protocol.input_size
+    if test_for is not None and protocol.test_size and protocol.image_size:
+        margin = (protocol.test_size - protocol.image_size) // 2
+        end = margin + protocol.image_size
         pixels = pixels[:, :, margin:end, margin:end].contiguous()
     own = class_names(dataset, label_column=label_column)
     names, soft = tuple(classes or own), None
     if stored:
         soft = read_soft_labels(dataset, soft_label_column, num_classes=len(own))[rows]
         soft = soft[:, class_columns(names, own, what="the soft labels' dataset")]
-    columns = {"image_column": image_column, "label_column": label_column}
     return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset, **columns))
 
 
@@ -197,7 +204,7 @@ def evaluator_builder(
         for name, values in (("image_mean", protocol.image_mean), ("image_std", protocol.image_std))
     }
     norm = {"norm": protocol.norm} if is_own_architecture(architecture) else {}
-    size = protocol.input_size or train.pixels.shape[-1]
+    size = protocol.image_size or train.pixels.shape[-1]
     values = {"image_size": size, **statistics, **norm, **overrides}
 
     def build() -> PreTrainedModel:

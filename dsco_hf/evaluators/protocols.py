@@ -41,6 +41,7 @@ ByBudget = int | tuple[tuple[int | None, int], ...]
 LABEL_TYPES = ("hard", "teacher", "stored")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "half-cosine", "multistep")
+RENAMED = {"input_size": "image_size"}  # fields by the names that they had in what was recorded earlier
 
 
 def by_budget(table: ByBudget, images_per_class: float) -> int:
@@ -100,10 +101,11 @@ class Protocol:
         augmentation (`tuple[Transform | CutMix, ...]`): applied to each batch in this order.
         label_type (`str`): `"hard"`, `"teacher"` (its labels on each augmented batch) or `"stored"` (a column).
         temperature (`float`): of the softmax of student and teacher, for soft labels.
-        input_size (`int`, *optional*): height and width the evaluator sees; None for the images' own.
-        load_size (`int`, *optional*): training images are resized and cropped to it before augmentation; `input_size`
+        image_size (`int`, *optional*): height and width the evaluator sees, to which images are brought as they are
+            loaded (shorter side, then the centre); None for the training images' own.
+        load_size (`int`, *optional*): training images are resized and cropped to it before augmentation; `image_size`
             by default.
-        test_size (`int`, *optional*): test images are resized to it, then cropped to `input_size`.
+        test_size (`int`, *optional*): test images are resized to it, then cropped to `image_size`.
         image_mean (`tuple[float, ...]`): that images are normalised by, on the [0, 1] scale.
         image_std (`tuple[float, ...]`): likewise.
         norm (`str`): of our own networks: `"instance"`, `"batch"` or `"none"`.
@@ -131,7 +133,7 @@ class Protocol:
     augmentation: tuple[Transform | CutMix, ...] = ()
     label_type: str = "hard"
     temperature: float = 1.0
-    input_size: int | None = None
+    image_size: int | None = None
     load_size: int | None = None
     test_size: int | None = None
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -251,7 +253,7 @@ PROTOCOLS: dict[str, Protocol] = {
             schedule_milestones=(2 / 3, 5 / 6),
             schedule_factor=0.2,
             augmentation=_MINIMAX_AUGMENTATION,
-            input_size=224,
+            image_size=224,
             image_mean=IMAGENET_MEAN,
             image_std=IMAGENET_STD,
             best_every=0.01,
@@ -280,7 +282,7 @@ PROTOCOLS: dict[str, Protocol] = {
             schedule_milestones=(2 / 3, 5 / 6),
             schedule_factor=0.2,
             augmentation=(RandomResizedCrop(scale=(0.5, 1.0), size=224), *_MINIMAX_AUGMENTATION[1:]),
-            input_size=224,
+            image_size=224,
             load_size=256,
             test_size=256,
             image_mean=IMAGENET_MEAN,
@@ -305,7 +307,7 @@ PROTOCOLS: dict[str, Protocol] = {
             augmentation=(ShufflePatches(2), RandomResizedCrop(scale=(0.5, 1.0)), HorizontalFlip(), CutMix()),
             label_type="teacher",
             temperature=20.0,
-            input_size=224,
+            image_size=224,
             test_size=256,
             image_mean=IMAGENET_MEAN,
             image_std=IMAGENET_STD,
@@ -336,7 +338,7 @@ PROTOCOLS: dict[str, Protocol] = {
             schedule_milestones=(502 / 1001,),
             schedule_factor=0.1,
             augmentation=(DSA(CIFAR_MEAN, CIFAR_STD),),
-            input_size=32,
+            image_size=32,
             image_mean=CIFAR_MEAN,
             image_std=CIFAR_STD,
             best_from=1.0,
@@ -348,7 +350,7 @@ PROTOCOLS["rded-soft-small"] = dataclasses.replace(
     PROTOCOLS["rded-soft"],
     name="rded-soft-small",
     augmentation=(HorizontalFlip(), CutMix()),
-    input_size=None,
+    image_size=None,
     test_size=None,
     variants=(
         *PROTOCOLS["rded-soft"].variants,
@@ -364,7 +366,8 @@ def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
     Args:
         name (`str` or `Path`): a key of `PROTOCOLS`, or a file that `Protocol` fields are read from, see
             `protocol_from_dict`.
-        **overrides: fields of `Protocol`. Giving `steps` drops the protocol's `epochs`, and the other way round.
+        **overrides: fields of `Protocol`. Giving `steps` drops the protocol's `epochs`, and the other way round; with
+            another `image_size`, the sizes that images are loaded at and cropped to keep their ratio to it.
 
     Returns:
         `Protocol`: named `"<name>*"` where something was changed, so that no table takes it for the original.
@@ -395,6 +398,7 @@ def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
         overrides.setdefault("epochs", None)
     if overrides.get("epochs") is not None:
         overrides.setdefault("steps", None)
+    overrides = _scaled_sizes(protocol, overrides) | overrides
     # A variant must not undo what was asked for.
     variants = tuple(
         dataclasses.replace(v, changes=tuple(change for change in v.changes if change[0] not in overrides))
@@ -402,6 +406,22 @@ def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
     )
     overrides = {"variants": variants, **overrides, "name": protocol.name.rstrip("*") + "*"}
     return dataclasses.replace(protocol, **overrides)
+
+
+def _scaled_sizes(protocol: Protocol, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from another image size: sizes that images are loaded at or cropped to, in the same ratio to it."""
+    before, now = protocol.image_size, overrides.get("image_size")
+    if before is None or now is None or before == now:
+        return {}
+    sizes = {name: getattr(protocol, name) for name in ("load_size", "test_size")}
+    scaled: dict[str, Any] = {name: round(size * now / before) for name, size in sizes.items() if size is not None}
+    scaled["augmentation"] = tuple(
+        dataclasses.replace(one, size=round(one.size * now / before))
+        if isinstance(one, RandomResizedCrop) and one.size is not None
+        else one
+        for one in protocol.augmentation
+    )
+    return scaled
 
 
 def protocol_to_dict(protocol: Protocol) -> dict[str, Any]:
@@ -426,7 +446,7 @@ def protocol_from_dict(values: Mapping[str, Any]) -> Protocol:
     Raises:
         ValueError: for unknown fields or augmentations; names the nearest.
     """
-    values = dict(values)
+    values = {RENAMED.get(key, key): value for key, value in values.items()}
     base = values.pop("base", None)
     _check_fields({key: value for key, value in values.items() if key != "name"})
     fields = {key: _frozen(key, value) for key, value in values.items()}
@@ -453,8 +473,9 @@ def _frozen(key: str, value: Any) -> Any:
 
 def _variant(item: Mapping[str, Any]) -> Variant:
     options = {key: _tuples(value) for key, value in item.items() if key != "changes"}
-    _check_fields(dict(item["changes"]))
-    return Variant(tuple((key, _frozen(key, value)) for key, value in item["changes"]), **options)
+    changes = {RENAMED.get(key, key): value for key, value in item["changes"]}
+    _check_fields(changes)
+    return Variant(tuple((key, _frozen(key, value)) for key, value in changes.items()), **options)
 
 
 def _augmentation(item: Mapping[str, Any]) -> Any:

@@ -142,7 +142,7 @@ def run_processes(
 
 def protocol_for(settings: dict[str, Any]) -> Any:
     """The protocol of both loops."""
-    return get_protocol("minimax-hard", input_size=settings["image_size"], batch_size=settings["batch_size"])
+    return get_protocol("minimax-hard", image_size=settings["image_size"], batch_size=settings["batch_size"])
 
 
 def make_model(settings: dict[str, Any]) -> torch.nn.Module:

@@ -129,7 +129,7 @@ def main() -> None:
 def quick():
     from dsco_hf import get_protocol
 
-    return get_protocol("quick", input_size=8, epochs=None, steps=300, batch_size=64)
+    return get_protocol("quick", image_size=8, epochs=None, steps=300, batch_size=64)
 
 
 if __name__ == "__main__":
