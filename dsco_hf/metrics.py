@@ -25,6 +25,7 @@ from dsco_hf.schema import nearest
 # Rows that the bandwidth is estimated from, and rows of distances that are held at once.
 BANDWIDTH_ROWS = 1000
 CHUNK_ROWS = 1024
+LEAST_SEEDS = 3  # below, no significance is claimed
 
 
 class SmallDatasetMetric(evaluate.Metric):
@@ -367,8 +368,8 @@ def paired_difference(accuracies: Sequence[float], others: Sequence[float]) -> d
         others (`Sequence[float]`): of the other, for the same seeds in the same order.
 
     Returns:
-        `dict`: `mean` (above 0 where the first is better), `low`, `high` and `p`; the last three are None for a single
-        seed, and for differences that are all the same.
+        `dict`: `mean` (above 0 where the first is better), `low`, `high` and `p`; the last three are None for fewer
+        than three seeds, whose spread says nothing, and for differences that are all the same.
 
     Raises:
         ValueError: for different numbers of seeds, or none.
@@ -377,7 +378,7 @@ def paired_difference(accuracies: Sequence[float], others: Sequence[float]) -> d
         raise ValueError(f"A paired test needs the same seeds, got {len(accuracies)} and {len(others)} accuracies.")
     differences = np.subtract(accuracies, others)
     mean, count = float(differences.mean()), len(differences)
-    if count < 2 or np.ptp(differences) < 1e-12:
+    if count < LEAST_SEEDS or np.ptp(differences) < 1e-12:
         return {"mean": mean, "low": None, "high": None, "p": None}
     test = stats.ttest_rel(accuracies, others)
     interval = test.confidence_interval(0.95)

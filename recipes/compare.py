@@ -38,7 +38,7 @@ from dsco_hf.evaluators import (
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.evaluators.training import content_hash
 from dsco_hf.image_sizes import default_image_size
-from dsco_hf.metrics import paired_difference
+from dsco_hf.metrics import LEAST_SEEDS, paired_difference
 from dsco_hf.report import accuracy_figure
 
 
@@ -60,7 +60,8 @@ class ComparisonRecipe:
         protocol: a protocol's name or YAML file.
         epochs, steps, batch_size, learning_rate, label_type: changes to it.
         image_size: what the images of all datasets are brought to (shorter side, then the centre); the protocol's by
-            default, or else that of the real images, or 32 if they have several sizes.
+            default, or else that of the compared images; without any, that of the real ones, or 32 if they have
+            several sizes.
         architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
         model_options: values of the networks' configurations, as JSON.
         seeds: trainings of each network; each has random real images of its own.
@@ -120,10 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
     protocol = get_protocol(recipe.protocol, **changes)
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         dataset_names(recipe)  # before anything is read
-        if protocol.input_size is None:
-            protocol = dataclasses.replace(protocol, input_size=size_of_all(recipe))
+        if protocol.image_size is None:
+            protocol = dataclasses.replace(protocol, image_size=size_of_all(recipe))
         real, test = load_real(recipe, protocol, accelerator)
-        if protocol.image_size is None:  # all datasets at one size: that of the real images
+        if protocol.image_size is None:  # the compared datasets come at the real images' own size
             protocol = dataclasses.replace(protocol, image_size=real.pixels.shape[-1])
         classifier = load_classifier(recipe.classifier, accelerator)
         teacher = None
@@ -337,11 +338,16 @@ def table_cells(results: Mapping[str, Any], plus_minus: str) -> tuple[list[int],
 
 def caption(results: Mapping[str, Any]) -> str:
     """What the numbers of the table are."""
-    seeds = results["rows"][0]["training_seeds"]
+    seeds, size = results["rows"][0]["training_seeds"], results["protocol"].get("image_size")
     text = (
-        f"Test accuracy in percent on {results['dataset']}, last epoch, protocol {results['protocol']['name']}, mean "
-        f"and standard deviation over {seeds} seeds; * differs from random real, p < 0.05, paired t-test over seeds."
+        f"Test accuracy in percent on {results['dataset']}, last epoch, protocol "
+        f"{results['protocol']['name'].rstrip('*')}{' (changed)' * results['protocol']['name'].endswith('*')}"
+        f"{f', all images at {size} px' if size else ''}, mean and standard deviation over {seeds} seeds"
     )
+    if seeds < LEAST_SEEDS:
+        text += f"; significance is not tested with fewer than {LEAST_SEEDS} seeds."
+    else:
+        text += "; * differs from random real, p < 0.05, paired t-test over seeds."
     if full := results.get("full"):
         text += f" All {full['images']:,} training images ({full['architecture']}): {100 * full['accuracy_mean']:.1f}."
     return text

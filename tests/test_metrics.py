@@ -148,6 +148,7 @@ def test_paired_difference():
     assert result["p"] == pytest.approx(2 * stats.t.sf(abs(t), 2))
     assert result["low"] < result["mean"] < result["high"]
     assert paired_difference([0.5], [0.4])["p"] is None
-    assert paired_difference([0.5, 0.6], [0.4, 0.5])["p"] is None
+    assert paired_difference([0.9, 0.8], [0.7, 0.75])["p"] is None  # two seeds say nothing about their spread
+    assert paired_difference([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])["p"] is None
     with pytest.raises(ValueError, match="same seeds"):
         paired_difference([0.5], [])

@@ -184,7 +184,8 @@ def test_compare_writes_tables_and_figure(small, tmp_path, capsys):
     assert set(written["rows"][2]["against_random"]) == {"mean", "low", "high", "p"}
     assert written["full"]["images"] == 1437
     table = (out / "table.md").read_text()
-    assert "| random real | convnet-2 |" in table and "| ours | convnet-2 |" in table and "quick*" in table
+    assert "| random real | convnet-2 |" in table and "| ours | convnet-2 |" in table and "quick (changed)" in table
+    assert "*" not in table and "not tested with fewer than 3 seeds" in table and "all images at 8 px" in table
     latex = (out / "table.tex").read_text()
     assert latex.count(r"\\") == 4 and r"\begin{tabular}{llrr}" in latex
     assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"

@@ -116,7 +116,7 @@ def load_image_set(
         ValueError: where the images of a stream have different sizes and the protocol names none, or soft labels are
             missing.
     """
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if test_for is None:
         size = protocol.load_size or protocol.image_size
         if size is None and isinstance(dataset, Dataset):
