@@ -7,6 +7,7 @@ from .doping import clearest, dope
 from .evaluators import ConvNetConfig, ConvNetForImageClassification, build_evaluator, get_protocol, train_evaluator
 from .failures import NonFiniteError
 from .feature_spec import FeatureSpec
+from .generator_evaluation import GeneratorCheck, check_generator
 from .hub import publish, publish_evaluator, publish_pipeline, read_concentration, save_dataset_folder, verify
 from .objectives import ClassifierObjective
 from .pipeline import DsCoPipeline, DsCoPipelineOutput
@@ -28,10 +29,12 @@ __all__ = [
     "DsCoPipeline",
     "DsCoPipelineOutput",
     "FeatureSpec",
+    "GeneratorCheck",
     "MatchingTargets",
     "NonFiniteError",
     "QuantileTargets",
     "build_evaluator",
+    "check_generator",
     "clearest",
     "concentrate",
     "concentrate_and_report",

@@ -56,6 +56,7 @@ PARTS = {
     "targets": "targets",
     "environment": "computed on",
     "doping": "doping",
+    "generator_check": "plain samples",
 }
 CAPTIONS = {
     "samples": "Samples",

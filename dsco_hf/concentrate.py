@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from .set_records import drawn_record, with_record
 from .targets import MatchingTargets
 from .values import plain, plain_arguments
 
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("synthetic", "real")
 COSTS = ("images", "seconds", "denoiser_calls", "decoder_calls", "classifier_calls", "peak_memory_bytes")
@@ -186,6 +189,11 @@ class UnitSampler:
         check_options(options)
         if isinstance(weights := options.get("classifier_objective"), Mapping):
             options["classifier_objective"] = ClassifierObjective(**weights)
+        if targets is None and options.get("objective") != "classifier" and options.get("optimization_steps") != 0:
+            logger.warning(
+                "There are no targets, so nothing is optimised: plain samples are drawn. Pass targets, such as "
+                "`MatchingTargets.from_generator(pipe)`, or `optimization_steps=0` to say that this is meant."
+            )
         self.pipe, self.targets, self.seed, self.options = pipe, targets, seed, options
         self.class_labels, self.class_names = _classes(pipe, targets, class_labels)
         objective = options.get("objective", "rkhs")

@@ -33,13 +33,15 @@ from transformers import AutoModelForImageClassification
 
 import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
 from dsco_hf.configs import check_made, make_accelerator, parse_config
-from dsco_hf.data import load_image_dataset
+from dsco_hf.data import load_splits
+from dsco_hf.failures import NonFiniteError
 from dsco_hf.files import read_json, write_atomically
-from dsco_hf.folder import concentration_record, save_dataset_folder, to_json
+from dsco_hf.folder import concentration_record, read_folder, save_dataset_folder, to_json
+from dsco_hf.generator_evaluation import GeneratorCheck, check_generator
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
-from dsco_hf.records import library_versions, record_parameters
+from dsco_hf.records import config_record, library_versions, record_parameters
 from dsco_hf.remake import load_recorded, read_concentration
 from dsco_hf.runs import RunResult, concentrate_to_folder
 from dsco_hf.shards import rows_sha256
@@ -63,7 +65,10 @@ class ConcentrateRecipe:
         class_labels: the generator's classes, for data-free and plain sets; all if none.
         features: what to match, as JSON; see `dsco_hf.feature_spec`.
         draws: of objective "quantile".
+        test_split, holdout: what is not matched, see recipes/train_classifier.py.
         images_per_class: more of them, by whole blocks, extend a finished run.
+        check_images: plain samples of a class that the classifier is asked about before anything is drawn, 64 at most;
+            0 asks nothing.
         seed: with class and index it fixes an image.
         block_size: images of a class that are optimised jointly.
         images_per_call: of several classes, at most; smaller calls occupy more processes.
@@ -87,6 +92,8 @@ class ConcentrateRecipe:
     dataset: str | None = None
     dataset_name: str | None = None
     split: str = "train"
+    test_split: str = "auto"
+    holdout: float = 0.2
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -99,6 +106,7 @@ class ConcentrateRecipe:
     features: str | None = None
     draws: int = 5
     images_per_class: int = 10
+    check_images: int = 4
     seed: int = 0
     block_size: int = 10
     images_per_call: int = 128
@@ -145,6 +153,7 @@ class Job:
     targets_id: str | None = None
     targets_revision: str | None = None
     origin: dict[str, Any] | None = None
+    check: GeneratorCheck | None = None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -257,7 +266,8 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
         pipe = DsCoPipeline.from_pretrained(
             recipe.generator, revision=recipe.generator_revision, dtype=dtype, **parts
         ).to(accelerator.device)
-    targets = make_targets(recipe, pipe, accelerator)
+    real = real_images(recipe, accelerator)
+    targets = make_targets(recipe, real, pipe, accelerator)
     parameters = {name: getattr(recipe, name) for name in (*SIZES, *SAMPLING)}
     if targets is None and recipe.class_labels:
         parameters["class_labels"] = classes(recipe, pipe)
@@ -278,7 +288,38 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
         source=None if recipe.dataset is None else {**source, "split": recipe.split},
         targets_id=stored,
         targets_revision=recipe.targets_revision if stored else None,
+        check=checked(recipe, pipe, real, targets) if accelerator.is_main_process else None,
     )
+
+
+def real_images(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Any:
+    """The images to match, without those that are held out to test on; None if there are none."""
+    if recipe.dataset is None:
+        return None
+    with accelerator.main_process_first():
+        columns = {"label_column": recipe.label_column, "revision": recipe.revision}
+        splits = {"train_split": recipe.split, "test_split": recipe.test_split, "holdout": recipe.holdout}
+        return load_splits(recipe.dataset, recipe.dataset_name, **splits, **columns)[0]
+
+
+def checked(recipe: ConcentrateRecipe, pipe: DsCoPipeline, real: Any, targets: Any) -> GeneratorCheck | None:
+    """What the classifier makes of plain samples, told before anything is drawn and kept for later sessions."""
+    path = Path(recipe.output_dir) / "generator_check.json"
+    if path.is_file():
+        return GeneratorCheck(**read_json(path, f"Remove {path}: the samples are then drawn again."))
+    labels = targets.class_labels if targets is not None else classes(recipe, pipe) or None
+    sampling = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
+    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+    options = {"class_labels": labels, "images_per_class": recipe.check_images, **sampling, **columns}
+    try:
+        found = check_generator(pipe, real, **options) if recipe.check_images else None
+    except NonFiniteError:  # the run says which classes fail, and draws the others
+        found = None
+    if found is not None:
+        print(found, flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(dataclasses.asdict(found), indent=2).encode())
+    return found
 
 
 def classes(recipe: ConcentrateRecipe, pipe: DsCoPipeline) -> list[int | str]:
@@ -287,7 +328,7 @@ def classes(recipe: ConcentrateRecipe, pipe: DsCoPipeline) -> list[int | str]:
 
 
 def make_targets(
-    recipe: ConcentrateRecipe, pipe: DsCoPipeline, accelerator: Accelerator
+    recipe: ConcentrateRecipe, dataset: Any, pipe: DsCoPipeline, accelerator: Accelerator
 ) -> MatchingTargets | QuantileTargets | None:
     """What to match: loaded, or made by all processes together and kept in the output folder."""
     if recipe.targets is not None:
@@ -295,12 +336,6 @@ def make_targets(
             return MatchingTargets.from_pretrained(recipe.targets, revision=recipe.targets_revision)
     if recipe.dataset is None and not recipe.data_free:
         return None
-    dataset = None
-    if recipe.dataset is not None:
-        with accelerator.main_process_first():
-            dataset = load_image_dataset(
-                recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision
-            )
     if recipe.objective == "quantile":
         return QuantileTargets.from_dataset(dataset, pipe, mapping=recipe.mapping, draws=recipe.draws)
     options: dict[str, Any] = {"features": None if recipe.features is None else json.loads(recipe.features)}
@@ -310,7 +345,7 @@ def make_targets(
     else:
         names = ("image_column", "label_column", "on_error", "mapping", "seed")
     options |= {name: getattr(recipe, name) for name in names}
-    chosen = ("dataset", "dataset_name", "split", "revision", "data_free")
+    chosen = ("dataset", "dataset_name", "split", "test_split", "holdout", "revision", "data_free")
     if recipe.objective == "ridge":
         options["second_moment"] = True
     request = {**options, **{name: getattr(recipe, name) for name in chosen}}
@@ -350,6 +385,16 @@ def kept_targets(
     return MatchingTargets.from_pretrained(folder)
 
 
+def earlier_sizes(folder: Path, images: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The other sizes of a set that has grown, and their records: they stay beside the new one."""
+    if not (folder / "concentration.json").is_file():
+        return {}, {}
+    stored = read_folder(folder)
+    configs = {name: splits for name, splits in stored["configs"].items() if name != f"ipc{images}"}
+    records = {name: config_record(stored["concentration"], name) for name in configs}
+    return configs, {name: {k: v for k, v in record.items() if k != "config"} for name, record in records.items()}
+
+
 def finish(recipe: ConcentrateRecipe, job: Job, result: RunResult) -> str:
     """Writes the dataset and the results; returns what to tell."""
     output, cache = Path(recipe.output_dir), Path(recipe.output_dir) / "run" / "rows.arrow"
@@ -370,10 +415,15 @@ def finish(recipe: ConcentrateRecipe, job: Job, result: RunResult) -> str:
     record["changes"] = result.changes
     record["environment"]["threads"] = result.settings["cpu_threads"]
     record["synthetic"] = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
+    if job.check is not None:
+        told = dataclasses.asdict(job.check)
+        record["generator_check"] = {name: told[name] for name in told if name not in ("shares", "chance")}
+    configs, records = earlier_sizes(output / "dataset", images)
     save_dataset_folder(
-        {f"ipc{images}": dataset},
+        {**configs, f"ipc{images}": dataset},
         output / "dataset",
-        concentration=record,
+        default_config=f"ipc{images}",
+        concentration={"configs": {**records, f"ipc{images}": record}} if configs else record,
         targets=kept if not job.targets_id else None,
     )
     cache.unlink()

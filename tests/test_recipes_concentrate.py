@@ -131,7 +131,10 @@ def test_a_finished_run_is_extended_and_other_settings_are_refused(work, monkeyp
     grown = pixels(work / "grown")
     assert [grown[6 * row + index] for row in range(3) for index in range(2)] == first
     record = read(work / "grown" / "dataset" / "concentration.json")
-    assert list(record["configs"]) == ["ipc6"] and record["blocks"]["count"] == 3
+    assert list(record["configs"]) == ["ipc2", "ipc6"] and record["default_config"] == "ipc6"
+    assert [record["configs"][name]["blocks"]["count"] for name in ("ipc2", "ipc6")] == [1, 3]
+    assert [record["configs"][name]["parameters"]["images_per_class"] for name in ("ipc2", "ipc6")] == [2, 6]
+    assert len(load_dataset(str(work / "grown" / "dataset"), "ipc2", split="train")) == 6
     assert read(work / "grown" / "results.json")["session"]["images"] == 12
 
 
@@ -187,7 +190,9 @@ def test_two_processes_that_are_refused_fail_and_go_on(work, real_images, monkey
     assert len(logs) == 2 and all(drawn) and sum(map(len, drawn)) == 6
     record = read(work / "failing" / "dataset" / "concentration.json")
     assert list(record["changes"][0]["settings"]) == ["models.transformer"]
-    assert MatchingTargets.from_pretrained(work / "failing" / "targets").provenance["images"] == len(real_images)
+    assert (
+        MatchingTargets.from_pretrained(work / "failing" / "targets").provenance["images"] == 17
+    )  # of 21: a fifth of each class is held out
     with pytest.raises(ValueError, match="targets that were made otherwise .seed: 0 there, 2 now"):
         here("--output_dir", "failing", "--seed", "2")
     here("--output_dir", "alone")  # one process makes the same targets and images
