@@ -44,7 +44,8 @@ class EvaluatorRecipe:
     Attributes:
         dataset, dataset_name, split, revision: the small dataset; see `dsco_hf.data.load_image_dataset`.
         test_dataset, test_name, test_split, test_revision: what to test on; the same dataset by default.
-        image_column, label_column, soft_label_column, test_label_column: for datasets with several of them.
+        image_column, label_column, soft_label_column: for datasets with several of them.
+        test_image_column, test_label_column: of the `test_dataset`; as the others if it is the same dataset.
         protocol: a name (quick, minimax-hard, rded-soft, rded-soft-small, released-dsco, cifar-convnet) or YAML file.
         architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
         seeds: number of trainings of each network, with the seeds first_seed, first_seed + 1, ...
@@ -76,6 +77,7 @@ class EvaluatorRecipe:
     image_column: str | None = None
     label_column: str | None = None
     soft_label_column: str = "soft_label"
+    test_image_column: str | None = None
     test_label_column: str | None = None
     protocol: str = "quick"
     architectures: list[str] = field(default_factory=lambda: ["convnet-3"])
@@ -199,7 +201,8 @@ def load_sets(recipe: EvaluatorRecipe, protocol: Protocol, accelerator: Accelera
         test_dataset,
         protocol=protocol,
         test_for=train,
-        label_column=recipe.test_label_column,
+        image_column=recipe.test_image_column or (None if recipe.test_dataset else recipe.image_column),
+        label_column=recipe.test_label_column or (None if recipe.test_dataset else recipe.label_column),
         progress=accelerator.is_local_main_process,
         **options,
     )

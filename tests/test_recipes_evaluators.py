@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from datasets import load_dataset
+from datasets import ClassLabel, Image, load_dataset
 from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import parse_config
@@ -122,6 +122,24 @@ def test_evaluator_with_teacher_and_several_networks(small, tmp_path, capsys):
     model = AutoModelForImageClassification.from_pretrained(out / "models" / "resnetap-10-seed1")
     assert model.config.average_pool
     assert "% over 2 seeds, best epoch" in capsys.readouterr().out
+
+
+def test_evaluator_reads_the_columns_that_are_named_for_training_and_testing(small, tmp_path):
+    digits = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
+    parity = ClassLabel(names=["even", "odd"])
+    two = digits.add_column("parity", [label % 2 for label in digits["label"]]).cast_column("parity", parity)
+    stored = digits.cast_column("image", Image(decode=False))["image"][:]
+    two = two.add_column("preview", stored).cast_column("preview", Image())
+    two.to_parquet(tmp_path / "two.parquet")
+    data, out = str(tmp_path / "two.parquet"), tmp_path / "out"
+    same = ["--dataset", data, "--test_split", "train", "--label_column", "parity", "--image_column", "preview"]
+    common = ["--architectures", "convnet-2", "--seeds", "1", *TINY]
+    train_evaluator.main([*same, *common, "--output_dir", str(out)])
+    assert (results(out)["classes"], results(out)["test_images"]) == (2, 10)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other = ["--test_dataset", data, "--test_label_column", "parity", "--test_image_column", "preview"]
+    train_evaluator.main([*same, *other, *common, "--output_dir", str(tmp_path / "other")])
+    assert results(tmp_path / "other")["classes"] == 2
 
 
 def test_evaluator_reports_every_epoch_to_tensorboard(small, tmp_path):
