@@ -11,7 +11,7 @@ import dsco_hf
 
 PACKAGE = Path(dsco_hf.__path__[0])
 RECIPES = PACKAGE.parent / "recipes"
-NO_TEXT = {"Image", "os", "PIL", "tarfile", "zipfile"}  # whose `open` opens something else
+NO_TEXT = {"Image", "Image", "os", "PIL", "tarfile", "zipfile"}  # whose `open` opens something else
 
 # The libraries first: they have their own ways round. Then everything that Windows lacks goes.
 WITHOUT = """
@@ -111,7 +111,8 @@ def opens_text(call):
         return False
     if name in ("read_text", "write_text"):
         return True
-    owner = getattr(getattr(call.func, "value", None), "id", "")
+    value = getattr(call.func, "value", None)
+    owner = getattr(value, "id", getattr(value, "attr", ""))  # of `Image.open` and of `PIL.Image.open`: Image
     modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
     return name == "open" and owner not in NO_TEXT and not any("b" in str(mode) for mode in modes[:2])
 

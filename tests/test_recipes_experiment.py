@@ -264,6 +264,6 @@ def test_budgets_that_the_smallest_class_allows():
 def test_missing_models_are_told_with_their_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"outputs/generator(?s:.)*train_generator\.py --dataset path/to/images"
+        FileNotFoundError, match=r"outputs/generator(?s:.)*train_generator\.py .*--dataset path/to/images"
     ):
         experiment.main(["--dataset", "photos"])

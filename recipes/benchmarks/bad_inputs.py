@@ -53,6 +53,7 @@ from dsco_hf.data import class_mapping, load_pixels, select_per_class, stratifie
 from dsco_hf.evaluators import get_protocol
 from dsco_hf.evaluators.checks import check_same_classes
 from dsco_hf.generators import GeneratorTrainingConfig
+from dsco_hf.set_records import record_of
 from dsco_hf.team import RunError
 
 
@@ -222,7 +223,7 @@ def pixels(folder: Path) -> Iterator[Input]:
         yield Input(f"{name}, encoded by datasets", lambda array=array: read(column(array), 1), right, (), True)
     yield Input("nested lists of 0 to 255", listed(grays), equals([100]), (), True)
     yield Input("an image that is missing", lambda: read(column(None), 1), None, ["row 0"])
-    (folder / "text.png").write_text("no image")
+    (folder / "text.png").write_text("no image", encoding="utf-8")
     yield Input("text in a .png", lambda: read(column(str(folder / "text.png")), 1), None, ["row 0", "text.png"])
     (folder / "empty.png").write_bytes(b"")
     yield Input("an empty file", lambda: read(column(str(folder / "empty.png")), 1), None, ["row 0", "empty.png"])
@@ -718,7 +719,11 @@ def others(folder: Path) -> Iterator[Input]:
         return parameters["guidance_scale"], parameters["num_inference_steps"]
 
     yield Input("a record that nobody typed", recorded, equals((1.0, 2)))
-    yield Input("concentrate without targets", lambda: concentrate(pipe, None, 1, **SAMPLING), None, ["targets"])
+    yield Input(
+        "a set without targets is recorded as plain samples",
+        lambda: record_of(concentrate(pipe, None, 1, **SAMPLING))["method"],
+        equals("plain"),
+    )
     two = real.add_column("other", real["label"]).cast_column("other", ClassLabel(names=["x", "y", "z"]))
     two = two.rename_column("label", "fine")
     yield Input("two label columns", lambda: load_pixels(two, num_channels=1), None, ["label_column", "fine", "other"])
