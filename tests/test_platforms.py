@@ -11,7 +11,7 @@ import dsco_hf
 
 PACKAGE = Path(dsco_hf.__path__[0])
 RECIPES = PACKAGE.parent / "recipes"
-NO_TEXT = {"Image", "Image", "os", "PIL", "tarfile", "zipfile"}  # whose `open` opens something else
+NO_TEXT = {"Image", "os", "PIL", "tarfile", "zipfile"}  # whose `open` opens something else
 
 # The libraries first: they have their own ways round. Then everything that Windows lacks goes.
 WITHOUT = """
