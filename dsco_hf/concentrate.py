@@ -27,7 +27,7 @@ from .schema import nearest
 from .seeds import image_seed
 from .set_records import drawn_record, with_record
 from .targets import MatchingTargets
-from .values import plain, plain_arguments
+from .values import LARGEST_SET, plain, plain_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class ConcentrationReport:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Unit:
     """What is drawn in one call and never divided: one block of images of each class of a group.
 
@@ -114,8 +114,13 @@ def plan_units(
     nearly the same size, at most `images_per_call` images a call, but never less than one class.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for a number below 1, or more than `values.LARGEST_SET` images.
     """
+    if num_classes * images_per_class > LARGEST_SET:
+        raise ValueError(
+            f"`images_per_class={images_per_class}` of {num_classes} classes are {num_classes * images_per_class:,} "
+            f"images, and a set has at most {LARGEST_SET:,}: ask for at most {LARGEST_SET // num_classes} per class."
+        )
     classes = max(1, images_per_call // min(block_size, images_per_class))
     groups = -(-num_classes // classes)
     return [

@@ -20,6 +20,7 @@ from scipy import stats
 
 from dsco_hf.kernels import draw_frequencies, fourier_embedding, median_bandwidth, mmd2
 from dsco_hf.schema import nearest
+from dsco_hf.values import check_real, check_whole, plain, plain_arguments
 
 
 # Rows that the bandwidth is estimated from, and rows of distances that are held at once.
@@ -78,8 +79,6 @@ Returns:
 
     def _compute(self, predictions: Any, references: Any, k: int = 5) -> dict[str, float]:
         scores, labels = _tensor(predictions), _tensor(references)
-        if not 1 <= k <= scores.shape[1]:
-            raise ValueError(f"top_k needs k between 1 and the {scores.shape[1]} classes, got {k}.")
         return {"accuracy": top_k_accuracy(scores, labels, 1), "top_k": top_k_accuracy(scores, labels, k)}
 
 
@@ -249,10 +248,17 @@ def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
 
     Returns:
         `float`: in [0, 1]; higher is better.
+
+    Raises:
+        ValueError: for another k.
     """
+    k = check_whole("k", k, 1)
+    if k > scores.shape[1]:
+        raise ValueError(f"top_k needs k between 1 and the {scores.shape[1]} classes, got {k}: pass a smaller `k=`.")
     return (scores.topk(k, dim=1).indices == labels[:, None]).any(1).double().mean().item()
 
 
+@plain_arguments()
 def retention(accuracy: float, full_accuracy: float) -> float:
     """Accuracy on a small dataset relative to the full one.
 
@@ -271,6 +277,7 @@ def retention(accuracy: float, full_accuracy: float) -> float:
     return accuracy / full_accuracy
 
 
+@plain_arguments(embedding_dim=2)
 def discrepancy(
     small: torch.Tensor,
     real: torch.Tensor,
@@ -329,8 +336,9 @@ def density_and_coverage(small: torch.Tensor, real: torch.Tensor, *, k: int = 5)
     Raises:
         ValueError: where there are not more than k real images.
     """
-    if not 1 <= k < len(real):
-        raise ValueError(f"Coverage needs 1 <= k < {len(real)} real images, got k={k}.")
+    k = check_whole("k", k, 1)
+    if k >= len(real):
+        raise ValueError(f"Coverage needs k < {len(real)} real images, got k={k}.")
     inside, covered = 0, 0
     for rows in real.split(CHUNK_ROWS):
         radius = torch.cdist(rows, real).kthvalue(k + 1, dim=1).values  # the nearest one is the image itself
@@ -340,6 +348,7 @@ def density_and_coverage(small: torch.Tensor, real: torch.Tensor, *, k: int = 5)
     return inside / (k * len(small)), covered / len(real)
 
 
+@plain_arguments()
 def robust_score(first: float, second: float, *, weight: float = 0.5) -> float:
     """How DD-Ranking maps a weighted mean of gaps to a score: (exp(α) - exp(-1)) / (exp(1) - exp(-1)).
 
@@ -354,8 +363,7 @@ def robust_score(first: float, second: float, *, weight: float = 0.5) -> float:
     Raises:
         ValueError: for a weight outside of [0, 1].
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"The weight must be in [0, 1], got {weight}.")
+    check_real("weight", weight, 0, 1)
     alpha = weight * first + (1 - weight) * second
     return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
 
@@ -372,9 +380,11 @@ def paired_difference(accuracies: Sequence[float], others: Sequence[float]) -> d
         than three seeds, whose spread says nothing, and for differences that are all the same.
 
     Raises:
-        ValueError: for different numbers of seeds, or none.
+        ValueError: for different numbers of seeds, or none, and for accuracies that are no finite numbers.
     """
-    if len(accuracies) != len(others) or not len(accuracies):
+    accuracies = [check_real("accuracies", value) for value in plain(accuracies)]
+    others = [check_real("others", value) for value in plain(others)]
+    if len(accuracies) != len(others) or not accuracies:
         raise ValueError(f"A paired test needs the same seeds, got {len(accuracies)} and {len(others)} accuracies.")
     differences = np.subtract(accuracies, others)
     mean, count = float(differences.mean()), len(differences)
@@ -408,5 +418,5 @@ def _tensor(values: Any) -> torch.Tensor:
 
 def _check_fractions(**accuracies: Any) -> None:
     for name, values in accuracies.items():
-        if not all(0 <= value <= 1 for value in values):
+        if not all(0 <= check_real(name, value) <= 1 for value in plain(values)):
             raise ValueError(f"`{name}` must be accuracies in [0, 1], not percent; got {list(values)[:5]}.")

@@ -25,6 +25,7 @@ from .labels import class_mapping
 from .pixels import PixelBatch, iterate_pixels
 from .schema import nearest
 from .team import Team
+from .values import LARGEST_SET, check_whole
 
 
 BANDWIDTH_IMAGES = 2000  # the median of all pairwise distances of so many
@@ -356,6 +357,7 @@ def shared_batches(
 
 def template_units(num_classes: int, samples_per_class: int, batch_size: int) -> dict[str, tuple[int, range]]:
     """Divides template samples into units: (class row, sample indices), at most one batch of one class each."""
+    check_whole("samples_per_class", samples_per_class, 1, LARGEST_SET // num_classes)
     return {
         f"{row:05d}-{first:08d}": (row, range(first, min(first + batch_size, samples_per_class)))
         for row in range(num_classes)

@@ -15,6 +15,7 @@ from .schema import nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 LARGEST_SEED = 2**63 - 1
+LARGEST_SET = 10**8  # images; the plan alone of a larger one would fill the memory
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

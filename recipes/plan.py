@@ -42,6 +42,7 @@ from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.probe import probe_seconds
 from dsco_hf.schema import nearest
 from dsco_hf.shapes import imagenet_pipeline
+from dsco_hf.values import LARGEST_SET
 
 
 # TFLOP/s of dense bfloat16 matrix multiplications and GiB of memory, as the vendor's data sheets have them
@@ -157,7 +158,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     if recipe.max_hours is not None:
         plan["largest_budgets"] = {
-            count: largest_budget(lambda budget, n=count: foresee(budget).seconds[n], 3600 * recipe.max_hours)
+            count: largest_budget(
+                lambda budget, n=count: foresee(budget).seconds[n],
+                3600 * recipe.max_hours,
+                LARGEST_SET // (recipe.num_classes or 1),
+            )
             for count in recipe.num_processes
         }
     print(as_markdown(recipe, plan))
@@ -305,12 +310,12 @@ def row(
     }
 
 
-def largest_budget(seconds_of: Callable[[int], float], limit: float) -> int:
-    """The most images per class that take at most `limit` seconds; 0 if one takes longer."""
+def largest_budget(seconds_of: Callable[[int], float], limit: float, most: int = LARGEST_SET) -> int:
+    """The most images per class that take at most `limit` seconds, `most` at most; 0 if one takes longer."""
     high = 1
-    while seconds_of(high) <= limit and high < 2**20:
+    while high <= min(most, 2**20) and seconds_of(high) <= limit:
         high *= 2
-    low = high // 2
+    low, high = high // 2, min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if seconds_of(middle) <= limit else (low, middle)

@@ -7,7 +7,7 @@ import torch
 from datasets import ClassLabel, Image
 
 from dsco_hf import MatchingTargets, QuantileTargets, concentrate, concentrate_and_report, measure_discrepancy
-from dsco_hf.concentrate import PreviousBlocks, embed_pixels, pixels_from_images
+from dsco_hf.concentrate import PreviousBlocks, embed_pixels, pixels_from_images, plan_units
 from dsco_hf.data import images_from_pixels, load_pixels
 from dsco_hf.feature_spec import FeatureSource
 from dsco_hf.kernels import mmd2
@@ -220,6 +220,14 @@ def test_numbers_below_one(pipe, targets, name, value):
     options = {"images_per_class": 1, name: value}
     with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1, got {value}"):
         concentrate(pipe, targets, **options, **OPTIONS)
+
+
+def test_more_images_than_a_set_can_have_are_refused_before_memory_is_asked_for(pipe, targets):
+    with pytest.raises(ValueError, match="are 3,000,000,000,000 images, .* ask for at most 33333333 per class"):
+        concentrate(pipe, targets, 10**12, **OPTIONS)
+    assert len(plan_units(3, 33333333, block_size=33333333, images_per_call=10**8)) == 1  # as it says
+    with pytest.raises(ValueError, match="`samples_per_class` must be a whole number from 1 to 33333333"):
+        MatchingTargets.from_generator(pipe, samples_per_class=10**12, progress=False)
 
 
 def test_bad_input(pipe, targets, make):

@@ -135,7 +135,7 @@ def test_scores_stay_in_their_range():
     assert robust_score(1, 1) == pytest.approx(1) and robust_score(-1, -1) == pytest.approx(0)
     with pytest.raises(ValueError, match="not percent"):
         LabelRobustScore().compute(predictions=[60.0], random=[0.5], hard=[0.4], full=[0.8])
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+    with pytest.raises(ValueError, match="from 0 to 1"):
         robust_score(0, 0, weight=2)
 
 
@@ -152,3 +152,32 @@ def test_paired_difference():
     assert paired_difference([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])["p"] is None
     with pytest.raises(ValueError, match="same seeds"):
         paired_difference([0.5], [])
+
+
+def test_numbers_of_every_library_and_no_bools():
+    scores, labels = torch.eye(3), torch.arange(3)
+    small, real = features(6), features(12, seed=1)
+    assert top_k_accuracy(scores, labels, np.int64(1)) == top_k_accuracy(scores, labels, torch.tensor(1)) == 1
+    assert retention(np.float32(0.5), torch.tensor(0.25)) == 2 and isinstance(retention(np.float32(1), 1), float)
+    assert discrepancy(small, real, embedding_dim=np.int32(64), seed=torch.tensor(3)) == pytest.approx(
+        discrepancy(small, real, embedding_dim=64, seed=3), abs=0
+    )
+    assert density_and_coverage(small, real, k=np.int16(2)) == density_and_coverage(small, real, k=2)
+    assert robust_score(np.float64(0.1), 0.2, weight=torch.tensor(0.5)) == robust_score(0.1, 0.2)
+    accuracies = [0.5, 0.625, 0.75]
+    assert paired_difference(torch.tensor(accuracies), np.array(accuracies) - 0.25)["mean"] == 0.25
+    for call in (
+        lambda: top_k_accuracy(scores, labels, True),
+        lambda: retention(True, 0.5),
+        lambda: retention(math.nan, 0.5),
+        lambda: discrepancy(small, real, embedding_dim=True),
+        lambda: discrepancy(small, real, seed=1.5),
+        lambda: density_and_coverage(small, real, k=True),
+        lambda: robust_score(0.1, 0.2, weight=True),
+        lambda: robust_score(math.inf, 0.2),
+        lambda: paired_difference([True, False], [0.1, 0.2]),
+        lambda: paired_difference([0.1, math.nan], [0.1, 0.2]),
+        lambda: LabelRobustScore().compute(predictions=[0.5], random=[0.1], hard=[0.4], full=[0.9], weight=True),
+    ):
+        with pytest.raises(ValueError, match="^`.*must be a"):
+            call()

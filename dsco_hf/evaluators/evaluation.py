@@ -376,6 +376,11 @@ def herd_per_class(
     Raises:
         ValueError: where a class has fewer images.
     """
+    for label in images.labels.unique().tolist():
+        if (count := int((images.labels == label).sum())) < images_per_class:
+            raise ValueError(
+                f"Class {images.names[label]!r} has {count} images, but {images_per_class} per class were asked for."
+            )
     if classifier is None:
         features = images.pixels.flatten(1)
     else:
@@ -390,11 +395,6 @@ def herd_per_class(
     picked = []
     for label in images.labels.unique():
         rows = (images.labels == label).nonzero()[:, 0]
-        if len(rows) < images_per_class:
-            raise ValueError(
-                f"Class {images.names[int(label)]!r} has {len(rows)} images, but {images_per_class} per class were "
-                "asked for."
-            )
         psi = fourier_embedding(features[rows], frequencies)
         picked.append(rows[herd(psi, psi.mean(0), images_per_class)])
     return torch.cat(picked)
