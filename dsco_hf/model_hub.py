@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from accelerate import PartialState
 
 from .markdown import merge_cards
 from .model_cards import render_evaluator_card, render_pipeline_card
+from .origins import without_places
 from .push import PublishResult, Remote, make_target, push, with_retries
 from .safety import Token, explained
 from .values import plain_arguments
@@ -180,6 +182,7 @@ def _publish_model(
         folder = Path(scratch) / "model"
         folder.mkdir()
         save(folder)
+        _forget_places(folder)
         text = card(target.repo_id)
 
         def prepare(folder: Path, remote: Remote) -> list[str]:
@@ -191,3 +194,12 @@ def _publish_model(
             max_retries=max_retries,
             what=f"Publishing to {target.repo_id}",
         )
+
+
+def _forget_places(folder: Path) -> None:
+    """Takes out of all configurations where models lay on this machine, which diffusers writes there."""
+    for path in folder.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        if (clean := without_places(values)) != values:
+            path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -15,15 +14,15 @@ from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
 
 from .digests import model_sha256, targets_sha256
+from .origins import cached_origin as cached_origin
 from .origins import commit_of
-from .paths import looks_like_path
+from .origins import published_origin as published_origin
 from .shards import rows_sha256
 from .targets import MatchingTargets
 from .values import plain
 
 
 LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "datasets", "accelerate", "numpy")
-_SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})(?:[/\\](?P<part>\w+))?")
 # Components that are often added to a generator by hand, so that they have an origin of their own.
 PARTS = ("classifier", "classifier_2", "preview_vae")
 MARK = "dsco_hf"  # under which the record stands in the description of a dataset
@@ -150,20 +149,6 @@ def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | Non
     return _without_none({**origin, "sha256": sha256})
 
 
-def published_origin(name: str | Path | None) -> dict[str, str]:
-    """Where a model or dataset came from, as others may read it: `id` of a repository, or the own name of a `folder`.
-
-    Where a folder lies says who its user is and how the machine is built, and nobody else can use it.
-    """
-    text = str(name or "")
-    if not text:
-        return {}
-    path = Path(text).expanduser()
-    if path.is_absolute() or path.exists() or looks_like_path(text):
-        return {"folder": re.split(r"[\\/]", str(path.resolve()))[-1]}
-    return {"id": text}
-
-
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record, however it was made, with the names of folders in place of where they lie on a machine."""
     clean = dict(record)
@@ -188,15 +173,6 @@ def _name_of(model: Any) -> str:
     """What a model was loaded from: transformers keeps it as an attribute, diffusers in the configuration."""
     config = getattr(model, "config", None)
     return str(getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or "")
-
-
-def cached_origin(path: str) -> dict[str, Any] | None:
-    """Repository, commit and subfolder of a model that was loaded from the Hub's cache, told from its path."""
-    match = _SNAPSHOT.search(path)
-    if match is None:
-        return None
-    origin = {"id": match["id"].replace("--", "/", 1), "revision": match["revision"], "subfolder": match["part"]}
-    return _without_none(origin)
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -331,3 +331,36 @@ def test_the_recipe_publishes_pipelines_and_evaluators(hub, ann):
     assert huggingface_hub.ModelCard(files["README.md"].decode()).data.license == "mit"
     card = huggingface_hub.ModelCard(hub.files("ann/net-by-recipe", kind="models")["README.md"].decode())
     assert card.data.eval_results[0].metric_value == 0.5
+
+
+TELLTALE = """
+import os
+from pathlib import Path
+from dsco_hf import DsCoPipeline, publish_evaluator, publish_pipeline
+from hub.tiny import draw, tiny_pipeline, tiny_targets
+from transformers import AutoModelForImageClassification
+home = Path("home-of-telltale").absolute()
+tiny_pipeline().save_pretrained(home / "pipe")
+tiny_pipeline().classifier.save_pretrained(home / "net")
+net = AutoModelForImageClassification.from_pretrained(home / "net")
+pipe = DsCoPipeline.from_pretrained(home / "pipe", classifier=net.eval())
+publish_pipeline(pipe, "ann/placeless", targets=tiny_targets(pipe))
+publish_evaluator(net, "ann/placeless-net", dataset_id="ann/set", protocol={"dataset": str(home / "photos")})
+again = DsCoPipeline.from_pretrained("ann/placeless")
+publish_pipeline(again, "ann/placeless-again")
+return [draw(pipe), draw(again), again.config._name_or_path]
+"""
+
+
+def test_no_published_file_says_where_models_lay(hub, ann):
+    before, after, name = ann.run(TELLTALE)
+    assert before == after and "placeless" in name
+    names = ("ann/placeless", "ann/placeless-net", "ann/placeless-again")
+    published = {(name, path): content for name in names for path, content in hub.files(name, kind="models").items()}
+    assert ("ann/placeless", "transformer/config.json") in published and len(published) > 15
+    for place, content in published.items():
+        assert b"telltale" not in content and b"/snapshots/" not in content, place
+    index = json.loads(published["ann/placeless", "model_index.json"])
+    assert index["_class_name"] == "DsCoPipeline" and "_name_or_path" not in index
+    # the place of a component of the Hub's cache becomes the repository that it came from
+    assert json.loads(published["ann/placeless-again", "transformer/config.json"])["_name_or_path"] == "ann/placeless"

@@ -17,6 +17,7 @@ from dsco_hf import (
     verify,
 )
 from dsco_hf.cards import how_made
+from dsco_hf.origins import without_places
 from dsco_hf.records import record_parameters
 from dsco_hf.set_records import published_origin, record_of, without_paths
 from dsco_hf.shards import rows_sha256
@@ -187,3 +188,19 @@ def test_a_dry_run_needs_neither_network_nor_token(small, monkeypatch):
     result = publish(small, "name", dry_run=True)
     assert result.dry_run and not result.compared and result.commit is None
     assert {"README.md", "concentration.json"} <= set(result.added) and "not compared" in str(result)
+
+
+def test_places_are_shortened_and_names_are_left():
+    snapshot = f"/root/.cache/huggingface/hub/models--ann--pipe/snapshots/{'a' * 40}/unet"
+    found = without_places(
+        {
+            "dataset": "/home/ann/photos", "up": ["../ann/pipe", "./x.png"], "win": r"C:\users\ann\pipe",
+            "cached": snapshot, "id": "ann/pipe", "class": "/m/01g317", "out": "outputs/run", "slash": "/", "n": 3,
+            "net": {"_name_or_path": "/home/ann/net", "depth": 2}, "hub": {"_name_or_path": "ann/net"},
+        }
+    )  # fmt: skip
+    assert found == {
+        "dataset": "photos", "up": ["pipe", "x.png"], "win": "pipe", "cached": "ann/pipe", "id": "ann/pipe",
+        "class": "/m/01g317", "out": "outputs/run", "slash": "/", "n": 3, "net": {"depth": 2},
+        "hub": {"_name_or_path": "ann/net"},
+    }  # fmt: skip
