@@ -21,6 +21,7 @@ from .labels import class_mapping as class_mapping
 from .opening import load_digits_dataset as load_digits_dataset
 from .opening import load_image_dataset as load_image_dataset
 from .opening import load_splits as load_splits
+from .opening import load_test_split as load_test_split
 from .pixels import PixelBatch as PixelBatch
 from .pixels import encoded_columns
 from .pixels import iterate_pixels as iterate_pixels

@@ -29,7 +29,15 @@ from .names import nearest
 from .paths import check_path
 from .safety import explained
 from .shards import explained_tables
-from .splits import divide, split_named, stratified_indices, take_split
+from .splits import (
+    divide,
+    divide_streams,
+    part_to_test,
+    refuse_slice,
+    split_named,
+    stratified_indices,
+    take_split,
+)
 from .values import plain_arguments
 
 
@@ -87,27 +95,38 @@ def load_image_dataset(
         ConnectionError: if the Hub cannot be reached; the message says what is in the cache.
         ValueError: if the split does not exist, or `name` or `revision` has no meaning for this kind of dataset.
     """
+    loaded = _load(path, name, split=split, revision=revision, streaming=streaming, token=token)
+    return as_streams(loaded) if streaming else loaded
+
+
+def _load(
+    path: str | Path | Sequence[str | Path],
+    name: str | None,
+    *,
+    split: str | ReadInstruction | None = None,
+    revision: str | None,
+    streaming: bool = False,
+    token: str | bool | None = None,
+) -> Any:
+    """Opens a dataset; what is on this machine is never a stream yet."""
     if isinstance(path, str) and path == "digits":
         _refuse_options("the embedded digits", name=name, revision=revision)
-        return _open_splits(load_digits_dataset(), split, streaming)
+        return _open_splits(load_digits_dataset(), split)
     paths = [path] if isinstance(path, str | Path) else list(path)
     if not paths:
         raise ValueError("`path` is an empty list; give a Hub id, a folder, or parquet file(s).")
     texts = [str(p) if "://" in str(p) else str(Path(p).expanduser()) for p in paths]
     if len(texts) > 1 or texts[0].endswith(".parquet"):
         _refuse_options("parquet files", name=name, revision=revision)
-        return _open_splits(_load_parquet(texts, token), split, streaming)
+        return _open_splits(_load_parquet(texts, token), split)
     local = Path(texts[0])
     if local.exists():
         _refuse_options(f"the local dataset {local}", revision=revision)
         with explained(texts[0], token=token, action="load"), explained_tables([local]):
-            return _open_splits(_load_local(local, name), split, streaming)
+            return _open_splits(_load_local(local, name), split)
     check_path(paths[0], wanted=WANTED)
-    if streaming and split is not None and re.search(r"[\[+]", str(split)):
-        raise ValueError(
-            f"A stream has whole splits only, got {str(split)!r}. Take the first rows with `.take(n)`, leave rows out "
-            "with `.skip(n)`, or load without `streaming`."
-        )
+    if streaming and split is not None:
+        refuse_slice(split)
     with explained(texts[0], token=token, action="load"):
         return load_dataset(texts[0], name, split=split, revision=revision, streaming=streaming, token=token)
 
@@ -178,15 +197,18 @@ def _configs(path: Path) -> dict[str, dict[str, list[str]]]:
     return {"default": found}
 
 
-def _open_splits(loaded: Any, split: str | ReadInstruction | None, streaming: bool) -> Any:
-    """All splits, or what `split` says; as streams if wished."""
-    if split is not None:
-        loaded = take_split({"train": loaded} if isinstance(loaded, Dataset) else loaded, split)
-    if not streaming:
+def _open_splits(loaded: Dataset | DatasetDict, split: str | ReadInstruction | None) -> Dataset | DatasetDict:
+    """All splits, or what `split` says."""
+    if split is None:
         return loaded
-    if isinstance(loaded, Dataset):
-        return loaded.to_iterable_dataset()
-    return IterableDatasetDict({key: value.to_iterable_dataset() for key, value in loaded.items()})
+    return take_split({"train": loaded} if isinstance(loaded, Dataset) else loaded, split)
+
+
+def as_streams(loaded: Any) -> Any:
+    """A dataset, or all of a dict, as streams."""
+    if isinstance(loaded, DatasetDict):
+        return IterableDatasetDict({key: value.to_iterable_dataset() for key, value in loaded.items()})
+    return loaded.to_iterable_dataset() if isinstance(loaded, Dataset) else loaded
 
 
 def load_splits(
@@ -199,8 +221,9 @@ def load_splits(
     seed: int = 0,
     label_column: str | None = None,
     revision: str | None = None,
+    streaming: bool = False,
     token: str | bool | None = None,
-) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+) -> tuple[Any, Any, dict[str, Any]]:
     """The images to train and to test with, of a dataset wherever it is.
 
     Args:
@@ -213,15 +236,52 @@ def load_splits(
         seed: which images are held out.
         label_column: where there are several.
         revision: of a Hub dataset.
+        streaming: give streams. Of what is streamed from the Hub no images can be held out.
         token: for a private one.
 
     Returns:
         `tuple`: training images, test images or None, and what was taken, to be recorded.
     """
-    loaded = load_image_dataset(path, name, revision=revision, token=token)
+    loaded = _load(path, name, revision=revision, streaming=streaming, token=token)
+    splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    chosen: dict[str, Any] = {"train_split": train_split, "test_split": test_split}
+    options: dict[str, Any] = {"label_column": label_column, "what": str(path)}
+    if isinstance(loaded, IterableDatasetDict):
+        return divide_streams(splits, **chosen, **options)
+    train, test, facts = divide(splits, **chosen, holdout=holdout, seed=seed, **options)
+    return (as_streams(train), as_streams(test), facts) if streaming else (train, test, facts)
+
+
+def load_test_split(
+    path: str | Path | Sequence[str | Path],
+    name: str | None = None,
+    *,
+    test_split: str = "auto",
+    holdout: float = 0.2,
+    seed: int = 0,
+    label_column: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> tuple[Dataset, dict[str, Any]]:
+    """The images to test with, of a dataset wherever it is: by the same rule, and so those that [`load_splits`] gives.
+
+    Args:
+        path: as for [`load_splits`], like the others.
+        name: the configuration.
+        test_split: a split, a slice, a sum, or "auto".
+        holdout: share of every class that is held out of its "train" split, where there is no other.
+        seed: which images are held out.
+        label_column: where there are several.
+        revision: of a Hub dataset.
+        token: for a private one.
+
+    Returns:
+        `tuple`: the test images, and what was taken, to be recorded.
+    """
+    loaded = _load(path, name, revision=revision, token=token)
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
     options: dict[str, Any] = {"holdout": holdout, "seed": seed, "label_column": label_column, "what": str(path)}
-    return divide(splits, train_split=train_split, test_split=test_split, **options)
+    return part_to_test(splits, test_split=test_split, **options)
 
 
 def _refuse_options(what: str, **options: str | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, ReadInstruction, concatenate_datasets
+from datasets import ClassLabel, Dataset, IterableDataset, ReadInstruction, concatenate_datasets
 
 from .names import nearest
 from .schema import class_names, features_of, find_column
@@ -91,22 +92,122 @@ def divide(
     _refuse_lost_classes(splits, train, train_split, label_column)
     if test_split == "none":
         return train, None, {"train_split": train_split, "test_split": "none"}
-    if test_split != "auto":
-        test = take_split(splits, test_split, what=what)
-        if not is_labelled(test, label_column):
-            raise ValueError(
-                f"The split {test_split!r} of {what} has images without a label (-1 or None), so nothing can be "
-                "tested on it. Choose another one, or 'auto', which takes the validation split or holds images out."
-            )
-        _refuse_lost_classes(splits, test, test_split, label_column)
-        return train, test, {"train_split": train_split, "test_split": test_split}
-    for name in ("test", "validation"):
-        found = next((key for key in splits if split_named(key) == name), None)
-        if found is not None and found not in str(train_split):
-            if is_labelled(splits[found], label_column):
-                return train, splits[found], {"train_split": train_split, "test_split": found}
-            logger.warning("The split %r of %s has no labels and is left aside.", found, what)
-    return _held_out(train, train_split, holdout, seed, label_column)
+    if test_split == "auto":
+        found = _own_test_split(splits, train_split, label_column, what)
+        if found is None:
+            return _held_out(train, train_split, holdout, seed, label_column)
+        test_split = found
+    test = _test_split(splits, test_split, label_column, what)
+    return train, test, {"train_split": train_split, "test_split": test_split}
+
+
+def part_to_test(
+    splits: Mapping[str, Dataset],
+    *,
+    test_split: str = "auto",
+    holdout: float = 0.2,
+    seed: int = 0,
+    label_column: str | None = None,
+    what: str = "the dataset",
+) -> tuple[Dataset, dict[str, Any]]:
+    """The images to test with, by the rule of [`divide`], of a dataset that need have no training split.
+
+    Returns:
+        `tuple`: the test images, and what was taken as plain JSON values.
+
+    Raises:
+        ValueError: as [`divide`], and for "none".
+    """
+    if test_split == "none":
+        raise ValueError("Networks are tested: `test_split` is a split or 'auto' here, not 'none'.")
+    if test_split == "auto":
+        found = _own_test_split(splits, "", label_column, what)
+        if found is None:
+            options: dict[str, Any] = {"holdout": holdout, "seed": seed, "label_column": label_column, "what": what}
+            _, test, facts = divide(splits, **options)
+            assert test is not None
+            return test, {name: facts[name] for name in facts if name != "train_split"}
+        test_split = found
+    return _test_split(splits, test_split, label_column, what), {"test_split": test_split}
+
+
+def divide_streams(
+    splits: Mapping[str, IterableDataset],
+    *,
+    train_split: str = "train",
+    test_split: str = "auto",
+    label_column: str | None = None,
+    what: str = "the dataset",
+) -> tuple[IterableDataset, IterableDataset | None, dict[str, Any]]:
+    """The same as [`divide`] of streams, which have whole splits only.
+
+    Whether a split is labelled is told by its first row, as reading all would take as long as the work itself.
+
+    Raises:
+        ValueError: for a split that does not exist, a slice or sum, and where images would have to be held out.
+    """
+    for split in (train_split, test_split):
+        refuse_slice(split)
+        if split not in splits and split not in ("auto", "none"):
+            take_split({name: Dataset.from_dict({}) for name in splits}, split, what=what)  # raises
+    train = splits[train_split]
+    if test_split == "none":
+        return train, None, {"train_split": train_split, "test_split": "none"}
+    for name in [test_split] if test_split != "auto" else _test_names(splits, train_split):
+        column = find_column(features_of(splits[name]), "label_column", label_column, ClassLabel)
+        first = next(iter(splits[name].select_columns([column])), {column: None})[column]
+        if first is not None and first >= 0:
+            return train, splits[name], {"train_split": train_split, "test_split": name}
+    raise ValueError(
+        f"There is no test split with labels of {what}, which has {list(splits)}, and of a stream no images can be "
+        "held out. Read it without `streaming`, or take all of them with `test_split='none'` (--test_split none)."
+    )
+
+
+def refuse_slice(split: str | ReadInstruction) -> None:
+    """Raises ValueError for a slice or a sum, which streams do not have."""
+    if re.search(r"[\[+]", str(split)):
+        raise ValueError(
+            f"A stream has whole splits only, got {str(split)!r}. Take the first rows with `.take(n)`, leave rows out "
+            "with `.skip(n)`, or load without `streaming`."
+        )
+
+
+def _test_names(splits: Iterable[str], train_split: str) -> list[str]:
+    """The test split, then the validation split, whatever they are called, unless one of them is trained on."""
+    trained = split_names(train_split)
+    named = {
+        kind: next((name for name in splits if split_named(name) == kind), None) for kind in ("test", "validation")
+    }
+    return [name for name in named.values() if name is not None and name not in trained]
+
+
+def split_names(split: str) -> list[str]:
+    """The splits that a text names: `["train", "test"]` of "train[:50%]+test"."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def _own_test_split(
+    splits: Mapping[str, Dataset], train_split: str, label_column: str | None, what: str
+) -> str | None:
+    """The first of the dataset's own splits to test with that has labels; None if there is none."""
+    for name in _test_names(splits, train_split):
+        if is_labelled(splits[name], label_column):
+            return name
+        logger.warning("The split %r of %s has no labels and is left aside.", name, what)
+    return None
+
+
+def _test_split(splits: Mapping[str, Dataset], split: str, label_column: str | None, what: str) -> Dataset:
+    """A split to test with, which has labels and every class."""
+    test = take_split(splits, split, what=what)
+    if not is_labelled(test, label_column):
+        raise ValueError(
+            f"The split {split!r} of {what} has images without a label (-1 or None), so nothing can be "
+            "tested on it. Choose another one, or 'auto', which takes the validation split or holds images out."
+        )
+    _refuse_lost_classes(splits, test, split, label_column)
+    return test
 
 
 def is_labelled(dataset: Dataset, label_column: str | None = None) -> bool:
@@ -124,7 +225,7 @@ def _refuse_lost_classes(splits: Mapping[str, Dataset], part: Dataset, split: st
     """Raises if a slice leaves out classes that its whole split has, as of rows that are sorted by class."""
     if "[" not in split:
         return
-    wholes = [whole for name, whole in splits.items() if name in split]
+    wholes = [splits[name] for name in split_names(split) if name in splits]
     lost = {label for whole in wholes for label in _labels(whole, label_column)} - set(_labels(part, label_column))
     if lost := {label for label in lost if label is not None and label >= 0}:
         names = class_names(part, label_column=label_column)

@@ -27,7 +27,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import check_made, make_accelerator, parse_config
-from dsco_hf.data import load_image_dataset
+from dsco_hf.data import load_splits
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.files import write_atomically
 from dsco_hf.pipeline import DsCoPipeline
@@ -48,6 +48,7 @@ class TargetsRecipe:
             no new pass as long as the work folder is there (`keep_work`). The "ridge" objective needs `second_moment`.
         batch_size: images at a time.
         dataset, dataset_name, split, revision: what to match; see `dsco_hf.data.load_image_dataset`.
+        test_split, holdout: what is not matched, see recipes/train_classifier.py.
         streaming: read the dataset row by row, without downloading or converting the whole.
         image_column, label_column, on_error, mapping: see `MatchingTargets.from_dataset`; `mapping` is a label set or
             a YAML file.
@@ -73,6 +74,8 @@ class TargetsRecipe:
     dataset: str | None = None
     dataset_name: str | None = None
     split: str = "train"
+    test_split: str = "auto"
+    holdout: float = 0.2
     revision: str | None = None
     streaming: bool = False
     image_column: str | None = None
@@ -112,13 +115,14 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     begin = time.perf_counter()
     try:
-        targets = make_targets(recipe, pipe, accelerator, work)
+        targets, splits = make_targets(recipe, pipe, accelerator, work)
     except RunError as error:
         sys.exit(str(error) if accelerator.is_main_process else 1)
     seconds = time.perf_counter() - begin
     if accelerator.is_main_process:
         targets.save_pretrained(output)
-        save_results(recipe, targets, accelerator, None if continued else seconds, output / "results.json")
+        spent = None if continued else seconds
+        save_results(recipe, targets, splits, accelerator, spent, output / "results.json")
         if not recipe.keep_work:
             shutil.rmtree(work)
         print(f"Saved targets of {targets.num_classes} classes to {output} after {seconds:.1f} s.")
@@ -138,33 +142,44 @@ def load_pipeline(recipe: TargetsRecipe, accelerator: Accelerator) -> DsCoPipeli
     return pipe.to(accelerator.device)
 
 
-def make_targets(recipe: TargetsRecipe, pipe: DsCoPipeline, accelerator: Accelerator, work: Path) -> MatchingTargets:
-    """The targets, by all processes together."""
+def make_targets(
+    recipe: TargetsRecipe, pipe: DsCoPipeline, accelerator: Accelerator, work: Path
+) -> tuple[MatchingTargets, dict[str, Any]]:
+    """The targets, by all processes together, and which images were matched and which left out."""
     shared: dict[str, Any] = {name: getattr(recipe, name) for name in COMMON}
     shared |= {"features": recipe.features, "accelerator": accelerator, "work_dir": work}
     if recipe.data_free:
         options = {name: getattr(recipe, name) for name in DRAWING}
-        return MatchingTargets.from_generator(pipe, recipe.class_labels or None, **options, **shared)
+        return MatchingTargets.from_generator(pipe, recipe.class_labels or None, **options, **shared), {}
     with accelerator.main_process_first():
-        dataset = load_image_dataset(
+        dataset, _, splits = load_splits(
             str(recipe.dataset),
             recipe.dataset_name,
-            split=recipe.split,
+            train_split=recipe.split,
+            test_split=recipe.test_split,
+            holdout=recipe.holdout,
+            label_column=recipe.label_column,
             revision=recipe.revision,
             streaming=recipe.streaming,
         )
     options = {name: getattr(recipe, name) for name in DATA}
-    return MatchingTargets.from_dataset(dataset, pipe, **options, **shared)
+    return MatchingTargets.from_dataset(dataset, pipe, **options, **shared), splits
 
 
 def save_results(
-    recipe: TargetsRecipe, targets: MatchingTargets, accelerator: Accelerator, seconds: float | None, path: Path
+    recipe: TargetsRecipe,
+    targets: MatchingTargets,
+    splits: dict[str, Any],
+    accelerator: Accelerator,
+    seconds: float | None,
+    path: Path,
 ) -> None:
     """Writes what was made of what, and how long it took, unless it was made in several sessions."""
     provenance = targets.provenance
     images = provenance.get("images") or provenance["samples_per_class"] * targets.num_classes
     results = {
         "config": dataclasses.asdict(recipe),
+        "splits": splits,
         "images": images,
         "seconds": seconds and round(seconds, 2),
         "images_per_second": seconds and round(images / seconds, 1),

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import is_tensorboard_available, is_trackio_available
+from datasets import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from dsco_hf.configs import make_accelerator, parse_config
-from dsco_hf.data import load_image_dataset
+from dsco_hf.data import load_image_dataset, load_splits, load_test_split
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
 from dsco_hf.evaluators.evaluation import (
     load_image_set,
@@ -43,7 +44,8 @@ class EvaluatorRecipe:
 
     Attributes:
         dataset, dataset_name, split, revision: the small dataset; see `dsco_hf.data.load_image_dataset`.
-        test_dataset, test_name, test_split, test_revision: what to test on; the same dataset by default.
+        test_dataset, test_name, test_revision: the real dataset to test on; the same one by default.
+        test_split, holdout: of it, as in recipes/train_classifier.py; what is held out there is held out here.
         image_column, label_column, soft_label_column: for datasets with several of them.
         test_image_column, test_label_column: of the `test_dataset`; as the others if it is the same dataset.
         protocol: a name (quick, minimax-hard, rded-soft, rded-soft-small, released-dsco, cifar-convnet) or YAML file.
@@ -72,7 +74,8 @@ class EvaluatorRecipe:
     revision: str | None = None
     test_dataset: str | None = None
     test_name: str | None = None
-    test_split: str = "test"
+    test_split: str = "auto"
+    holdout: float = 0.2
     test_revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -110,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(recipe.output_dir)
     accelerator = start_accelerator(recipe)
     protocol = get_protocol(recipe.protocol, **protocol_changes(recipe))
-    train, test = load_sets(recipe, protocol, accelerator)
+    train, test, splits = load_sets(recipe, protocol, accelerator)
     teacher = load_teacher(recipe, accelerator)
     model_options = json.loads(recipe.model_options)
     seeds = range(recipe.first_seed, recipe.first_seed + recipe.seeds)
@@ -162,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
             "dataset": recipe.dataset,
             "config": dataclasses.asdict(recipe),
             "protocol": protocol_to_dict(protocol),
+            "splits": splits,
             "images": len(train.labels),
             "images_per_class": train.images_per_class,
             "classes": len(train.names),
@@ -177,16 +181,39 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def load_sets(recipe: EvaluatorRecipe, protocol: Protocol, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
-    """The small dataset and the images it is tested on."""
+def open_sets(recipe: EvaluatorRecipe) -> tuple[Dataset, Dataset, dict[str, Any]]:
+    """The small dataset, what it is tested on, and which splits these are."""
+    if recipe.test_split == "none":
+        raise ValueError("Networks are tested: `test_split` is a split or 'auto' here, not 'none'.")
+    tested: dict[str, Any] = {"test_split": recipe.test_split, "holdout": recipe.holdout}
+    small: dict[str, Any] = {"revision": recipe.revision}
+    other = [name for name in ("test_dataset", "test_name", "test_revision") if getattr(recipe, name)]
+    if not other:
+        small |= {"train_split": recipe.split, "label_column": recipe.label_column}
+        dataset, test, splits = load_splits(recipe.dataset, recipe.dataset_name, **small, **tested)
+        if "holdout" in splits and "source" in dataset.column_names:
+            raise ValueError(
+                f"{recipe.dataset} is a small dataset without a test split, and its own images would tell nothing: "
+                "name the real dataset that its networks are to be tested on with --test_dataset."
+            )
+        return dataset, test, splits
+    dataset = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, **small)
+    test, splits = load_test_split(
+        recipe.test_dataset or recipe.dataset,
+        recipe.test_name or (None if recipe.test_dataset else recipe.dataset_name),
+        revision=recipe.test_revision or (None if recipe.test_dataset else recipe.revision),
+        label_column=recipe.test_label_column or (None if recipe.test_dataset else recipe.label_column),
+        **tested,
+    )
+    return dataset, test, {"train_split": recipe.split, **splits}
+
+
+def load_sets(
+    recipe: EvaluatorRecipe, protocol: Protocol, accelerator: Accelerator
+) -> tuple[ImageSet, ImageSet, dict[str, Any]]:
+    """The small dataset, the images it is tested on, and which splits these are."""
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
-        dataset = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision)
-        test_dataset = load_image_dataset(
-            recipe.test_dataset or recipe.dataset,
-            recipe.test_name or (None if recipe.test_dataset else recipe.dataset_name),
-            split=recipe.test_split,
-            revision=recipe.test_revision or (None if recipe.test_dataset else recipe.revision),
-        )
+        dataset, test_dataset, splits = open_sets(recipe)
     options = {"num_channels": recipe.num_channels, "on_error": recipe.on_error}
     train = load_image_set(
         dataset,
@@ -206,7 +233,7 @@ def load_sets(recipe: EvaluatorRecipe, protocol: Protocol, accelerator: Accelera
         progress=accelerator.is_local_main_process,
         **options,
     )
-    return train, test
+    return train, test, splits
 
 
 def start_accelerator(recipe: EvaluatorRecipe) -> Accelerator:

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsco_hf import DsCoPipeline, MatchingTargets, load_image_dataset, save_dataset_folder
-from dsco_hf.data import load_pixels, load_splits
-from dsco_hf.splits import divide, take_split
+from dsco_hf.data import load_pixels, load_splits, load_test_split
+from dsco_hf.splits import divide, divide_streams, part_to_test, take_split
 
 
 def save(place, level=0, size=4):
@@ -244,6 +244,43 @@ def test_load_splits_of_a_folder(tmp_path):
     train, test, facts = load_splits(folder(tmp_path, {"x": 10, "y": 5}), holdout=0.4, seed=3)
     assert counts(train) == {"x": 6, "y": 3} and counts(test) == {"x": 4, "y": 2} and facts["holdout_seed"] == 3
     assert len(load_splits("digits")[1]) == 360
+
+
+def test_what_is_tested_on_is_what_was_held_out(tmp_path):
+    place = folder(tmp_path, {"x": 10, "y": 5})
+    train, held, facts = load_splits(place, holdout=0.4, seed=3)
+    test, told = load_test_split(place, holdout=0.4, seed=3)
+    assert test["image"][0].tobytes() == held["image"][0].tobytes() and test["label"][:] == held["label"][:]
+    assert told == {name: facts[name] for name in ("test_split", "holdout", "holdout_seed")}
+    streams = load_splits(place, holdout=0.4, seed=3, streaming=True)
+    assert [row["label"] for row in streams[0]] == train["label"][:] and streams[2] == facts
+    for splits, expected in (
+        ({"test": labelled([1])}, "test"),
+        ({"val": labelled([1]), "full": labelled([2])}, "val"),
+    ):
+        assert part_to_test(splits) == (splits[expected], {"test_split": expected})  # without a training split
+    with pytest.raises(ValueError, match="is a split or 'auto' here, not 'none'"):
+        part_to_test({"train": labelled([0, 0])}, test_split="none")
+
+
+def test_the_splits_of_a_stream():
+    train, other = labelled([0, 1, 2]), labelled([2, 1])
+    unlabelled = other.map(lambda row: {"label": -1}, features=other.features)
+    parts = {"train": train, "test": unlabelled, "dev": other}
+    streams = {name: part.to_iterable_dataset() for name, part in parts.items()}
+    assert divide_streams(streams)[1:] == (streams["dev"], {"train_split": "train", "test_split": "dev"})
+    assert divide_streams(streams, test_split="none")[:2] == (streams["train"], None)
+    with pytest.raises(ValueError, match="no images can be held out. .*`test_split='none'`"):
+        divide_streams({name: streams[name] for name in ("train", "test")})
+    with pytest.raises(ValueError, match=r"There is no split 'trian' .*Nearest: 'train'"):
+        divide_streams(streams, train_split="trian")
+    with pytest.raises(ValueError, match=r"A stream has whole splits only, got 'train\[:2\]'"):
+        divide_streams(streams, train_split="train[:2]")
+
+
+def test_a_slice_is_held_against_the_splits_that_it_names():
+    both = {"train": labelled([0, 1, 2]), "train_more": labelled([0, 1, 0, 1])}
+    assert len(divide(both, train_split="train_more[:2]", test_split="none")[0]) == 2  # which has no 'c'
 
 
 def test_a_wrong_path_is_told_at_once(tmp_path, monkeypatch):

@@ -142,6 +142,30 @@ def test_evaluator_reads_the_columns_that_are_named_for_training_and_testing(sma
     assert results(tmp_path / "other")["classes"] == 2
 
 
+def test_evaluator_tests_on_what_other_recipes_held_out(small, tmp_path):
+    data = str(small / "small2.parquet")
+    given = ["--dataset", data, "--architectures", "convnet-2", "--seeds", "1", *TINY]
+    train_evaluator.main([*given, "--output_dir", str(tmp_path / "own")])
+    found = results(tmp_path / "own")
+    assert (found["images"], found["test_images"], found["splits"]["holdout"]) == (10, 10, 0.2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_evaluator.main([*given, "--test_dataset", data, "--output_dir", str(tmp_path / "other")])
+    other = results(tmp_path / "other")
+    assert (other["images"], other["test_fingerprint"]) == (20, found["test_fingerprint"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="is a split or 'auto' here, not 'none'"):
+        train_evaluator.main([*given, "--test_split", "none"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    drawn = load_dataset("parquet", data_files=data, split="train").add_column("source", ["synthetic"] * 20)
+    drawn.to_parquet(tmp_path / "drawn.parquet")
+    given[1] = str(tmp_path / "drawn.parquet")
+    with pytest.raises(ValueError, match="is a small dataset without a test split.*with --test_dataset"):
+        train_evaluator.main([*given, "--output_dir", str(tmp_path / "drawn")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_evaluator.main([*given, "--test_dataset", "digits", "--output_dir", str(tmp_path / "drawn")])  # as it says
+    assert results(tmp_path / "drawn")["splits"] == {"train_split": "train", "test_split": "test"}
+
+
 def test_evaluator_reports_every_epoch_to_tensorboard(small, tmp_path):
     out = tmp_path / "out"
     train_evaluator.main(

@@ -10,6 +10,7 @@ import pytest
 from conftest import NAMES, pixel_pipeline, striped_images, tiny_convnet
 from dsco_hf import MatchingTargets
 from dsco_hf.configs import parse_config
+from dsco_hf.data import load_splits
 
 
 ROOT = Path(__file__).parents[1]
@@ -43,13 +44,19 @@ def test_configs_load_and_say_how_they_are_launched(path):
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_targets_of_a_folder_of_parquet_files(folder, pipe, capsys, streaming):
-    targets, results = compute(folder, "--dataset", str(folder / "data"), "--streaming", streaming)
+    given = ["--dataset", str(folder / "data"), "--streaming", streaming]
+    targets, results = compute(folder, *given, "--test_split", "none")
     expected = MatchingTargets.from_dataset(striped_images(), pipe, embedding_dim=32, progress=False)
     assert (targets.embeddings - expected.embeddings).abs().max() < 1e-6
     assert (results["images"], results["classes"], results["feature_dim"]) == (21, 3, targets.feature_dim)
     assert results["images_per_second"] > 0 and results["config"]["dataset"] == str(folder / "data")
     assert not (folder / "out-work").exists()
     assert "Saved targets of 3 classes" in capsys.readouterr().out
+    targets, results = compute(folder, *given, "--holdout", "0.4")  # without a test split
+    kept, _, splits = load_splits(folder / "data", holdout=0.4)
+    expected = MatchingTargets.from_dataset(kept, pipe, embedding_dim=32, progress=False)
+    assert (targets.embeddings - expected.embeddings).abs().max() < 1e-6
+    assert results["images"] == 12 and results["splits"] == splits and splits["holdout"] == 0.4
 
 
 def test_data_free_targets_and_another_bandwidth_without_a_new_pass(folder):
