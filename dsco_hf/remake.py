@@ -57,6 +57,8 @@ def load_recorded(
     config: str | None = None,
     *,
     revision: str | None = None,
+    generator: str | Path | None = None,
+    generator_revision: str | None = None,
     token: Token = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[DsCoPipeline, MatchingTargets | None, dict[str, Any]]:
@@ -68,6 +70,9 @@ def load_recorded(
         repo_or_folder: `"user/name"`, or the folder of a published dataset.
         config: Config to make again; the default one if `None`.
         revision: Branch, tag or commit of the dataset.
+        generator: Where the recorded generator lies now, a folder or Hub id, if not at its recorded place; the SHA-256
+            of its weights is compared.
+        generator_revision: Branch, tag or commit of `generator`.
         token: Token for private repositories.
         cache_dir: Where to keep the downloads; the usual cache if `None`.
 
@@ -84,8 +89,11 @@ def load_recorded(
     name = f"{CONCENTRATION} of {repo_or_folder}"
     record = config_record(_record(folder, name), config)
     options = {"token": token, "cache_dir": cache_dir}
-    place = _place(record, "generator", name, folder)
-    known = {part: _load_part(record, part, place, name, options, folder) for part in PARTS}
+    if generator is None:
+        place = _place(record, "generator", name, folder)
+    else:
+        place = {"id": str(generator), "revision": generator_revision}
+    known = {part: _load_part(record, part, name, options, folder) for part in PARTS}
     parts = {part: model for part, model in known.items() if model is not None}
     dtype = DTYPES.get(str((record.get("environment") or {}).get("dtype")), torch.float32)
     pipe = DsCoPipeline.from_pretrained(place["id"], revision=place.get("revision"), dtype=dtype, **parts, **options)
@@ -130,8 +138,9 @@ def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dic
         if found is None:
             raise ValueError(
                 f"The {part} is recorded in {name} as a folder called {own!r} of its maker: ask who made the dataset "
-                "to publish it (`publish_pipeline`, `publish_evaluator`), or put a copy of it beside the dataset; its "
-                "SHA-256 is checked."
+                "to publish it (`publish_pipeline`, `publish_evaluator`), or put a copy of it beside the dataset"
+                + (", or say where it is (`--generator`, `generator=`)" if part == "generator" else "")
+                + "; its SHA-256 is checked."
             )
         entry["id"] = found
     try:
@@ -146,21 +155,15 @@ def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dic
     return entry
 
 
-def _load_part(
-    record: Mapping[str, Any],
-    part: str,
-    generator: Mapping[str, Any],
-    name: str,
-    options: Mapping[str, Any],
-    folder: Path,
-) -> Any:
+def _load_part(record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path) -> Any:
     """A component that was added to the generator by hand; None if the generator's own repository has it."""
     if not record.get(part):
         return None
-    place = _place(record, part, name, folder)
-    if place.get("subfolder") == part and place["id"] == generator["id"]:
-        if place.get("revision") == generator.get("revision"):
+    if record[part].get("subfolder") == part:
+        origins = [[record[of].get(key) for key in ("id", "folder", "revision")] for of in (part, "generator")]
+        if origins[0] == origins[1]:
             return None
+    place = _place(record, part, name, folder)
     known = {key: place[key] for key in ("revision", "subfolder") if place.get(key)}
     with explained(place["id"], token=options["token"], action="load"), explained_model(place["id"], **known):
         kind = AutoencoderTiny if part == "preview_vae" else AutoModelForImageClassification

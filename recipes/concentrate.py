@@ -54,7 +54,9 @@ class ConcentrateRecipe:
     """Options of this recipe; those from `objective` to `batch_size` are of `DsCoPipeline.__call__`.
 
     Attributes:
-        generator, generator_revision: pipeline folder or Hub id.
+        generator, generator_revision: pipeline folder or Hub id, by default outputs/generator, which
+            recipes/train_generator.py writes; with `--from`, where the recorded generator lies if not at its recorded
+            place (the hash of its weights is compared).
         classifier, classifier_revision: folder or Hub id; that of the pipeline if none.
         preview_vae, preview_vae_revision: an `AutoencoderTiny` for the look-ahead; that of the pipeline if none.
         dtype: "float32", "bfloat16" or "float16".
@@ -97,7 +99,7 @@ class ConcentrateRecipe:
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
-    on_error: str = "raise"
+    on_error: str = "skip"
     mapping: str | None = None
     data_free: bool = False
     samples_per_class: int = 200
@@ -135,8 +137,16 @@ class ConcentrateRecipe:
 SAMPLING = ("objective", "guidance_scale", "num_inference_steps", "eta", "optimization_steps", "step_size",
             "step_decay", "optimize_from", "optimize_until", "lookahead", "contrast", "regularization",
             "batch_size")  # fmt: skip
+MADE = "outputs/generator"  # by recipes/train_generator.py
 SIZES = ("images_per_class", "block_size", "images_per_call")
-WITH_FROM = {"output_dir", "max_hours", "cpu_threads", "accept_changed"}  # what `--from` leaves to the user
+WITH_FROM = {
+    "generator",
+    "generator_revision",
+    "output_dir",
+    "max_hours",
+    "cpu_threads",
+    "accept_changed",
+}  # what `--from` leaves to the user
 
 
 @dataclass
@@ -163,6 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = [f"--from_dataset{text.removeprefix('--from')}" if is_from(text) else text for text in given]
     recipe = parse_config(ConcentrateRecipe, given, description=__doc__)
     check_recipe(recipe)
+    if recipe.from_dataset is None and recipe.generator is None:
+        recipe = dataclasses.replace(recipe, generator=MADE)
     check_made(Path(__file__).parent, {name: getattr(recipe, name) for name in ("generator", "classifier", "targets")})
     # the pass over a large dataset, or a download, takes longer than the 10 or 30 minutes that processes usually wait
     accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
@@ -204,8 +216,6 @@ def check_recipe(recipe: ConcentrateRecipe) -> None:
                 f"`--from` takes all else from the record of the dataset: leave {refused} out, or leave `--from` out."
             )
         return
-    if recipe.generator is None:
-        raise ValueError("`generator` is missing: a pipeline folder or Hub id, such as facebook/DiT-XL-2-256.")
     sources = [name for name in ("targets", "dataset", "data_free") if getattr(recipe, name)]
     if len(sources) > 1:
         raise ValueError(f"{sources} were given: images can match one of them only.")
@@ -225,7 +235,8 @@ def recorded_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
     """The job that made a published dataset."""
     name, options = str(recipe.from_dataset), {"revision": recipe.from_revision}
     with accelerator.main_process_first():
-        pipe, targets, record = load_recorded(name, recipe.from_config, **options)
+        place = {"generator": recipe.generator, "generator_revision": recipe.generator_revision}
+        pipe, targets, record = load_recorded(name, recipe.from_config, **place, **options)
         published = read_concentration(name, **options)
     if record_parameters(record)["objective"] == "quantile":
         raise ValueError(

@@ -17,7 +17,7 @@ NAMES = ("circle", "square", "triangle")
 IMAGENET_NAMES = ("tench, Tinca tinca", "goldfish, Carassius auratus", "chain saw, chainsaw")
 
 
-def tiny_transformer(*, channels=1, out_channels=None, sample_size=8, seed=0):
+def tiny_transformer(*, channels=1, out_channels=None, sample_size=8, classes=3, seed=0):
     torch.manual_seed(seed)
     return DiTTransformer2DModel(
         num_attention_heads=2,
@@ -27,7 +27,7 @@ def tiny_transformer(*, channels=1, out_channels=None, sample_size=8, seed=0):
         num_layers=1,
         sample_size=sample_size,
         patch_size=2,
-        num_embeds_ada_norm=3,
+        num_embeds_ada_norm=classes,
         norm_num_groups=1,
     ).eval()
 
@@ -67,13 +67,13 @@ def tiny_convnet(*, names=NAMES, channels=1, width=6, norm="batch", seed=2):
     return model.eval()
 
 
-def tiny_resnet(*, names=NAMES, channels=3, image_size=16, seed=3):
+def tiny_resnet(*, names=NAMES, channels=3, image_size=16, widths=(4, 6), seed=3):
     torch.manual_seed(seed)
     config = ResNetConfig(
         num_channels=channels,
         embedding_size=4,
-        hidden_sizes=[4, 6],
-        depths=[1, 1],
+        hidden_sizes=list(widths),
+        depths=[1] * len(widths),
         layer_type="basic",
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},

@@ -81,7 +81,7 @@ def test_configs_load_and_say_how_they_are_launched(path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ([], "`generator` is missing"),
+    ([], "Nothing to match: give `dataset`, `targets` or `data_free`"),
     (["--generator", "g"], "Nothing to match: give `dataset`, `targets` or `data_free`"),
     (["--generator", "g", "--dataset", "d", "--data_free"], "can match one of them only"),
     (["--generator", "g", "--objective", "classifier", "--data_free"], "matches nothing: leave 'data_free' out"),
@@ -95,6 +95,12 @@ def test_configs_load_and_say_how_they_are_launched(path):
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
         main(options)
+
+
+def test_the_generator_is_by_default_the_one_that_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .outputs/generator.[\s\S]*train_generator.py --config"):
+        main(["--data_free"])
 
 
 def test_a_run_its_files_and_the_same_from_its_record(work, pipe, targets, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import json
 import pytest
 from datasets import concatenate_datasets, load_dataset, load_from_disk
 
+from conftest import pixel_pipeline
 from dsco_hf import (
     DsCoPipeline,
     MatchingTargets,
@@ -17,6 +18,7 @@ from dsco_hf import (
     verify,
 )
 from dsco_hf.cards import how_made
+from dsco_hf.digests import model_sha256
 from dsco_hf.origins import without_places
 from dsco_hf.records import record_parameters
 from dsco_hf.set_records import published_origin, record_of, without_paths
@@ -112,8 +114,15 @@ def test_one_set_drawn_again_from_its_folder_is_the_same(pipe, targets, tmp_path
     rows = concentrate(again, found, seed=record["seed"], progress=False, **record_parameters(record))
     assert rows_sha256(rows) == rows_sha256(small)
     save_dataset_folder(small, tmp_path / "elsewhere" / "deep" / "in" / "a" / "set", targets=targets)
-    with pytest.raises(ValueError, match="a folder called 'pipe' of its maker.*put a copy of it beside the dataset"):
-        load_recorded(tmp_path / "elsewhere" / "deep" / "in" / "a" / "set")
+    far = tmp_path / "elsewhere" / "deep" / "in" / "a" / "set"
+    with pytest.raises(ValueError, match="a folder called 'pipe' of its maker.*put a copy of it beside.*generator="):
+        load_recorded(far)
+    told, *_ = load_recorded(far, generator=tmp_path / "somewhere" / "pipe")  # the classifier is the one inside of it
+    assert model_sha256(told.denoiser) == record["generator"]["sha256"]
+    assert model_sha256(told.classifier) == record["classifier"]["sha256"]
+    pixel_pipeline(classifier=loaded.classifier, seed=9).save_pretrained(tmp_path / "another")
+    with pytest.raises(ValueError, match="The generator that .* is not the one that the dataset was made with"):
+        load_recorded(far, generator=tmp_path / "another")
 
 
 def test_a_false_record_is_refused_and_changed_rows_are_said(small, tmp_path):

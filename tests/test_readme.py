@@ -1,0 +1,129 @@
+"""The Python of README and docs, run as it stands; a Hub on loopback has tiny models under the names in it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hub import Client, LoopbackHub
+from hub.samples import TOKEN
+
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ("README.md", "docs/matching.md")
+# What a machine without a GPU, and a test, changes: where it runs, and how many images are drawn.
+SMALLER = {
+    '.to("cuda")': '.to("cpu")',
+    "images_per_class=10": "images_per_class=2",
+    "images_per_class=50": "images_per_class=4",
+    "width=256": "width=8",
+    '(pipe, "imagenette")': '(pipe, "imagenette", samples_per_class=4)',
+}
+
+
+SET_UP = """
+import datasets, numpy, PIL.Image, torch
+from pathlib import Path
+from conftest import tiny_resnet, tiny_transformer, tiny_vae
+from diffusers import DDIMScheduler, DiTPipeline
+from dsco_hf import DsCoPipeline
+from dsco_hf.labels import label_set
+
+def images(names):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (8 * len(names), 16, 16, 3), dtype=numpy.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    labels = [label for label in range(len(names)) for _ in range(8)]
+    rows = {"image": [PIL.Image.fromarray(row) for row in pixels], "label": labels}
+    return datasets.Dataset.from_dict(rows, features)
+
+def folder(path, names):
+    for name in names:
+        (Path(path) / name).mkdir(parents=True)
+        for index, image in enumerate(images([name])["image"]):
+            image.save(Path(path) / name / f"{index}.png")
+
+synonyms = {str(index): ", ".join(row.names) for index, row in enumerate(label_set("imagenet-1k"))}
+dit = DiTPipeline(
+    tiny_transformer(channels=4, out_channels=8, sample_size=8, classes=1000), tiny_vae(channels=3),
+    DDIMScheduler(clip_sample=False, beta_schedule="linear"),
+)
+dit.register_to_config(id2label=synonyms)
+dit.save_pretrained("hub/models/facebook/DiT-XL-2-256")
+resnet = tiny_resnet(names=list(synonyms.values()), widths=(4, 4, 6, 6), image_size=64)
+resnet.save_pretrained("hub/models/microsoft/resnet-18")
+wnids = [row.wnid for row in label_set("imagenet-1k")]
+nette = [synonyms[str(wnids.index(row.wnid))].split(",")[0] for row in label_set("imagenette")]
+cifar = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+for repo, config, names in (("frgfm/imagenette", "320px", nette), ("uoft-cs/cifar10", "plain_text", cifar)):
+    place = Path("hub/datasets", repo, config)
+    place.mkdir(parents=True)
+    images(names).to_parquet(place / "train-00000-of-00001.parquet")
+    card = f"---\\nconfigs:\\n- config_name: {config}\\n  data_files: {config}/train-*.parquet\\n---\\n"
+    (place.parent / "README.md").write_text(card, encoding="utf-8")
+
+folder("path/to/zoo/train", ["crane", "horse"])
+folder("path/to/images", ["roses", "tulips"])
+Path("mapping.yaml").write_text("crane: n02012849\\nhorse: 339\\n", encoding="utf-8")
+DsCoPipeline(
+    tiny_transformer(channels=3, classes=2), DDIMScheduler(clip_sample=False),
+    classifier=tiny_resnet(names=("roses", "tulips"), image_size=8), id2label={0: "roses", 1: "tulips"},
+).save_pretrained("outputs/generator")
+"""
+
+RUN = """
+import huggingface_hub
+from pathlib import Path
+scope, start = {}, None
+for title, block in blocks:
+    if title.startswith("docs/") and scope["pipe"] is not start["pipe"]:
+        scope = dict(start)  # docs go on from the first examples of the README
+    if "<commit>" in block:
+        block = block.replace("<commit>", huggingface_hub.HfApi().dataset_info("user/imagenette-dsco").sha)
+    exec(compile(block, title, "exec"), scope)
+    start = start or dict(scope)
+    if "small" in scope and not Path("outputs/quickstart").exists():
+        from dsco_hf.folder import save_dataset_folder
+        save_dataset_folder({"ipc10": scope["small"]}, "outputs/quickstart/dataset")
+names = {key: start[key].features["label"].names for key in ("small", "real")}
+return {**names, "zoo": scope["zoo"].features["label"].names, "stored": start["mixed"].column_names}
+"""
+
+
+def python_blocks(path):
+    """The Python blocks of a text, by the heading that each stands under, small enough for a test."""
+    blocks, heading = [], ""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for found in re.finditer(r"^#+ (.*?)$|^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        heading = found[1] or heading
+        if found[2]:
+            block = found[2]
+            for given, smaller in SMALLER.items():
+                block = block.replace(given, smaller)
+            blocks.append((f"{path}: {heading}", block))
+    return blocks
+
+
+@pytest.mark.slow
+def test_python_of_readme_and_docs_runs_as_it_stands(tmp_path):
+    readme, matching = python_blocks("README.md"), python_blocks("docs/matching.md")
+    assert len(readme) >= 5 and len(matching) >= 4
+    order = ("In Python", "Publish")  # the others read what these make
+    first = [block for name in order for block in readme if block[0].endswith(name)]
+    assert len(first) == len(order)
+    blocks = [*first, *(block for block in readme if block not in first), *matching]
+    with LoopbackHub(tmp_path / "server") as hub:
+        hub.add_user("user", TOKEN)
+        with Client(hub.url, tmp_path / "user", token=TOKEN) as user:
+            user.run(SET_UP)
+            for kind in ("models", "datasets"):
+                for owner in (tmp_path / "user" / "hub" / kind).iterdir():
+                    for folder in owner.iterdir():
+                        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+                        hub.store.create(kind, f"{owner.name}/{folder.name}", private=False)
+                        hub.put(f"{owner.name}/{folder.name}", files, kind=kind)
+            # where its safetensors lie
+            hub.store.add_ref("models", "facebook/DiT-XL-2-256", "refs/pr/1", "main")
+            result = user.run(RUN, blocks=blocks)
+        assert {"concentration.json", "README.md"} <= set(hub.files("user/imagenette-dsco"))
+    assert len(result["small"]) == 10 and result["small"] == result["real"] and result["zoo"] == ["crane", "horse"]
+    assert {"image", "label", "source", "real_index"} <= set(result["stored"])
