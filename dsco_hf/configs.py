@@ -17,13 +17,11 @@ import torch
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
-from .names import nearest
+from .names import RENAMED, nearest
 from .yaml_text import Entry, read_entries
 
 
 T = TypeVar("T")
-
-RENAMED = {"input_size": "image_size"}  # options by the names that they had in earlier config files
 
 
 def parse_config(

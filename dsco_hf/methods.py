@@ -1,12 +1,14 @@
-"""The methods that results compare: their names in `results.json`, how people call them, and how figures draw them.
+"""How people call what is in `results.json`: methods (and how figures draw them), datasets, networks, chance level.
 
 Colours are those of Okabe and Ito, told apart by readers with any colour vision; every method has a marker of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,33 @@ def in_order(names: Iterable[str]) -> list[str]:
     order = list(METHODS)
     present = dict.fromkeys(names)
     return sorted(present, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def chance_level(results: Mapping[str, Any]) -> float | None:
+    """The accuracy of guessing, 1 / number of classes.
+
+    Args:
+        results (`dict`): content of results.json, with `classes`, or with the `images` and `images_per_class` of rows
+            that have as many of every class.
+
+    Returns:
+        `float`: in (0, 1]; None where the number of classes cannot be told.
+    """
+    counts = {results["classes"]} if results.get("classes") else set()
+    if not counts:
+        balanced = [row for row in results.get("rows") or [] if row.get("images") and row.get("images_per_class")]
+        counts = {row["images"] / row["images_per_class"] for row in balanced}
+    count = counts.pop() if len(counts) == 1 else 0
+    return 1 / count if count >= 1 and count == int(count) else None
+
+
+def dataset_title(results: Mapping[str, Any]) -> str:
+    """The dataset as a reader knows it: the title that results have, or the last part of a path or repository id."""
+    name = str(results.get("title") or results.get("dataset") or "a dataset")
+    is_path = not results.get("title") and re.search(r"^[~./\\]|^[A-Za-z]:|\S[/\\]\S", name)
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
+
+
+def network_title(architecture: str) -> str:
+    """An evaluator's name as papers write it: ConvNet-3 for `convnet-3`, ResNet-18 for `resnet-18`."""
+    return re.sub(r"^(conv|res)net\b", lambda found: f"{found[1].capitalize()}Net", architecture)

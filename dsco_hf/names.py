@@ -15,6 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
+# Options and fields by the names that they had in earlier configs and records.
+RENAMED = {"input_size": "image_size"}
+
+
 def canonical(name: str) -> str:
     """A name in the one form (NFC) in which names are the same or not."""
     return unicodedata.normalize("NFC", name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -37,9 +38,10 @@ from dsco_hf.evaluators import (
 )
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.evaluators.training import content_hash
+from dsco_hf.figures import accuracy_figure
 from dsco_hf.image_sizes import default_image_size
+from dsco_hf.methods import chance_level, dataset_title, network_title
 from dsco_hf.metrics import LEAST_SEEDS, paired_difference
-from dsco_hf.report import accuracy_figure
 
 
 BASELINES = {"random": "random real", "herding": "herded real"}
@@ -51,7 +53,7 @@ class ComparisonRecipe:
 
     Attributes:
         real, real_name, revision: the real dataset that baselines are drawn from and that is tested on.
-        title: what tables and figures call the real dataset; `real` by default.
+        title: what tables and figures call the real dataset; the last part of `real` by default.
         train_split, test_split, holdout: its splits, as in recipes/train_classifier.py.
         on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         image_column, label_column: for a real dataset with several of them.
@@ -283,7 +285,7 @@ def collect(
     real: ImageSet,
 ) -> dict[str, Any]:
     """Rows of results.json, each compared with the baselines of its budget over the same seeds."""
-    results: dict[str, Any] = {"dataset": recipe.title or recipe.real, "rows": []}
+    results: dict[str, Any] = {"dataset": recipe.real, "title": recipe.title, "classes": len(real.names), "rows": []}
     for network in recipe.architectures:
         summaries = {
             cell: summarise([finished[key] for key, job in jobs.items() if job[:3] == (*cell, network)])
@@ -327,11 +329,10 @@ def table_cells(results: Mapping[str, Any], plus_minus: str) -> tuple[list[int],
         text = f"{100 * row['accuracy_mean']:.1f}"
         if row["accuracy_std"] is not None:
             text += f"{plus_minus}{100 * row['accuracy_std']:.1f}"
-        p = row.get("against_random", {}).get("p")
-        text += "*" if p is not None and p < 0.05 else ""
+        text += "*" if is_significant(row) else ""
         lines.setdefault((row["method"], row["architecture"]), {})[row["images_per_class"]] = text
     return budgets, [
-        [BASELINES.get(method, method), network, *(own.get(budget, "–") for budget in budgets)]
+        [BASELINES.get(method, method), network_title(network), *(own.get(budget, "–") for budget in budgets)]
         for (method, network), own in lines.items()
     ]
 
@@ -340,17 +341,27 @@ def caption(results: Mapping[str, Any]) -> str:
     """What the numbers of the table are."""
     seeds, size = results["rows"][0]["training_seeds"], results["protocol"].get("image_size")
     text = (
-        f"Test accuracy in percent on {results['dataset']}, last epoch, protocol "
-        f"{results['protocol']['name'].rstrip('*')}{' (changed)' * results['protocol']['name'].endswith('*')}"
-        f"{f', all images at {size} px' if size else ''}, mean and standard deviation over {seeds} seeds"
+        f"Test accuracy in percent on {dataset_title(results)}, last epoch, protocol {results['protocol']['name']}"
+        f"{f', all images at {size} px' if size else ''}, mean and standard deviation over {seeds} seeds."
     )
     if seeds < LEAST_SEEDS:
-        text += f"; significance is not tested with fewer than {LEAST_SEEDS} seeds."
+        text += f" Significance is not tested with fewer than {LEAST_SEEDS} seeds."
+    elif any(is_significant(row) for row in results["rows"]):
+        text += " * differs from random real: p < 0.05, paired t-test over seeds, each cell tested on its own."
     else:
-        text += "; * differs from random real, p < 0.05, paired t-test over seeds."
+        text += " No difference from random real is significant (p < 0.05, paired t-test over seeds)."
+    if chance := chance_level(results):
+        text += f" Chance: {100 * chance:.3g}."
     if full := results.get("full"):
-        text += f" All {full['images']:,} training images ({full['architecture']}): {100 * full['accuracy_mean']:.1f}."
+        network = network_title(full["architecture"])
+        text += f" All {full['images']:,} training images ({network}): {100 * full['accuracy_mean']:.1f}."
     return text
+
+
+def is_significant(row: Mapping[str, Any]) -> bool:
+    """Whether a row gets the mark: a paired t-test over at least three seeds tells it from random real images."""
+    p = row.get("against_random", {}).get("p")
+    return p is not None and p < 0.05 and len(row["accuracies"]) >= LEAST_SEEDS
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -366,13 +377,12 @@ def latex_table(results: Mapping[str, Any]) -> str:
     budgets, lines = table_cells(results, r" $\pm$ ")
 
     def escape(text: str) -> str:
-        return text.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&").replace("#", r"\#")
+        return re.sub(r"([%_&#$])", r"\\\1", text).replace("<", "$<$")
 
     body = [" & ".join([escape(row[0]), escape(row[1]), *row[2:]]) + r" \\" for row in lines]
     head = " & ".join(["method", "network", *(f"{budget}/class" for budget in budgets)]) + r" \\"
     return "\n".join(
         [
-            f"% {caption(results)}",
             rf"\begin{{tabular}}{{ll{'r' * len(budgets)}}}",
             r"\toprule",
             head,
@@ -380,6 +390,8 @@ def latex_table(results: Mapping[str, Any]) -> str:
             *body,
             r"\bottomrule",
             r"\end{tabular}",
+            "",
+            rf"{{\footnotesize {escape(caption(results))}\par}}",
             "",
         ]
     )

@@ -48,13 +48,14 @@ from dsco_hf.evaluators import (
 )
 from dsco_hf.evaluators.evaluation import read_job, run_environment
 from dsco_hf.evaluators.training import content_hash
+from dsco_hf.figures import accuracy_figure, sample_grid
 from dsco_hf.files import read_json, reading, whole, write_atomically
 from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import weights_fingerprint
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
-from dsco_hf.report import accuracy_figure, results_table, sample_grid
+from dsco_hf.report import results_table
 from dsco_hf.schema import nearest
 from dsco_hf.shards import file_sha256
 from dsco_hf.targets import MatchingTargets
@@ -632,6 +633,7 @@ class Experiment:
             )
         results: dict[str, Any] = {
             "dataset": self.recipe.dataset,
+            "classes": len(self.train.names),
             "config": dataclasses.asdict(self.recipe) | {"image_size": self.pipe.image_size},
             "splits": self.splits,
             "rows": rows,

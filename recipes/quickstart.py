@@ -47,11 +47,13 @@ from dsco_hf.evaluators import herd_per_class, load_image_set, run_job, summaris
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.evaluators.evaluation import read_job, run_environment
 from dsco_hf.evaluators.training import content_hash
+from dsco_hf.feature_figures import feature_figure
+from dsco_hf.figures import accuracy_figure, sample_grid
 from dsco_hf.files import read_json, reading, whole, write_atomically, write_json
 from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
-from dsco_hf.report import accuracy_figure, feature_figure, results_table, sample_grid
+from dsco_hf.report import results_table
 
 
 DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
@@ -437,6 +439,7 @@ def collect(
     full = summarise(done["full"])
     return {
         "dataset": "digits",
+        "classes": len(run.train.names),
         "config": {
             **dataclasses.asdict(run.recipe),
             "sampling": run.sampling,

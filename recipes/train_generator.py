@@ -29,13 +29,13 @@ from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import dataset_fingerprint, load_pixels, load_splits, present_classes
+from dsco_hf.figures import sample_grid
 from dsco_hf.fine_tuning import adapt_denoiser, with_schedule_of
 from dsco_hf.generator_evaluation import GeneratorScore
 from dsco_hf.generator_training import GeneratorTrainingResult, train_generator
 from dsco_hf.generators import Denoiser, GeneratorTrainingConfig, build_scheduler, component_name
 from dsco_hf.image_sizes import default_image_size
 from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.report import sample_grid
 from dsco_hf.schema import nearest
 
 

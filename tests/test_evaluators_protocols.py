@@ -1,8 +1,10 @@
 """Protocols: numbers of the sources, budgets, variants, YAML."""
 
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -151,7 +153,7 @@ def test_schedules():
 
 def test_changes_are_marked_and_beat_variants():
     changed = get_protocol("rded-soft", learning_rate=0.5, epochs=7)
-    assert changed.name == "rded-soft*" and changed.epochs == 7
+    assert changed.name == "rded-soft (changed)" and changed.epochs == 7
     assert changed.for_model(10, "vit").learning_rate == 0.5
     assert get_protocol("quick", epochs=3).steps is None
     assert get_protocol("cifar-convnet", steps=3).epochs is None
@@ -188,6 +190,59 @@ def test_unknown_names_get_the_nearest():
 def test_bad_values(changes, message):
     with pytest.raises(ValueError, match=message):
         Protocol(**{"name": "bad", "source": "none", "steps": 10, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lerning_rate": 1}, "no field 'lerning_rate'. Nearest: 'learning_rate'"),
+        ({"learning_rate": "fast"}, "`learning_rate` must be a finite number, got 'fast', which is text"),
+        ({"weight_decay": -1}, "`weight_decay` must be a finite number of at least 0, got -1"),
+        ({"momentum": 3}, "`momentum` must be a number from 0 to 1, got 3"),
+        ({"image_size": 0}, "`image_size` must be a whole number of at least 1, got 0"),
+        ({"image_mean": [0.5, "a", 0.5]}, "`image_mean` must be a finite number, got 'a'"),
+        ({"image_std": [0, 0, 0]}, "`image_std` must be a finite number above 0, got 0"),
+        ({"image_mean": [0.5]}, "a number per channel"),
+        ({"norm": "layer"}, "Unknown norm 'layer'; allowed: instance"),
+        ({"schedule_milestones": 0.5}, "`schedule_milestones` must be a list of numbers, got 0.5"),
+        ({"augmentation": "HorizontalFlip"}, "`augmentation` must be a list, got 'HorizontalFlip'"),
+        ({"augmentation": ["HorizontalFlip"]}, "in a file {name: HorizontalFlip}, got 'HorizontalFlip'"),
+        (
+            {"augmentation": [{"name": "RandomShift", "pixel": 3}]},
+            "RandomShift has no field 'pixel'. Nearest:",
+        ),
+        ({"augmentation": [{"name": "RandomShift", "pixels": "a"}]}, "`pixels` must be a whole number, got 'a'"),
+        ({"augmentation": [{"name": "DSA", "mean": "gray"}]}, "`mean` must be a list of numbers, got 'gray'"),
+        (
+            {"variants": [{"classes": [1, 2]}]},
+            "of a variant must be `field: value` lines or pairs, got None",
+        ),
+        ({"variants": [{"changes": {"learning_rate": "x"}}]}, "`learning_rate` must be a finite number, got 'x'"),
+        ({"variants": [{"changes": {"steps": 4}, "clases": [1, 2]}]}, "no field 'clases'. Nearest: 'classes'"),
+        ({"variants": [{"changes": {"steps": 4}, "classes": "all"}]}, "smallest and largest number, got 'all'"),
+        ({"best_from": 2}, "`best_from` must be a number from 0 to 1, got 2"),
+        ({"source": 7}, "`source` of a protocol must be text, got 7"),
+    ],
+)
+def test_what_no_field_of_a_protocol_can_hold_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        protocol_from_dict({"name": "mine", "source": "me", "steps": 3, **changes})
+
+
+def test_a_protocol_needs_its_fields_or_a_base():
+    with pytest.raises(ValueError, match="lacks 'source': give them, or `base`"):
+        protocol_from_dict({"name": "mine", "steps": 3})
+    with pytest.raises(ValueError, match="a mapping of fields to values, got 'quick'; `get_protocol` takes names"):
+        protocol_from_dict("quick")
+    mine = {"name": "mine", "source": "me", "steps": np.int64(3), "learning_rate": np.float32(0.5)}
+    read = protocol_from_dict(mine | {"variants": [{"changes": {"steps": 4}, "classes": [100, None]}]})
+    assert (read.steps, read.learning_rate, read.for_model(200, "vit").steps) == (3, 0.5, 4)
+
+
+def test_a_protocol_that_was_changed_says_so_in_words():
+    assert protocol_from_dict(protocol_to_dict(PROTOCOLS["quick"]) | {"name": "quick*"}).name == "quick (changed)"
+    assert get_protocol("quick", steps=3).name == "quick (changed)"
+    assert protocol_from_dict({"base": "quick", "steps": 3}).name == "quick (changed)"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("protocols/*.yaml")), ids=lambda path: path.stem)

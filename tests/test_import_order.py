@@ -82,16 +82,21 @@ ORDER = [
     "verification",
     "remake",
     "hub",
+    "figures",
+    "feature_figures",
     "report",
 ]
 ORDER_OF_EVALUATORS = [
     "norms",
+    "configurations",
     "models",
     "augmentation",
+    "protocol_fields",
     "protocols",
     "checks",
     "losses",
     "checkpoints",
+    "batches",
     "training",
     "evaluation",
 ]

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import parse_config
 from dsco_hf.data import load_image_dataset
+from dsco_hf.metrics import paired_difference
 from launches import launch_command, launch_environment
 from recipes import compare, train_classifier, train_evaluator
 
@@ -95,7 +96,7 @@ def test_classifier_loads_as_any_other(tmp_path):
     assert model.config.image_size == 32 and model.config.num_channels == 1
     assert model.config.id2label == {i: str(i) for i in range(10)}
     written = results(out)
-    assert written["steps"] == 5 and 0 <= written["accuracy"] <= 1 and written["protocol"]["name"] == "quick*"
+    assert written["steps"] == 5 and 0 <= written["accuracy"] <= 1 and written["protocol"]["name"] == "quick (changed)"
     assert not (out / "checkpoint.safetensors").exists()
 
 
@@ -226,12 +227,41 @@ def test_compare_writes_tables_and_figure(small, tmp_path, capsys):
     assert set(written["rows"][2]["against_random"]) == {"mean", "low", "high", "p"}
     assert written["full"]["images"] == 1437
     table = (out / "table.md").read_text()
-    assert "| random real | convnet-2 |" in table and "| ours | convnet-2 |" in table and "quick (changed)" in table
+    assert "| random real | ConvNet-2 |" in table and "| ours | ConvNet-2 |" in table and "quick (changed)" in table
     assert "*" not in table and "not tested with fewer than 3 seeds" in table and "all images at 8 px" in table
     latex = (out / "table.tex").read_text()
     assert latex.count(r"\\") == 4 and r"\begin{tabular}{llrr}" in latex
     assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert table in capsys.readouterr().out
+
+
+def compared(*accuracies, seeds=3):
+    """Results of compare.py for random real images and one dataset, with these accuracies by seed."""
+    random, ours = ([one[i] for one in accuracies][:seeds] for i in (0, 1))
+    rows = [
+        {"method": method, "architecture": "convnet-3", "images_per_class": 1, "accuracy_mean": sum(own) / seeds}
+        | {"accuracies": own, "accuracy_std": 0.01, "training_seeds": seeds, "images": 4}
+        for method, own in (("random", random), ("ours", ours))
+    ]
+    rows[1]["against_random"] = paired_difference(ours, random)
+    return {"dataset": "data/flowers_4", "protocol": {"name": "quick (changed)", "image_size": 8}, "rows": rows}
+
+
+def test_the_mark_of_a_table_has_one_meaning_which_stands_below_it():
+    clear, close = [(0.30, 0.40), (0.31, 0.42), (0.32, 0.41)], [(0.30, 0.40), (0.31, 0.32), (0.42, 0.31)]
+    marked, unmarked = (compare.markdown_table(compared(*pairs)) for pairs in (clear, close))
+    assert "| ours | ConvNet-3 | 41.0 ± 1.0* |" in marked and "| random real | ConvNet-3 | 31.0 ± 1.0 |" in marked
+    assert marked.count("*") == 2 and "* differs from random real: p < 0.05, paired t-test over seeds" in marked
+    assert "*" not in unmarked and "No difference from random real is significant" in unmarked
+    two = compared(*clear, seeds=2)
+    two["rows"][1]["against_random"]["p"] = 0.001  # as an earlier version wrote it
+    assert "*" not in compare.markdown_table(two) and "not tested with fewer than 3 seeds" in compare.markdown_table(
+        two
+    )
+    assert "percent on flowers_4," in marked and "Chance: 25." in marked
+    latex = compare.latex_table(compared(*clear))
+    below = latex.split(r"\end{tabular}")[1]
+    assert r"flowers\_4" in below and "* differs from random real: p $<$ 0.05" in below
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
-from dsco_hf import methods, report
+from dsco_hf import feature_figures, figures, methods, report
 from recipes import readme_table
 
 
@@ -92,6 +95,69 @@ def test_accuracy_figure_of_one_point_at_any_height(tmp_path, accuracy):
     assert report.accuracy_figure({"rows": rows, "full": full}, tmp_path / "accuracy.png").is_file()
 
 
+CROWDED = {
+    "dataset": "/home/ann/my photos/flowers/",
+    "rows": [
+        row(method, budget, accuracy, accuracy_std=0.05, architecture="resnet-18")
+        for method in ("random", "herding", "plain", "nopt", "a peer of long name", "another")
+        for budget, accuracy in ((1, 0.02), (10, 0.6), (12, 0.99), (50, 1.0))
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"full": {"accuracy_mean": 0.14, "images": 99}}, {"full": {"accuracy_mean": 1.0}}, {"rows": None}]
+)
+def test_nothing_hides_a_point_of_the_accuracy_figure(results, changes):
+    chosen = CROWDED | changes if changes.get("rows", 0) == 0 else results
+    figure = figures.draw_accuracy(chosen)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    points = np.concatenate([axes.transData.transform(line.lines[0].get_xydata()) for line in axes.containers])
+    assert len(points) == len(chosen["rows"])
+    assert all(axes.bbox.contains(*point) for point in points)  # an accuracy of 0 or 100 % is on the axis, too
+    boxes = [figure.legends[0].get_window_extent(), *(text.get_window_extent() for text in axes.texts)]
+    reach = np.array([[-8, -8], [8, 8]])  # half of a marker
+    assert not any(box.overlaps(Bbox(point + reach)) for box in boxes for point in points)
+    named = [label for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels() if label.get_text()]
+    boxes += [label.get_window_extent() for label in named]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    whole = figure.bbox
+    assert all(whole.contains(*corner) for box in boxes for corner in box.get_points())
+
+
+def test_chance_is_drawn_and_named(results):
+    (axes,) = figures.draw_accuracy(results).axes
+    (line,) = [line for line in axes.lines if line.get_label() == "chance"]
+    assert set(line.get_ydata()) == {0.1}  # ten classes, by the images of the rows
+    assert "chance\n10 %" in [text.get_text() for text in axes.texts]
+    assert axes.get_ylim()[0] < 0.1
+    (axes,) = figures.draw_accuracy({**results, "classes": 1000}).axes
+    assert "chance\n0.1 %" in [text.get_text() for text in axes.texts]
+    uneven = [row("nopt", 3, 0.5, images=10), row("nopt", 5, 0.5)]
+    (axes,) = figures.draw_accuracy({"rows": uneven}).axes
+    assert not [text for text in axes.texts if "chance" in text.get_text()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ({}, "digits: networks trained"),
+        ({"dataset": "/home/ann/my photos/flowers/"}, "flowers: networks trained"),
+        ({"dataset": r"C:\photos\flowers"}, "flowers: networks trained"),
+        ({"dataset": "uoft-cs/cifar10", "config": {"architecture": "convnet-3"}}, "cifar10: ConvNet-3 trained"),
+        ({"dataset": "CIFAR-10 (JPEG), 16 px"}, "CIFAR-10 (JPEG), 16 px: networks"),
+        ({"dataset": "a/b", "title": "MNIST/USPS"}, "MNIST/USPS: networks"),
+        ({"dataset": "x", "config": {"architecture": "vit"}}, "x: vit trained"),
+    ],
+)
+def test_titles_are_names_that_a_reader_knows(results, changes, title):
+    (axes,) = figures.draw_accuracy(results | changes).axes
+    assert axes.get_title(loc="left").startswith(title)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("images per class", "test accuracy (%, spaced by error)")
+
+
 def test_no_rows_no_figure(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
         report.accuracy_figure({"rows": []}, tmp_path / "accuracy.png")
@@ -136,11 +202,24 @@ def test_feature_figure_of_one_class_and_few_images(tmp_path):
     assert report.feature_figure(real, {"nopt": features(2, 2)}, ["a", "b"], path).is_file()
 
 
+def test_names_of_classes_do_not_lie_on_each_other():
+    figure = Figure(figsize=(5, 5), dpi=100)
+    axes = figure.add_subplot()
+    axes.set(xlim=(-1, 1), ylim=(-1, 1))
+    near = {name: torch.tensor([0.01 * i, 0.0]) for i, name in enumerate(("cat", "dog", "horse", "ship"))}
+    feature_figures._name_points(axes, near, [torch.tensor([0.1, 0.05])])
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 4 and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    points = [axes.transData.transform(point.numpy()) for point in near.values()]
+    assert not any(box.contains(*point) for box in boxes for point in points)
+
+
 def test_projection_finds_the_long_axes_with_fixed_signs():
     values = torch.zeros(4, 3)
     values[:, 1] = torch.tensor([-3.0, 3.0, 0.0, 0.0])
     values[:, 2] = torch.tensor([0.0, 0.0, 1.0, -1.0])
-    center, axes, shares = report._projection(values + 5)
+    center, axes, shares = feature_figures._projection(values + 5)
     torch.testing.assert_close(center, torch.full((3,), 5.0))
     torch.testing.assert_close(axes, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
     assert shares == pytest.approx([0.9, 0.1])
@@ -175,7 +254,9 @@ def test_results_table_is_complete_and_in_order(results):
     assert "| 72.00 ± 1.00 (0.1) | 76.00 ± 1.00 (0.033) | 90.00 ± 1.00 (0.01) | 98.40 ± 1.00 (0.0023) |" in table[2]
     assert table[-1].endswith("| – | – | – | 99.72 ± 0.00 | – |")
     assert "20.0 s at 10" in table[4]
-    assert "All training data (1,437 images): 99.79 ± 0.14 %." in lines
+    assert "All training data (1,437 images): 99.79 ± 0.14 %. Chance: 10 %." in lines
+    assert "*" not in report.results_table(results).replace("**", "")  # no significance is claimed
+    assert "whether differences are significant was not tested" in lines[-1]
 
 
 def test_results_table_of_one_unknown_method():

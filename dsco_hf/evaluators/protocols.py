@@ -8,17 +8,14 @@ such as `((10, 400), (None, 1500))` reads "400 up to 10 images per class, 1,500 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..files import reading
-from ..schema import nearest
-from ..values import check_whole, plain_fields
+from ..names import RENAMED, nearest
 from .augmentation import (
     AUGMENTATIONS,
     CIFAR_MEAN,
@@ -32,194 +29,30 @@ from .augmentation import (
     Lighting,
     RandomResizedCrop,
     ShufflePatches,
-    Transform,
 )
-
-
-ByBudget = int | tuple[tuple[int | None, int], ...]
-
-LABEL_TYPES = ("hard", "teacher", "stored")
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "half-cosine", "multistep")
-RENAMED = {"input_size": "image_size"}  # fields by the names that they had in what was recorded earlier
-
-
-def by_budget(table: ByBudget, images_per_class: float) -> int:
-    """The entry of a budget table.
-
-    Args:
-        table (`int` or rows of `(largest images per class or None, value)`): rows in rising order, the last one None.
-        images_per_class (`float`): mean number of images of a class, above 0.
-
-    Returns:
-        `int`: value of the first row whose limit is not exceeded.
-    """
-    if isinstance(table, int):
-        return table
-    return next(value for limit, value in table if limit is None or images_per_class <= limit)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Fields of a protocol that differ for some datasets or networks.
-
-    Args:
-        changes (`tuple` of `(field, value)`): what is different.
-        classes (`tuple[int, int | None]`): smallest and largest number of classes it is for.
-        model_types (`tuple[str, ...]`): `config.model_type` of the networks it is for; empty for all.
-    """
-
-    changes: tuple[tuple[str, Any], ...]
-    classes: tuple[int, int | None] = (1, None)
-    model_types: tuple[str, ...] = ()
-
-    def applies(self, num_classes: int, model_type: str) -> bool:
-        """Whether it is for this dataset and network."""
-        least, most = self.classes
-        return least <= num_classes <= (most or num_classes) and model_type in (self.model_types or (model_type,))
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How an evaluator is trained and what is reported.
-
-    Args:
-        name (`str`): what `get_protocol` calls it.
-        source (`str`): where its numbers come from, and what is known to differ from there.
-        epochs (`ByBudget`, *optional*): length in passes over the small set; exactly one of `epochs` and `steps`.
-        steps (`ByBudget`, *optional*): length in optimiser steps.
-        batch_size (`ByBudget`): images per step, over all processes.
-        optimizer (`str`): `"adamw"` or `"sgd"`.
-        learning_rate (`float`): at the start, above 0.
-        weight_decay (`float`): at least 0.
-        decay_vectors (`bool`): whether weight decay acts on biases and norms too.
-        momentum (`float`): of SGD.
-        schedule (`str`): `"constant"`, `"cosine"` to 0, `"half-cosine"` to half of it, or `"multistep"`; stepped once
-            an epoch where the length is stated in epochs, and at every step otherwise.
-        schedule_milestones (`tuple[float, ...]`): for multistep, shares of the length after which the rate falls.
-        schedule_factor (`float`): for multistep, what the rate is multiplied by.
-        augmentation (`tuple[Transform | CutMix, ...]`): applied to each batch in this order.
-        label_type (`str`): `"hard"`, `"teacher"` (its labels on each augmented batch) or `"stored"` (a column).
-        temperature (`float`): of the softmax of student and teacher, for soft labels.
-        image_size (`int`, *optional*): height and width the evaluator sees, to which images are brought as they are
-            loaded (shorter side, then the centre); None for the training images' own.
-        load_size (`int`, *optional*): training images are resized and cropped to it before augmentation; `image_size`
-            by default.
-        test_size (`int`, *optional*): test images are resized to it, then cropped to `image_size`.
-        image_mean (`tuple[float, ...]`): that images are normalised by, on the [0, 1] scale.
-        image_std (`tuple[float, ...]`): likewise.
-        norm (`str`): of our own networks: `"instance"`, `"batch"` or `"none"`.
-        best_from (`float`): share of the length after which the source looks for its best epoch on the test set.
-        best_every (`int` or `float`): epochs between two of those evaluations; below 1, a share of the length.
-        variants (`tuple[Variant, ...]`): what differs by number of classes or network.
-
-    Raises:
-        ValueError: for a value outside of what is listed.
-    """
-
-    name: str
-    source: str
-    epochs: ByBudget | None = None
-    steps: ByBudget | None = None
-    batch_size: ByBudget = 64
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    decay_vectors: bool = True
-    momentum: float = 0.9
-    schedule: str = "cosine"
-    schedule_milestones: tuple[float, ...] = ()
-    schedule_factor: float = 0.1
-    augmentation: tuple[Transform | CutMix, ...] = ()
-    label_type: str = "hard"
-    temperature: float = 1.0
-    image_size: int | None = None
-    load_size: int | None = None
-    test_size: int | None = None
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    norm: str = "instance"
-    best_from: float = 0.0
-    best_every: float = 10
-    variants: tuple[Variant, ...] = ()
-
-    def __post_init__(self) -> None:  # noqa: D105
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError(
-                f"Protocol {self.name!r} needs either epochs or steps, got epochs={self.epochs}, steps={self.steps}."
-            )
-        plain_fields(self)
-        for field in ("epochs", "steps", "batch_size"):
-            object.__setattr__(self, field, _checked_budget(self.name, field, getattr(self, field)))
-        for field, allowed in (("label_type", LABEL_TYPES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"Protocol {self.name!r} got {field}={getattr(self, field)!r}; allowed: {', '.join(allowed)}."
-                )
-        for field in ("learning_rate", "temperature"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"Protocol {self.name!r} got {field}={getattr(self, field)}; it must be above 0.")
-        if any(isinstance(transform, CutMix) for transform in self.augmentation[:-1]):
-            raise ValueError(f"Protocol {self.name!r}: CutMix mixes labels and must be the last augmentation.")
-
-    def for_model(self, num_classes: int, model_type: str) -> Protocol:
-        """The protocol for a dataset and network, its variants applied.
-
-        Args:
-            num_classes (`int`): of the dataset.
-            model_type (`str`): `config.model_type` of the network.
-
-        Returns:
-            `Protocol`: without variants.
-        """
-        changes: dict[str, Any] = {"variants": ()}
-        for variant in self.variants:
-            if variant.applies(num_classes, model_type):
-                changes.update(variant.changes)
-        return dataclasses.replace(self, **changes)
-
-
-def learning_rate_factor(protocol: Protocol, done: int, total: int) -> float:
-    """The schedule: what the initial learning rate is multiplied by.
-
-    Args:
-        protocol (`Protocol`): its `schedule` fields are read.
-        done (`int`): epochs (or steps, where the protocol counts those) that are over.
-        total (`int`): of all.
-
-    Returns:
-        `float`: in [0, 1].
-    """
-    if protocol.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done / total))
-    if protocol.schedule == "half-cosine":
-        return 0.5 * (1 + math.cos(math.pi * done / total / 2))
-    if protocol.schedule == "multistep":
-        # Rounded down, as the sources compute their milestones; the tolerance keeps 502/1001 of 1001 at 502.
-        return protocol.schedule_factor ** sum(done >= int(m * total + 1e-6) for m in protocol.schedule_milestones)
-    return 1.0
-
-
-def _checked_budget(name: str, field: str, table: Any) -> ByBudget | None:
-    """A budget table in numbers of Python; ValueError if it is none."""
-    if table is None:
-        return None
-    try:
-        if not isinstance(table, list | tuple):
-            return check_whole(field, table, 1)
-        rows = [
-            (limit if limit is None else check_whole(field, limit, 1), check_whole(field, value, 1))
-            for limit, value in table
-        ]
-        limits = [math.inf if limit is None else limit for limit, _ in rows]
-        if not rows or limits != sorted(limits) or limits[-1] != math.inf:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"Protocol {name!r} got {field}={table!r}; a number of at least 1 is needed, or rows (largest images per "
-            "class, number) in rising order of which the last one has None."
-        ) from None
-    return tuple(rows)
+from .protocol_fields import (
+    CHANGED,
+    Protocol,
+    Variant,
+)
+from .protocol_fields import (
+    LABEL_TYPES as LABEL_TYPES,
+)
+from .protocol_fields import (
+    OPTIMIZERS as OPTIMIZERS,
+)
+from .protocol_fields import (
+    SCHEDULES as SCHEDULES,
+)
+from .protocol_fields import (
+    ByBudget as ByBudget,
+)
+from .protocol_fields import (
+    by_budget as by_budget,
+)
+from .protocol_fields import (
+    learning_rate_factor as learning_rate_factor,
+)
 
 
 _CLASSES_100 = (100, 100)
@@ -370,7 +203,7 @@ def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
             another `image_size`, the sizes that images are loaded at and cropped to keep their ratio to it.
 
     Returns:
-        `Protocol`: named `"<name>*"` where something was changed, so that no table takes it for the original.
+        `Protocol`: named `"<name> (changed)"` where something was, so that no table takes it for the original.
 
     Raises:
         ValueError: for an unknown name or field; names the nearest.
@@ -404,7 +237,7 @@ def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
         dataclasses.replace(v, changes=tuple(change for change in v.changes if change[0] not in overrides))
         for v in protocol.variants
     )
-    overrides = {"variants": variants, **overrides, "name": protocol.name.rstrip("*") + "*"}
+    overrides = {"variants": variants, **overrides, "name": protocol.name.removesuffix(CHANGED) + CHANGED}
     return dataclasses.replace(protocol, **overrides)
 
 
@@ -444,13 +277,23 @@ def protocol_from_dict(values: Mapping[str, Any]) -> Protocol:
         `Protocol`: checked.
 
     Raises:
-        ValueError: for unknown fields or augmentations; names the nearest.
+        ValueError: for unknown fields or augmentations (names the nearest), values that a field cannot have, or
+            something else than a mapping.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"A protocol is a mapping of fields to values, got {values!r}; `get_protocol` takes names.")
     values = {RENAMED.get(key, key): value for key, value in values.items()}
     base = values.pop("base", None)
     _check_fields({key: value for key, value in values.items() if key != "name"})
     fields = {key: _frozen(key, value) for key, value in values.items()}
+    if str(fields.get("name")).endswith("*"):  # recorded before the mark of changes was a word
+        fields["name"] = fields["name"].rstrip("*") + CHANGED
     if base is None:
+        if missing := [key for key in ("name", "source") if key not in fields]:
+            raise ValueError(
+                f"The protocol lacks {' and '.join(map(repr, missing))}: give them, or `base`, the name of a protocol "
+                f"that it differs from ({', '.join(PROTOCOLS)})."
+            )
         return Protocol(**fields)
     return dataclasses.replace(get_protocol(base, **{k: v for k, v in fields.items() if k != "name"}), **fields)
 
@@ -459,21 +302,27 @@ def _check_fields(values: Mapping[str, Any]) -> None:
     fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "name"]
     for key in values:
         if key not in fields:
-            raise ValueError(f"Protocol has no field {key!r}.{nearest(key, fields)} Fields: {', '.join(fields)}.")
+            raise ValueError(f"Protocol has no field {key!r}.{nearest(str(key), fields)} Fields: {', '.join(fields)}.")
 
 
 def _frozen(key: str, value: Any) -> Any:
     """Lists of YAML as the tuples and classes that a frozen protocol holds."""
-    if key == "augmentation":
-        return tuple(_augmentation(item) if isinstance(item, Mapping) else item for item in value)
-    if key == "variants":
-        return tuple(v if isinstance(v, Variant) else _variant(v) for v in value)
+    if key in ("augmentation", "variants"):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"`{key}` must be a list, got {value!r}.")
+        read = _augmentation if key == "augmentation" else _variant
+        return tuple(read(item) if isinstance(item, Mapping) else item for item in value)
     return _tuples(value)
 
 
 def _variant(item: Mapping[str, Any]) -> Variant:
+    _check_options("A variant", item, Variant)
     options = {key: _tuples(value) for key, value in item.items() if key != "changes"}
-    changes = {RENAMED.get(key, key): value for key, value in item["changes"]}
+    given = item.get("changes")
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise ValueError(f"`changes` of a variant must be `field: value` lines or pairs, got {given!r}.")
+    changes = {RENAMED.get(key, key): value for key, value in pairs}
     _check_fields(changes)
     return Variant(tuple((key, _frozen(key, value)) for key, value in changes.items()), **options)
 
@@ -485,7 +334,15 @@ def _augmentation(item: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"Unknown augmentation {name!r}.{nearest(str(name), AUGMENTATIONS)} Allowed: {', '.join(AUGMENTATIONS)}."
         )
+    _check_options(f"The augmentation {name}", options, AUGMENTATIONS[name])
     return AUGMENTATIONS[name](**options)
+
+
+def _check_options(what: str, options: Mapping[str, Any], kind: Any) -> None:
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in options:
+        if key not in fields:
+            raise ValueError(f"{what} has no field {key!r}.{nearest(str(key), fields)} Fields: {', '.join(fields)}.")
 
 
 def _tuples(value: Any) -> Any:
