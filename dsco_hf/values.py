@@ -58,8 +58,8 @@ def check_real(
         wanted = f"a number from {low:g} to {high:g}"
         if open_low:
             wanted = f"a finite number above {low:g}{f' and at most {high:g}' if high < math.inf else ''}"
-        elif low == -math.inf and high == math.inf:
-            wanted = "a finite number"
+        elif high == math.inf:
+            wanted = "a finite number" if low == -math.inf else f"a finite number of at least {low:g}"
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}{_hint(number, real)}")
     return number if isinstance(number, int | float) else float(number)
 

@@ -11,6 +11,7 @@ which also draws from the global generator; hence no kornia.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+
+from ..values import check_real, plain, plain_fields
 
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -32,6 +35,19 @@ class Transform(Protocol):
     def __call__(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Augments `pixels` of shape `(B, C, H, W)` and range [-1, 1]; may overshoot the range."""
         ...
+
+
+class Settings:
+    """Base of the augmentations: their fields are finite numbers, or tuples of them."""
+
+    def __post_init__(self) -> None:  # noqa: D105
+        plain_fields(self)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if str(field.type).startswith("tuple[float"):
+                numbers = plain(getattr(self, field.name))
+                if not isinstance(numbers, list) or not numbers:
+                    raise ValueError(f"`{field.name}` must be a list of numbers, got {numbers!r}.")
+                object.__setattr__(self, field.name, tuple(check_real(field.name, one) for one in numbers))
 
 
 class Augmented(NamedTuple):
@@ -110,7 +126,7 @@ def resize_matrix(start: torch.Tensor, length: torch.Tensor, size_in: int, size_
 
 
 @dataclass(frozen=True)
-class HorizontalFlip:
+class HorizontalFlip(Settings):
     """Mirrors each image with a probability.
 
     Args:
@@ -125,7 +141,7 @@ class HorizontalFlip:
 
 
 @dataclass(frozen=True)
-class RandomShift:
+class RandomShift(Settings):
     """Moves each image by whole pixels: padding and a random crop.
 
     Args:
@@ -143,7 +159,7 @@ class RandomShift:
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop:
+class RandomResizedCrop(Settings):
     """A crop of random area and aspect ratio, resized: the definition of torchvision, for a whole batch at once.
 
     Args:
@@ -187,7 +203,7 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
-class ColorJitter:
+class ColorJitter(Settings):
     """Random brightness, contrast and saturation, as in the Minimax and IDC evaluations: nothing is clamped.
 
     Without clamping the three are linear in the image and commute, so the random order of the source changes nothing,
@@ -214,7 +230,7 @@ class ColorJitter:
 
 
 @dataclass(frozen=True)
-class Lighting:
+class Lighting(Settings):
     """Colour noise along the principal components of ImageNet's colours (AlexNet).
 
     Args:
@@ -235,7 +251,7 @@ class Lighting:
 
 
 @dataclass(frozen=True)
-class ShufflePatches:
+class ShufflePatches(Settings):
     """Cuts each image into strips and puts them back in random order, first columns, then rows (RDED).
 
     Args:
@@ -258,7 +274,7 @@ class ShufflePatches:
 
 
 @dataclass(frozen=True)
-class DSA:
+class DSA(Settings):
     """Differentiable Siamese augmentation as networks are evaluated with it (arXiv 2102.08259).
 
     For each batch one of six augmentations is drawn, then its strength for each image. The source works on images that
@@ -278,6 +294,7 @@ class DSA:
     strategies: tuple[str, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
     def __post_init__(self) -> None:  # noqa: D105
+        super().__post_init__()
         if not self.strategies or set(self.strategies) - set(DSA_STRATEGIES):
             raise ValueError(f"DSA got strategies={self.strategies}; allowed: {', '.join(DSA_STRATEGIES)}.")
 
@@ -352,7 +369,7 @@ DSA_STRATEGIES: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor
 
 
 @dataclass(frozen=True)
-class CutMix:
+class CutMix(Settings):
     """Pastes a rectangle of another image of the batch into each image, with labels mixed by area (arXiv 1905.04899).
 
     As in the peers' code a batch shares one rectangle, whose area is uniform (β = 1) before the border cuts it.
