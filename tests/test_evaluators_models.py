@@ -1,5 +1,7 @@
 """The evaluator networks: shapes, sizes, saving and loading, and any architecture of transformers."""
 
+import importlib
+
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
@@ -118,3 +120,16 @@ def test_bad_classes_and_sizes():
         EvaluatorResNetConfig(norm="layer")
     with pytest.raises(ValueError, match="at least 1"):
         EvaluatorResNetConfig(depths=[])
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("models", ("ConvNetConfig", "ConvNetForImageClassification", "EvaluatorResNetConfig", "pooled_sizes")),
+        ("protocols", ("Protocol", "Variant", "by_budget", "learning_rate_factor", "PROTOCOLS", "LABEL_TYPES")),
+        ("training", ("content_hash", "epoch_batches", "fast_layout", "part_size", "predict_logits")),
+    ],
+)
+def test_names_stay_where_published_files_and_users_look_for_them(module, names):
+    found = importlib.import_module(f"dsco_hf.evaluators.{module}")
+    assert all(hasattr(found, name) for name in names)

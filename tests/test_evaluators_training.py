@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
     protocol = dataclasses.replace(EXACT, batch_size=10, augmentation=(CutMix(),))
     whole = train(protocol=protocol)
-    monkeypatch.setattr("dsco_hf.evaluators.training.CPU_PIXELS", 3 * 64)
+    monkeypatch.setattr("dsco_hf.evaluators.batches.CPU_PIXELS", 3 * 64)
     parts = train(protocol=protocol)
     for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
