@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
@@ -34,6 +35,11 @@ def is_image_folder(folder: Path) -> bool:
         images = images or any(_ending(name) in ENDINGS for name in files)
     readme = folder / "README.md"
     return images and not (readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace"))
+
+
+def image_files(paths: Iterable[str]) -> list[str]:
+    """Those of a repository's paths that are images; hidden ones are left out."""
+    return [path for path in paths if _ending(path) in ENDINGS and not path.startswith(".") and "/." not in path]
 
 
 def load_image_folder(folder: Path) -> DatasetDict:

@@ -22,9 +22,9 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 
-from .image_folders import is_image_folder, load_image_folder
+from .image_folders import image_files, is_image_folder, load_image_folder
 from .names import nearest
 from .paths import check_path
 from .safety import explained
@@ -128,7 +128,27 @@ def _load(
     if streaming and split is not None:
         refuse_slice(split)
     with explained(texts[0], token=token, action="load"):
-        return load_dataset(texts[0], name, split=split, revision=revision, streaming=streaming, token=token)
+        loaded = load_dataset(texts[0], name, split=split, revision=revision, streaming=streaming, token=token)
+        _refuse_lost_files(loaded, texts[0], name, revision=revision, token=token)
+        return loaded
+
+
+def _refuse_lost_files(
+    loaded: Any, repo_id: str, name: str | None, *, revision: str | None, token: str | bool | None
+) -> None:
+    """Raises where datasets takes class folders of a repository ("train", "test-tubes") for splits and drops others."""
+    info = getattr(next(iter(loaded.values()), None) if isinstance(loaded, dict) else loaded, "info", None)
+    if name is not None or info is None or info.builder_name != "imagefolder" or not info.splits:
+        return
+    files = HfApi(token=token).list_repo_files(repo_id, repo_type="dataset", revision=revision)
+    images = image_files(files)
+    rows = sum(split.num_examples for split in info.splits.values())
+    if rows < len(images):
+        raise ValueError(
+            f"Of the {len(images)} images of {repo_id}, datasets reads {rows}: it takes folders called like splits for "
+            f"splits, and has found {sorted(info.splits)}. Read its folders as classes: "
+            f'`load_image_dataset(huggingface_hub.snapshot_download("{repo_id}", repo_type="dataset"))`.'
+        )
 
 
 def _load_parquet(texts: Sequence[str], token: str | bool | None) -> DatasetDict:

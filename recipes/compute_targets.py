@@ -50,7 +50,8 @@ class TargetsRecipe:
         dataset, dataset_name, split, revision: what to match; see `dsco_hf.data.load_image_dataset`.
         test_split, holdout: what is not matched, see recipes/train_classifier.py.
         streaming: read the dataset row by row, without downloading or converting the whole.
-        image_column, label_column, on_error, mapping: see `MatchingTargets.from_dataset`; `mapping` is a label set or
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
+        image_column, label_column, mapping: see `MatchingTargets.from_dataset`; `mapping` is a label set or
             a YAML file.
         decode_threads: threads of a process that decode images; its share of the cores if none.
         data_free: match samples of the generator, and read no real image.
@@ -80,7 +81,7 @@ class TargetsRecipe:
     streaming: bool = False
     image_column: str | None = None
     label_column: str | None = None
-    on_error: str = "raise"
+    on_error: str = "skip"
     mapping: str | None = None
     decode_threads: int | None = None
     data_free: bool = False

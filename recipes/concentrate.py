@@ -61,8 +61,9 @@ class ConcentrateRecipe:
         preview_vae, preview_vae_revision: an `AutoencoderTiny` for the look-ahead; that of the pipeline if none.
         dtype: "float32", "bfloat16" or "float16".
         targets, targets_revision: folder or Hub repository of finished targets, in place of the next two.
-        dataset, dataset_name, split, revision, image_column, label_column, on_error, mapping: real images to match,
-            see `MatchingTargets.from_dataset`; `mapping` is a label set or a YAML file.
+        dataset, dataset_name, split, revision, image_column, label_column, mapping: real images to match, see
+            `MatchingTargets.from_dataset`; `mapping` is a label set or a YAML file.
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         data_free, samples_per_class, weighting: match samples of the generator instead, and read no real image.
         class_labels: the generator's classes, for data-free and plain sets; all if none.
         features: what to match, as JSON; see `dsco_hf.feature_spec`.

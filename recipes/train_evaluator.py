@@ -58,7 +58,7 @@ class EvaluatorRecipe:
         image_size: what all images are brought to (shorter side, then the centre); the protocol's by default, or else
             that of the small dataset's images, or 32 if they have several sizes.
         num_channels: 1 or 3.
-        on_error: "raise" or "skip" images that cannot be decoded.
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         best: also report the best epoch on the test set, as most of the field does.
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
         compile: pass the networks through `torch.compile`; pays from about a minute of training on.
@@ -97,7 +97,7 @@ class EvaluatorRecipe:
     temperature: float | None = None
     image_size: int | None = None
     num_channels: int = 3
-    on_error: str = "raise"
+    on_error: str = "skip"
     best: bool = False
     mixed_precision: str | None = None
     compile: bool = False

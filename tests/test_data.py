@@ -141,10 +141,10 @@ def test_missing_paths_are_named_with_the_nearest(tmp_path):
 
 
 def test_a_hub_id_goes_to_load_dataset_with_its_options(monkeypatch, dataset):
-    calls = []
-    monkeypatch.setattr(opening, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or dataset)
+    calls, stream = [], dataset.to_iterable_dataset()
+    monkeypatch.setattr(opening, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or stream)
     loaded = data.load_image_dataset("user/pets", "320px", split="train", revision="abc123", streaming=True, token="t")
-    assert loaded is dataset
+    assert loaded is stream
     options = {"split": "train", "revision": "abc123", "streaming": True, "token": "t"}
     assert calls == [(("user/pets", "320px"), options)]
 

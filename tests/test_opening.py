@@ -1,6 +1,8 @@
 """Every class and every image on the way in: folders of any names, slices and sums through every door, test parts."""
 
+import io
 import logging
+import re
 
 import numpy as np
 import PIL.Image
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from dsco_hf import DsCoPipeline, MatchingTargets, load_image_dataset, save_dataset_folder
 from dsco_hf.data import load_pixels, load_splits, load_test_split
 from dsco_hf.splits import divide, divide_streams, part_to_test, take_split
+from hub import Client, ClientError, LoopbackHub
 
 
 def save(place, level=0, size=4):
@@ -300,3 +303,31 @@ def test_take_split_says_what_there_is(caplog):
         ValueError, match=r"no split 'tests' of my set, which has \['train', 'test'\]. Nearest: 'test'"
     ):
         take_split({"train": labelled([0]), "test": labelled([0])}, "tests", what="my set")
+
+
+@pytest.mark.slow
+def test_class_folders_on_the_hub_that_datasets_takes_for_splits(tmp_path):
+    image = io.BytesIO()
+    PIL.Image.new("L", (8, 8), 9).save(image, "PNG")
+    layouts = {
+        "ann/lost": ("cat", "test-tubes", "train"),
+        "ann/whole": ("cat", "dog", ".trash"),
+        "ann/split": ("train/cat", "train/dog", "test/cat", "test/dog"),
+    }
+    snippet = """
+    from dsco_hf import load_image_dataset
+    import huggingface_hub
+    splits = load_image_dataset(eval(place) if "(" in place else place)
+    return {name: [len(rows), rows.features["label"].names] for name, rows in splits.items()}
+    """
+    with LoopbackHub(tmp_path / "server") as hub, Client(hub.url, tmp_path / "client") as client:
+        for repo, folders in layouts.items():
+            hub.store.create("datasets", repo, private=False)
+            hub.put(repo, {f"{name}/{i}.png": image.getvalue() for name in folders for i in range(2)})
+        with pytest.raises(ClientError, match="Of the 6 images of ann/lost, datasets reads [24]:") as error:
+            client.run(snippet, place="ann/lost")
+        advice = re.search(r"`load_image_dataset\((.*)\)`", error.value.message)[1]
+        assert client.run(snippet, place=advice) == {"train": [6, ["cat", "test-tubes", "train"]]}
+        assert client.run(snippet, place="ann/whole") == {"train": [4, ["cat", "dog"]]}
+        names = ["cat", "dog"]
+        assert client.run(snippet, place="ann/split") == {"train": [4, names], "test": [4, names]}
