@@ -136,7 +136,7 @@ def _load(
 def _refuse_lost_files(
     loaded: Any, repo_id: str, name: str | None, *, revision: str | None, token: str | bool | None
 ) -> None:
-    """Raises where datasets takes class folders of a repository ("train", "test-tubes") for splits and drops others."""
+    """Raises where datasets takes class folders of a repository ("train", "test-a") for splits and drops others."""
     info = getattr(next(iter(loaded.values()), None) if isinstance(loaded, dict) else loaded, "info", None)
     if name is not None or info is None or info.builder_name != "imagefolder" or not info.splits:
         return
@@ -145,8 +145,8 @@ def _refuse_lost_files(
     rows = sum(split.num_examples for split in info.splits.values())
     if rows < len(images):
         raise ValueError(
-            f"Of the {len(images)} images of {repo_id}, datasets reads {rows}: it takes folders called like splits for "
-            f"splits, and has found {sorted(info.splits)}. Read its folders as classes: "
+            f"Of the {len(images)} images of {repo_id}, datasets reads {rows}: it takes folders called like splits "
+            f"for splits, and has found {sorted(info.splits)}. Read its folders as classes: "
             f'`load_image_dataset(huggingface_hub.snapshot_download("{repo_id}", repo_type="dataset"))`.'
         )
 
