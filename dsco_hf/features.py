@@ -29,7 +29,9 @@ DEFAULT_LAYERS = (("pooled", "average"),)
 _HIDDEN = re.compile(r"hidden_\d+")
 
 
-def ensure_preprocessing(classifier: PreTrainedModel, *, token: str | bool | None = None) -> PreTrainedModel:
+def ensure_preprocessing(
+    classifier: PreTrainedModel, *, subfolder: str | None = None, token: str | bool | None = None
+) -> PreTrainedModel:
     """Writes what a classifier expects of its inputs into its config, where it is saved with it.
 
     A config that holds `image_size`, `image_mean` and `image_std` (those trained by our recipes do) says it all:
@@ -39,6 +41,7 @@ def ensure_preprocessing(classifier: PreTrainedModel, *, token: str | bool | Non
 
     Args:
         classifier (`PreTrainedModel`): a classifier of images.
+        subfolder (`str`, *optional*): that it was loaded from.
         token (`str` or `bool`, *optional*): for a private repository on the Hub.
 
     Returns:
@@ -50,7 +53,8 @@ def ensure_preprocessing(classifier: PreTrainedModel, *, token: str | bool | Non
     channels = getattr(config, "num_channels", 3)
     name = classifier.name_or_path
     try:
-        options = {"token": token, "revision": commit_of(classifier)} if not Path(name).is_dir() else {}
+        options: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
+        options |= {} if Path(name).is_dir() else {"token": token, "revision": commit_of(classifier)}
         processor = AutoImageProcessor.from_pretrained(name, **options)
         found = Preprocessing.of(processor, channels)
         if channels in (1, 3):
@@ -59,7 +63,7 @@ def ensure_preprocessing(classifier: PreTrainedModel, *, token: str | bool | Non
         values: Any = (size[0] if size[0] == size[1] else list(size), processor.image_mean, processor.image_std)
         config.preprocessing = as_dict(found)
     except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError) as error:
-        path = Path(name) / "preprocessor_config.json"
+        path = Path(name) / (subfolder or "") / "preprocessor_config.json"
         if path.is_file():  # damaged, and then no reason to guess
             read_json(path, "Save the image processor again, or copy it again.")
         logger.warning(

@@ -28,17 +28,7 @@ def default_image_size(
     Up to 1,024 images spread over the dataset are looked at, of each its first bytes; what cannot be read is left to
     whoever decodes it.
     """
-    image_column, label_column = find_columns(dataset, image_column=image_column, label_column=label_column)
-    rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
-    sizes = set()
-    for row in encoded_columns(dataset, image_column, label_column).select(rows):
-        value = row[image_column] or {}
-        try:
-            source: Any = value.get("path") if value.get("bytes") is None else io.BytesIO(value["bytes"])
-            with PIL.Image.open(source) as image:
-                sizes.add(image.size)
-        except (OSError, ValueError, AttributeError):
-            continue
+    sizes = image_sizes(dataset, image_column=image_column, label_column=label_column)
     if len(sizes) < 2 and all(width == height for width, height in sizes):
         return None
     low, high = min(min(size) for size in sizes), max(max(size) for size in sizes)
@@ -50,3 +40,21 @@ def default_image_size(
         fallback,
     )
     return fallback
+
+
+def image_sizes(
+    dataset: Dataset, *, image_column: str | None = None, label_column: str | None = None
+) -> set[tuple[int, int]]:
+    """The sizes, (width, height), of up to 1,024 images spread over a dataset, by their first bytes."""
+    image_column, label_column = find_columns(dataset, image_column=image_column, label_column=label_column)
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
+    sizes = set()
+    for row in encoded_columns(dataset, image_column, label_column).select(rows):
+        value = row[image_column] or {}
+        try:
+            source: Any = value.get("path") if value.get("bytes") is None else io.BytesIO(value["bytes"])
+            with PIL.Image.open(source) as image:
+                sizes.add(image.size)
+        except (OSError, ValueError, AttributeError):
+            continue
+    return sizes

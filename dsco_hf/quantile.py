@@ -55,6 +55,9 @@ class QuantileTargets:
         pipe: DiffusionPipeline,
         *,
         mapping: Mapped = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        on_error: str = "raise",
         draws: int = 5,
         batch_size: int = 64,
         seed: int = 0,
@@ -66,14 +69,18 @@ class QuantileTargets:
         `counts` are the numbers of images of a class that will be drawn together, where there are several: most of the
         work at a noise level is the same for all of them, and is then done once.
         """
-        names = present_classes(dataset)
-        labels = class_mapping(class_names(dataset), pipe.id2label, pipe.num_classes, mapping=mapping, present=names)
+        names = present_classes(dataset, label_column=label_column)
+        known = class_names(dataset, label_column=label_column)
+        labels = class_mapping(known, pipe.id2label, pipe.num_classes, mapping=mapping, present=names)
         found: list[list[torch.Tensor]] = [[] for _ in names]
         generator = torch.Generator().manual_seed(seed)
         for batch in iterate_pixels(
             dataset,
             image_size=pipe.image_size,
             num_channels=pipe.num_channels,
+            image_column=image_column,
+            label_column=label_column,
+            on_error=on_error,
             batch_size=batch_size,
             classes=names,
             progress=progress,

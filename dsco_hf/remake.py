@@ -11,17 +11,16 @@ from diffusers import AutoencoderTiny
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForImageClassification
 
 from .digests import model_sha256, targets_sha256
 from .files import reading
 from .folder import CONCENTRATION, WRITE_AGAIN, parse_record
+from .model_loading import load_classifier, load_model
 from .paths import check_path
 from .pipeline import DsCoPipeline
 from .records import PARTS, config_record
 from .safety import Token, explained, safe_path
 from .targets import MatchingTargets
-from .weights import explained_model
 
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -165,9 +164,9 @@ def _load_part(record: Mapping[str, Any], part: str, name: str, options: Mapping
             return None
     place = _place(record, part, name, folder)
     known = {key: place[key] for key in ("revision", "subfolder") if place.get(key)}
-    with explained(place["id"], token=options["token"], action="load"), explained_model(place["id"], **known):
-        kind = AutoencoderTiny if part == "preview_vae" else AutoModelForImageClassification
-        return kind.from_pretrained(place["id"], use_safetensors=True, **known, **options).eval()
+    if part == "preview_vae":
+        return load_model(AutoencoderTiny, place["id"], **known, **options)
+    return load_classifier(place["id"], **known, **options)
 
 
 def _load_targets(

@@ -75,8 +75,7 @@ def _translate(error: Exception, target_id: str, *, action: str) -> Exception | 
     if isinstance(found, hub_errors.RepositoryNotFoundError | DatasetNotFoundError):
         return FileNotFoundError(
             f"Cannot {action} {target_id}: there is no such repository, or it is private and this account may not "
-            f"see it. Check "
-            "the name; for a private one pass `token=`."
+            "see it. Check the name; for a private one run `hf auth login`, set HF_TOKEN, or pass `token=`."
         )
     if status in (401, 403):
         needed = "write permission for this namespace" if action.startswith("publish") else "read permission for it"

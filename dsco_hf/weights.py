@@ -13,14 +13,14 @@ from huggingface_hub import HfApi
 from safetensors import safe_open
 
 from .files import DamagedFileError, read_json, reading
-from .safety import Token, is_pickle
+from .safety import Token, hub_error, is_pickle, status_of
 
 
 PICKLES = (
     "{name} has {what}, and pickles can run code when they are loaded, so they are refused. Load a revision with "
     "safetensors (often the Hub's conversion: `revision='refs/pr/N'`, see the pull requests of the repository), "
-    "convert the weights (https://huggingface.co/spaces/safetensors/convert), or pass `use_safetensors=False` if you "
-    "trust who made them."
+    "convert the weights (https://huggingface.co/spaces/safetensors/convert), or, if you trust who made them, pass "
+    "`use_safetensors=False` to `from_pretrained`; what `save_pretrained` then writes is safetensors."
 )
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?")
 
@@ -73,7 +73,8 @@ def check_weights(files: Sequence[str], *, name: str, component: str, variant: s
         asked = "" if variant is None else f" and none of the variant {variant!r}"
         raise ValueError(
             f"{name} has the weights{of} only as variant {' and '.join(map(repr, variants))}{asked}: pass "
-            f"`variant={variants[0]!r}`."
+            f"`variant={variants[0]!r}` to `from_pretrained`. A recipe takes the folder that `save_pretrained` then "
+            "writes."
         )
     if pickles := sorted(file for file in files if is_pickle(file)):
         place = f"{component}/{pickles[0]}" if component else pickles[0]
@@ -121,13 +122,25 @@ def explained_model(name: str, **options: Any) -> Iterator[None]:
     """Turns the errors of a library that loads one model into ones that name the file and the way out.
 
     Args:
-        name (`str`): a folder. What comes from the Hub is for [`~dsco_hf.safety.explained`].
-        options: `variant` and `subfolder`, as the library is given them.
+        name (`str`): a folder, or the id of a repository, whose list of files is looked at. What the Hub itself
+            answers is for [`~dsco_hf.safety.explained`].
+        options: `variant`, `subfolder`, `revision` and `token`, as the library is given them.
     """
-    folder = Path(name) / (options.get("subfolder") or "")
+    subfolder = options.get("subfolder") or ""
+    folder = Path(name) / subfolder
     try:
         yield
-    except Exception:
+    except Exception as error:
+        if not Path(name).is_dir() and status_of(hub_error(error)) is None:
+            listed = listed_files(name, revision=options.get("revision"), token=options.get("token"))
+            files = [path for path in listed or () if path.rpartition("/")[0] == subfolder]
+            if "config.json" in {path.rpartition("/")[2] for path in files}:
+                check_weights(
+                    [path.rpartition("/")[2] for path in files],
+                    name=name,
+                    component=subfolder,
+                    variant=options.get("variant"),
+                )
         if folder.is_dir():
             remedy = "Save the model again, or copy it again."
             check_folder(folder, remedy=remedy)

@@ -4,9 +4,9 @@
     accelerate launch recipes/compare.py --config my.yaml --budgets 1 10 50 --datasets
         "ours=user/small@ipc{budget}" "peer=outputs/peer/ipc{budget}"
 
-A dataset is `name=path`, `name=path@config` or `name=path@config@split`; `{budget}` stands for the images per
-class. Trainings are spread over processes and survive a kill. Writes `results.json`, `table.md`, `table.tex` and
-`accuracy.png`.
+A dataset is `name=path[@config[@split[@revision]]]`, where a part may be empty (`name=path@@@main`) and `{budget}`
+stands for the images per class. Trainings are spread over processes and survive a kill. Writes `results.json`,
+`table.md`, `table.tex` and `accuracy.png`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from datasets import Dataset
+from transformers import PreTrainedModel
 
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import find_columns, load_image_dataset, load_splits, select_per_class
 from dsco_hf.evaluators import (
     ImageSet,
+    Protocol,
     get_protocol,
     herd_per_class,
     load_image_set,
@@ -39,9 +41,10 @@ from dsco_hf.evaluators import (
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.evaluators.training import content_hash
 from dsco_hf.figures import accuracy_figure
-from dsco_hf.image_sizes import default_image_size
+from dsco_hf.image_sizes import default_image_size, image_sizes
 from dsco_hf.methods import chance_level, dataset_title, network_title
 from dsco_hf.metrics import LEAST_SEEDS, paired_difference
+from dsco_hf.model_loading import load_classifier
 
 
 BASELINES = {"random": "random real", "herding": "herded real"}
@@ -58,17 +61,19 @@ class ComparisonRecipe:
         on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         image_column, label_column: for a real dataset with several of them.
         datasets: what is compared, see above; none compares the baselines only.
+        datasets_image_column, datasets_label_column: of those, where they have several of them: a column of all of
+            them, or `name=column` for each.
         budgets: images per class.
         protocol: a protocol's name or YAML file.
         epochs, steps, batch_size, learning_rate, label_type: changes to it.
         image_size: what the images of all datasets are brought to (shorter side, then the centre); the protocol's by
-            default, or else that of the compared images; without any, that of the real ones, or 32 if they have
-            several sizes.
+            default, or else that of the compared images, which must then be one; without any, that of the real ones,
+            or 32 if they have several sizes.
         architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
         model_options: values of the networks' configurations, as JSON.
         seeds: trainings of each network; each has random real images of its own.
-        classifier: a classifier (folder or Hub id) whose features are herded; pixels without one.
-        teacher: a classifier for protocols with a teacher's labels; `classifier` by default.
+        classifier, classifier_revision: a classifier (folder or Hub id) whose features are herded; pixels without one.
+        teacher, teacher_revision: a classifier for protocols with a teacher's labels; `classifier` by default.
         full: also train on all real images.
         allow_unequal: accept datasets of other sizes than the budget.
         num_channels: 1 or 3.
@@ -89,6 +94,8 @@ class ComparisonRecipe:
     label_column: str | None = None
     on_error: str = "skip"
     datasets: list[str] = field(default_factory=list)
+    datasets_image_column: list[str] = field(default_factory=list)
+    datasets_label_column: list[str] = field(default_factory=list)
     budgets: list[int] = field(default_factory=lambda: [10])
     protocol: str = "quick"
     epochs: int | None = None
@@ -101,7 +108,9 @@ class ComparisonRecipe:
     model_options: str = "{}"
     seeds: int = 3
     classifier: str | None = None
+    classifier_revision: str | None = None
     teacher: str | None = None
+    teacher_revision: str | None = None
     full: bool = False
     allow_unequal: bool = False
     num_channels: int = 3
@@ -122,17 +131,19 @@ def main(arguments: list[str] | None = None) -> None:
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
     protocol = get_protocol(recipe.protocol, **changes)
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
-        dataset_names(recipe)  # before anything is read
+        compared = open_compared(recipe)
+        train, tested, splits = open_real(recipe, protocol)
         if protocol.image_size is None:
-            protocol = dataclasses.replace(protocol, image_size=size_of_all(recipe))
-        real, test = load_real(recipe, protocol, accelerator)
-        if protocol.image_size is None:  # the compared datasets come at the real images' own size
+            protocol = dataclasses.replace(protocol, image_size=size_of_all(recipe, compared, train))
+        real, test = load_real(recipe, protocol, train, tested, accelerator)
+        if protocol.image_size is None:  # nothing is compared but real images, at their own size
             protocol = dataclasses.replace(protocol, image_size=real.pixels.shape[-1])
-        classifier = load_classifier(recipe.classifier, accelerator)
+        classifier = frozen(recipe.classifier, recipe.classifier_revision, accelerator)
         teacher = None
         if protocol.label_type == "teacher":
-            teacher = load_classifier(recipe.teacher, accelerator) if recipe.teacher else classifier
-        sets = load_compared(recipe, protocol, real)
+            own = frozen(recipe.teacher, recipe.teacher_revision, accelerator)
+            teacher = classifier if own is None else own
+        sets = load_compared(recipe, protocol, compared, real)
     sets |= {("herding", budget): real.select(rows) for budget, rows in herd(real, recipe.budgets, classifier).items()}
     options = json.loads(recipe.model_options)
     cells = [(method, budget) for budget in recipe.budgets for method in ("random", "herding", *dataset_names(recipe))]
@@ -186,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     results = collect(recipe, finished, jobs, cells, {key: len(images.labels) for key, images in sets.items()}, real)
     results |= {"config": dataclasses.asdict(recipe), "protocol": protocol_to_dict(protocol)}
-    results |= {"test_images": len(test.labels), "dataset_fingerprint": real.fingerprint}
+    results |= {"splits": splits, "test_images": len(test.labels), "dataset_fingerprint": real.fingerprint}
     results |= {"test_fingerprint": test.fingerprint, **run_environment(accelerator)}
     save(results, output)
 
@@ -198,9 +209,14 @@ def herd(real: ImageSet, budgets: Sequence[int], classifier: PreTrainedModel | N
     return {budget: rows[:, :budget].flatten() for budget in budgets}
 
 
-def load_real(recipe: ComparisonRecipe, protocol: Any, accelerator: Accelerator) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of the real dataset."""
-    train, test, _ = load_splits(
+def open_real(recipe: ComparisonRecipe, protocol: Protocol) -> tuple[Dataset, Dataset, dict[str, Any]]:
+    """Training and test images of the real dataset, and which splits these are."""
+    if protocol.label_type == "stored":
+        raise ValueError(
+            "compare.py needs labels that all datasets can have, but label_type is 'stored'. Use --label_type hard, "
+            "or teacher with --teacher; recipes/train_evaluator.py evaluates one dataset with its stored labels."
+        )
+    train, test, splits = load_splits(
         recipe.real,
         recipe.real_name,
         train_split=recipe.train_split,
@@ -211,8 +227,15 @@ def load_real(recipe: ComparisonRecipe, protocol: Any, accelerator: Accelerator)
     )
     if test is None:
         raise ValueError("Networks are tested: `test_split` is a split or 'auto' here, not 'none'.")
+    return train, test, splits
+
+
+def load_real(
+    recipe: ComparisonRecipe, protocol: Protocol, train: Dataset, test: Dataset, accelerator: Accelerator
+) -> tuple[ImageSet, ImageSet]:
+    """The real images in memory."""
     options: dict[str, Any] = {
-        "protocol": dataclasses.replace(protocol, label_type="hard"),  # real images have no stored soft labels
+        "protocol": protocol,
         "num_channels": recipe.num_channels,
         "image_column": recipe.image_column,
         "label_column": recipe.label_column,
@@ -220,60 +243,111 @@ def load_real(recipe: ComparisonRecipe, protocol: Any, accelerator: Accelerator)
         "progress": accelerator.is_local_main_process,
     }
     real = load_image_set(train, **options)
-    if protocol.label_type == "stored":
-        raise ValueError(
-            "compare.py needs labels that all datasets can have, but label_type is 'stored'. Use --label_type hard, "
-            "or teacher with --teacher; recipes/train_evaluator.py evaluates one dataset with its stored labels."
-        )
     return real, load_image_set(test, test_for=real, **options)
 
 
-def size_of_all(recipe: ComparisonRecipe) -> int | None:
-    """The size that all images are brought to, so that they are treated alike: that of the compared ones."""
-    for item in recipe.datasets:
-        path, config, split = [*item.split("=", 1)[1].format(budget=recipe.budgets[0]).split("@"), "", ""][:3]
-        rows = load_image_dataset(path, config or None, split=split or "train")
-        return min(rows[0][find_columns(rows)[0]].size)
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
-    options = {"split": recipe.train_split, "revision": recipe.revision}
-    return default_image_size(load_image_dataset(recipe.real, recipe.real_name, **options), **columns)
+def size_of_all(recipe: ComparisonRecipe, compared: Mapping[tuple[str, int], Dataset], real: Dataset) -> int | None:
+    """The size that all images are brought to, so that they are treated alike: that of the compared ones.
+
+    Raises:
+        ValueError: if these have several.
+    """
+    if not compared:
+        columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+        return default_image_size(real, **columns)
+    found = {key: image_sizes(rows, **columns_of(recipe, key[0])) for key, rows in compared.items()}
+    sides = {side for sizes in found.values() for size in sizes for side in size}
+    if len(sides) > 1:
+        listed = [
+            f"{name} ({budget} per class) {' and '.join(f'{width}x{height}' for width, height in sorted(sizes)[:3])}"
+            for (name, budget), sizes in found.items()
+        ]
+        raise ValueError(
+            f"The compared images have several sizes: {'; '.join(listed[:10])}. To treat all alike, choose one with "
+            f"--image_size, such as {min(sides)}."
+        )
+    return sides.pop() if sides else None
 
 
 def dataset_names(recipe: ComparisonRecipe) -> list[str]:
     """Names of the compared datasets."""
     for item in recipe.datasets:
         if "=" not in item or item.split("=")[0] in ("", "random", "herding", "full"):
-            raise ValueError(f"--datasets takes name=path[@config[@split]] with a name of its own, got {item!r}.")
+            raise ValueError(
+                f"--datasets takes name=path[@config[@split[@revision]]] with a name of its own, got {item!r}."
+            )
     names = [item.split("=")[0] for item in recipe.datasets]
     if len(set(names)) != len(names):
         raise ValueError(f"The names of --datasets must differ, got {names}.")
     return names
 
 
-def load_compared(recipe: ComparisonRecipe, protocol: Any, real: ImageSet) -> dict[tuple[str, int], ImageSet]:
-    """The compared datasets by name and budget, checked for size and classes."""
-    sets = {}
+def columns_of(recipe: ComparisonRecipe, name: str) -> dict[str, str | None]:
+    """The columns of a compared dataset.
+
+    Raises:
+        ValueError: for a column of a dataset that is not compared, or several for one.
+    """
+    known, columns = dataset_names(recipe), {}
+    for option in ("image_column", "label_column"):
+        given = getattr(recipe, f"datasets_{option}")
+        shared = [item for item in given if "=" not in item]
+        own = [item.split("=", 1) for item in given if "=" in item]
+        names = [owner for owner, _ in own]
+        if len(shared) > 1 or len(set(names)) < len(names) or set(names) - set(known):
+            raise ValueError(
+                f"--datasets_{option} takes one column for all datasets, or name=column for some of {known}, got "
+                f"{given}."
+            )
+        columns[option] = dict(own).get(name, shared[0] if shared else None)
+    return columns
+
+
+def open_compared(recipe: ComparisonRecipe) -> dict[tuple[str, int], Dataset]:
+    """The compared datasets by name and budget."""
+    opened = {}
     for name, item in zip(dataset_names(recipe), recipe.datasets, strict=True):
+        columns = columns_of(recipe, name)  # before anything is read
         for budget in recipe.budgets:
-            path, config, split = [*item.split("=", 1)[1].format(budget=budget).split("@"), "", ""][:3]
-            dataset = load_image_dataset(path, config or None, split=split or "train")
-            images = load_image_set(dataset, protocol=protocol, classes=real.names, num_channels=recipe.num_channels)
-            wanted = budget * len(real.names)
-            if len(images.labels) != wanted and not recipe.allow_unequal:
+            parts = item.split("=", 1)[1].format(budget=budget).split("@")
+            if len(parts) > 4:
+                raise ValueError(f"--datasets takes name=path[@config[@split[@revision]]], got {item!r}.")
+            path, config, split, revision = [*parts, "", "", ""][:4]
+            opened[name, budget] = load_image_dataset(
+                path, config or None, split=split or "train", revision=revision or None
+            )
+            try:
+                find_columns(opened[name, budget], **columns)
+            except ValueError as error:
                 raise ValueError(
-                    f"The dataset {name!r} has {len(images.labels)} images, but {budget} per class are {wanted}. "
-                    "Compare at equal size, with {budget} in the path or config, or pass --allow_unequal true."
-                )
-            sets[name, budget] = images
+                    f"Set {name!r}: {error} Here these are --datasets_image_column and --datasets_label_column."
+                ) from error
+    return opened
+
+
+def load_compared(
+    recipe: ComparisonRecipe, protocol: Protocol, compared: Mapping[tuple[str, int], Dataset], real: ImageSet
+) -> dict[tuple[str, int], ImageSet]:
+    """The compared datasets in memory, checked for size and classes."""
+    sets = {}
+    for (name, budget), dataset in compared.items():
+        options = {"classes": real.names, "num_channels": recipe.num_channels, **columns_of(recipe, name)}
+        images = load_image_set(dataset, protocol=protocol, **options)
+        wanted = budget * len(real.names)
+        if len(images.labels) != wanted and not recipe.allow_unequal:
+            raise ValueError(
+                f"The dataset {name!r} has {len(images.labels)} images, but {budget} per class are {wanted}. "
+                "Compare at equal size, with {budget} in the path or config, or pass --allow_unequal true."
+            )
+        sets[name, budget] = images
     return sets
 
 
-def load_classifier(path: str | None, accelerator: Accelerator) -> PreTrainedModel | None:
+def frozen(path: str | None, revision: str | None, accelerator: Accelerator) -> PreTrainedModel | None:
     """A frozen classifier on the device, or None."""
     if path is None:
         return None
-    model = AutoModelForImageClassification.from_pretrained(path)
-    return model.eval().requires_grad_(False).to(accelerator.device)
+    return load_classifier(path, revision=revision).requires_grad_(False).to(accelerator.device)
 
 
 def collect(

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import load_splits
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.files import write_atomically
+from dsco_hf.model_loading import load_classifier
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.targets import MatchingTargets
 from dsco_hf.team import RunError
@@ -136,9 +136,7 @@ def load_pipeline(recipe: TargetsRecipe, accelerator: Accelerator) -> DsCoPipeli
     parts: dict[str, Any] = {}
     with accelerator.main_process_first():  # one process downloads, the others read its cache
         if recipe.classifier is not None:
-            parts["classifier"] = AutoModelForImageClassification.from_pretrained(
-                recipe.classifier, revision=recipe.classifier_revision, dtype=dtype
-            ).eval()
+            parts["classifier"] = load_classifier(recipe.classifier, revision=recipe.classifier_revision, dtype=dtype)
         pipe = DsCoPipeline.from_pretrained(recipe.generator, revision=recipe.generator_revision, dtype=dtype, **parts)
     return pipe.to(accelerator.device)
 

@@ -29,15 +29,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderTiny
-from transformers import AutoModelForImageClassification
 
-import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
 from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import load_splits
 from dsco_hf.failures import NonFiniteError
 from dsco_hf.files import read_json, write_atomically
 from dsco_hf.folder import concentration_record, read_folder, save_dataset_folder, to_json
 from dsco_hf.generator_evaluation import GeneratorCheck, check_generator
+from dsco_hf.model_loading import load_classifier, load_model
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
@@ -268,12 +267,10 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
     parts: dict[str, Any] = {}
     with accelerator.main_process_first():  # one process downloads, the others read its cache
         if recipe.classifier is not None:
-            parts["classifier"] = AutoModelForImageClassification.from_pretrained(
-                recipe.classifier, revision=recipe.classifier_revision, dtype=dtype
-            ).eval()
+            parts["classifier"] = load_classifier(recipe.classifier, revision=recipe.classifier_revision, dtype=dtype)
         if recipe.preview_vae is not None:
-            parts["preview_vae"] = AutoencoderTiny.from_pretrained(
-                recipe.preview_vae, revision=recipe.preview_vae_revision, dtype=dtype
+            parts["preview_vae"] = load_model(
+                AutoencoderTiny, recipe.preview_vae, revision=recipe.preview_vae_revision, dtype=dtype
             )
         pipe = DsCoPipeline.from_pretrained(
             recipe.generator, revision=recipe.generator_revision, dtype=dtype, **parts
@@ -349,7 +346,9 @@ def make_targets(
     if recipe.dataset is None and not recipe.data_free:
         return None
     if recipe.objective == "quantile":
-        return QuantileTargets.from_dataset(dataset, pipe, mapping=recipe.mapping, draws=recipe.draws)
+        named = ("image_column", "label_column", "on_error", "mapping", "draws", "seed")
+        chosen = {name: getattr(recipe, name) for name in named}
+        return QuantileTargets.from_dataset(dataset, pipe, progress=accelerator.is_main_process, **chosen)
     options: dict[str, Any] = {"features": None if recipe.features is None else json.loads(recipe.features)}
     if recipe.data_free:
         names = ("samples_per_class", "weighting", "num_inference_steps", "guidance_scale", "eta", "seed")

@@ -30,7 +30,7 @@ import datasets
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsco_hf.concentrate import ConcentrationReport, concentrate_and_report, measure_discrepancy
 from dsco_hf.configs import check_made, make_accelerator, parse_config
@@ -52,6 +52,7 @@ from dsco_hf.figures import accuracy_figure, sample_grid
 from dsco_hf.files import read_json, reading, whole, write_atomically
 from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import weights_fingerprint
+from dsco_hf.model_loading import load_classifier
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
@@ -266,10 +267,8 @@ class Experiment:
         self.recipe, self.accelerator, self.start = recipe, accelerator, time.monotonic()
         self.output = Path(recipe.output_dir)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        classifier = AutoModelForImageClassification.from_pretrained(
-            recipe.classifier, revision=recipe.classifier_revision
-        )
-        self.classifier = classifier.eval().requires_grad_(False)
+        classifier = load_classifier(recipe.classifier, revision=recipe.classifier_revision)
+        self.classifier = classifier.requires_grad_(False)
         self.pipe = DsCoPipeline.from_pretrained(
             recipe.generator, revision=recipe.generator_revision, classifier=self.classifier
         ).to(accelerator.device)
@@ -438,7 +437,13 @@ class Experiment:
             if method == "nopt-quantile":
                 counts = {min(number, recipe.block_size) for number in recipe.budgets}
                 quantile = quantile or QuantileTargets.from_dataset(
-                    self.real, self.pipe, draws=1, counts=sorted(counts), progress=False
+                    self.real,
+                    self.pipe,
+                    draws=1,
+                    counts=sorted(counts),
+                    progress=False,
+                    image_column=recipe.image_column,
+                    label_column=recipe.label_column,
                 )
                 options = {"targets": quantile, "objective": "quantile", "optimize_from": 0.0}
                 options["optimization_steps"] = recipe.quantile_iterations

@@ -22,9 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
-from transformers import AutoModelForImageClassification
 
-import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
 from dsco_hf.concentrate import plan_units
 from dsco_hf.configs import check_made, parse_config, read_config
 from dsco_hf.costs import (
@@ -38,6 +36,7 @@ from dsco_hf.costs import (
 )
 from dsco_hf.labels import PRESETS as LABEL_SETS
 from dsco_hf.labels import label_set
+from dsco_hf.model_loading import load_classifier, load_model
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.probe import probe_seconds
 from dsco_hf.schema import nearest
@@ -215,12 +214,10 @@ def load(recipe: PlanRecipe) -> DsCoPipeline:
     check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
     options: dict[str, Any] = {}
     if recipe.classifier is not None:
-        options["classifier"] = AutoModelForImageClassification.from_pretrained(
-            recipe.classifier, revision=recipe.classifier_revision, dtype=dtype
-        )
+        options["classifier"] = load_classifier(recipe.classifier, revision=recipe.classifier_revision, dtype=dtype)
     if recipe.preview_vae is not None:
-        options["preview_vae"] = AutoencoderTiny.from_pretrained(
-            recipe.preview_vae, revision=recipe.preview_vae_revision, dtype=dtype
+        options["preview_vae"] = load_model(
+            AutoencoderTiny, recipe.preview_vae, revision=recipe.preview_vae_revision, dtype=dtype
         )
     pipe = DsCoPipeline.from_pretrained(
         recipe.generator, revision=recipe.generator_revision, dtype=dtype, **options

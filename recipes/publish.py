@@ -89,14 +89,14 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
     if (folder / "config.json").is_file():
         from transformers import AutoModelForImageClassification
 
-        import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
+        from dsco_hf.model_loading import load_model
 
         if not recipe.dataset_id:
             raise ValueError(
                 "The card of an evaluator links the dataset it was trained on: add --dataset_id user/name."
             )
         names = ("dataset_config", "dataset_revision", "test_dataset", "accuracy", "seed")
-        model = AutoModelForImageClassification.from_pretrained(folder)
+        model = load_model(AutoModelForImageClassification, str(folder))
         options |= {name: getattr(recipe, name) for name in names}
         return publish_evaluator(model, recipe.repo_id, **options)
     raise FileNotFoundError(

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsco_hf import (
     DsCoPipeline,
@@ -53,6 +53,7 @@ from dsco_hf.files import read_json, reading, whole, write_atomically, write_jso
 from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.model_loading import load_classifier
 from dsco_hf.report import results_table
 
 
@@ -253,7 +254,7 @@ def train_models(run: Run) -> DsCoPipeline:
             pipe = DsCoPipeline(
                 **trained.components,
                 scheduler=scheduler,
-                classifier=AutoModelForImageClassification.from_pretrained(run.work / "classifier").eval(),
+                classifier=load_classifier(str(run.work / "classifier")),
                 classifier_2=untrained_network(run.train.names),
                 id2label=names,
             )

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import is_tensorboard_available, is_trackio_available
 from datasets import Dataset
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, load_splits, load_test_split
@@ -35,6 +35,7 @@ from dsco_hf.evaluators.evaluation import (
     train_job,
 )
 from dsco_hf.evaluators.training import content_hash
+from dsco_hf.model_loading import load_classifier
 from dsco_hf.schema import nearest
 
 
@@ -276,8 +277,8 @@ def load_teacher(recipe: EvaluatorRecipe, accelerator: Accelerator) -> PreTraine
     if recipe.teacher is None:
         return None
     with accelerator.main_process_first():
-        teacher = AutoModelForImageClassification.from_pretrained(recipe.teacher, revision=recipe.teacher_revision)
-    return teacher.eval().requires_grad_(False)
+        teacher = load_classifier(recipe.teacher, revision=recipe.teacher_revision)
+    return teacher.requires_grad_(False)
 
 
 def epoch_logger(accelerator: Accelerator, recipe: Any, key: str) -> Callable[[dict[str, float]], None] | None:

@@ -25,7 +25,6 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import AutoencoderKL
-from transformers import AutoModelForImageClassification
 
 from dsco_hf.configs import check_made, make_accelerator, parse_config
 from dsco_hf.data import dataset_fingerprint, load_pixels, load_splits, present_classes
@@ -35,6 +34,7 @@ from dsco_hf.generator_evaluation import GeneratorScore
 from dsco_hf.generator_training import GeneratorTrainingResult, train_generator
 from dsco_hf.generators import Denoiser, GeneratorTrainingConfig, build_scheduler, component_name
 from dsco_hf.image_sizes import default_image_size
+from dsco_hf.model_loading import load_classifier, load_model
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.schema import nearest
 
@@ -156,11 +156,11 @@ class GeneratorRun:
                 sample_size=(recipe.image_size or base.image_size) // base.vae_scale_factor,
             )
         elif recipe.vae is not None:
-            self.vae = AutoencoderKL.from_pretrained(recipe.vae, revision=recipe.vae_revision)
+            self.vae = load_model(AutoencoderKL, recipe.vae, revision=recipe.vae_revision)
         if self.vae is not None:
             self.vae.to(accelerator.device)
         self.scheduler = base.scheduler if base else build_scheduler(self.config, latents=self.vae is not None)
-        self.classifier = load_classifier(recipe)
+        self.classifier = classifier_of(recipe)
         columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
         self.pixels, self.labels, _ = load_pixels(
             dataset,
@@ -259,13 +259,11 @@ def read_mapping(recipe: GeneratorRecipe, names: list[str], base: DsCoPipeline) 
     }
 
 
-def load_classifier(recipe: GeneratorRecipe) -> torch.nn.Module | None:
+def classifier_of(recipe: GeneratorRecipe) -> torch.nn.Module | None:
     """The classifier to store beside the generator, if one was named."""
     if recipe.classifier is None:
         return None
-    import dsco_hf.evaluators  # noqa: F401  registers the package's own architectures
-
-    return AutoModelForImageClassification.from_pretrained(recipe.classifier, revision=recipe.classifier_revision)
+    return load_classifier(recipe.classifier, revision=recipe.classifier_revision)
 
 
 def draw_samples(pipeline: DsCoPipeline, recipe: GeneratorRecipe, names: list[str], path: Path) -> None:

@@ -75,6 +75,7 @@ ORDER = [
     "probe",
     "shapes",
     "evaluators",
+    "model_loading",
     "doping",
     "metrics",
     "records",

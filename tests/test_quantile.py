@@ -1,5 +1,6 @@
 import pytest
 import torch
+from datasets import Image
 
 from dsco_hf import QuantileTargets
 from dsco_hf.data import load_pixels
@@ -118,3 +119,19 @@ def test_a_class_without_target_is_named(pipe, real_images):
     targets.class_labels = [0, 2, 5]
     with pytest.raises(ValueError, match=r"no targets for class\(es\) \[1\]"):
         targets.rows_of([0, 1])
+
+
+def test_columns_and_damaged_images(pipe, real_images):
+    stored = real_images.cast_column("image", Image(decode=False))["image"][:]
+    both = real_images.add_column("other", [{**stored[0], "bytes": b"no image"}, *stored[1:]])
+    both = both.cast_column("other", Image()).rename_columns({"image": "front", "label": "shape"})
+    targets = QuantileTargets.from_dataset(
+        both, pipe, image_column="front", label_column="shape", draws=1, progress=False
+    )
+    expected = QuantileTargets.from_dataset(real_images, pipe, draws=1, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(targets.latents, expected.latents, strict=True))
+    other = {"image_column": "other", "label_column": "shape", "draws": 1, "progress": False}
+    with pytest.raises(ValueError, match="row 0"):
+        QuantileTargets.from_dataset(both, pipe, **other)
+    rest = QuantileTargets.from_dataset(both, pipe, on_error="skip", **other)
+    assert [len(part) for part in rest.latents] == [8, 7, 5]

@@ -279,6 +279,54 @@ def test_compare_refuses_what_is_no_comparison(small, tmp_path, options, message
         compare.main([*options, "--output_dir", str(tmp_path / "out"), "--architectures", "convnet-2", *TINY])
 
 
+def test_compare_reads_the_columns_sizes_and_splits_of_every_set(small, tmp_path, monkeypatch):
+    """Two sets of other people: one with two of each column, one in a split of its own."""
+    theirs = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
+    stored = theirs.cast_column("image", Image(decode=False))["image"][::-1]  # others
+    both = theirs.add_column("preview", stored).cast_column("preview", Image())
+    both = both.add_column("parity", [label % 2 for label in both["label"]])
+    both = both.cast_column("parity", ClassLabel(names=["even", "odd"]))
+    both = both.rename_columns({"image": "front", "label": "digit"})
+    both.to_parquet(tmp_path / "both" / "train.parquet")
+    theirs.to_parquet(tmp_path / "plain" / "validation.parquet")
+    given = ["--datasets", f"both={tmp_path}/both", f"plain={tmp_path}/plain@@validation", "--budgets", "1"]
+    given += ["--seeds", "2", "--architectures", "convnet-2", "--output_dir", str(tmp_path / "out"), *TINY]
+    with pytest.raises(ValueError, match="'both': Several columns .* --datasets_image_column and"):
+        compare.main(given)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    columns = ["--datasets_image_column", "both=front", "--datasets_label_column", "plain=label", "both=digit"]
+    compare.main([*given, *columns])
+    rows = {row["method"]: row["accuracies"] for row in results(tmp_path / "out")["rows"]}
+    assert rows["both"] == rows["plain"] and results(tmp_path / "out")["splits"]["test_split"] == "test"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="takes one column for all datasets, or name=column for some of"):
+        compare.main([*given, "--datasets_label_column", "ours=label"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    seen = {}
+
+    def recorded(path, name=None, **options):
+        seen[path] = (name, options)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(compare, "load_image_dataset", recorded)
+    with pytest.raises(FileNotFoundError):
+        compare.main([*given[:1], "peer=user/peer@ipc{budget}@@abc", *given[3:]])
+    assert seen == {"user/peer": ("ipc1", {"split": "train", "revision": "abc"})}
+
+
+def test_compare_refuses_sets_of_several_sizes(small, tmp_path):
+    digits = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
+    large = digits.map(lambda row: {"image": row["image"].resize((16, 16))})
+    large.to_parquet(tmp_path / "large.parquet")
+    given = ["--datasets", f"ours={small}/small1.parquet", f"peer={tmp_path}/large.parquet", "--budgets", "1"]
+    given += ["--seeds", "2", "--architectures", "convnet-2", "--output_dir", str(tmp_path / "out"), *TINY]
+    with pytest.raises(ValueError, match=r"ours \(1 per class\) 8x8; peer .* 16x16.*with --image_size, such as 8\."):
+        compare.main(given)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    compare.main([*given, "--image_size", "8"])  # as it says
+    assert "all images at 8 px" in (tmp_path / "out" / "table.md").read_text()
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_seeds_and_change_nothing(small, tmp_path):
     options = ["--dataset", str(small / "small2.parquet"), "--test_dataset", "digits", "--seeds", "2"]

@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from dsco_hf import DsCoPipeline
 from dsco_hf.features import ensure_preprocessing
 from dsco_hf.files import DamagedFileError
+from dsco_hf.model_loading import load_classifier, load_model
 from dsco_hf.weights import check_weights, explained_model, variants_of
 
 
@@ -140,3 +142,51 @@ def test_a_damaged_image_processor_is_no_reason_to_guess(make, tmp_path):
     path.write_text(path.read_text()[:50])
     with pytest.raises(DamagedFileError, match=f"{path} is damaged"):
         ensure_preprocessing(loaded)
+
+
+def test_a_classifier_is_loaded_or_its_fault_is_named(make, tmp_path):
+    model = make.resnet()
+    model.save_pretrained(tmp_path / "plain")
+    found = load_classifier(str(tmp_path / "plain"))
+    assert not found.training and same_weights(found, model)
+    model.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(ValueError, match="only as variant 'fp16': pass `variant='fp16'` to `from_pretrained`"):
+        load_classifier(str(tmp_path / "half"))
+    AutoModelForImageClassification.from_pretrained(tmp_path / "half", variant="fp16").save_pretrained(
+        tmp_path / "new"
+    )
+    assert same_weights(load_classifier(str(tmp_path / "new")), model)  # as it says
+    with pytest.raises(FileNotFoundError, match="has no 'plane'. Nearest: 'plain'"):
+        load_classifier(str(tmp_path / "plane"))
+    make.convnet(channels=3).save_pretrained(tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / "model.safetensors", tmp_path / "plain" / "model.safetensors")
+    with pytest.raises(DamagedFileError, match="holds the weights of another model"):
+        load_classifier(str(tmp_path / "plain"))
+
+
+def test_pickled_weights_of_a_classifier(make, tmp_path):
+    model = make.resnet()
+    model.save_pretrained(tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickles can run code .* pass `use_safetensors=False` to `from_pretrained`"):
+        load_classifier(str(tmp_path / "old"))
+    trusted = AutoModelForImageClassification.from_pretrained(tmp_path / "old", use_safetensors=False)
+    trusted.save_pretrained(tmp_path / "new")
+    assert same_weights(load_classifier(str(tmp_path / "new")), model)  # as it says
+
+
+def test_a_model_in_a_subfolder_with_its_own_processor(make, tmp_path):
+    model = make.resnet()
+    for name in ("image_size", "image_mean", "image_std"):
+        delattr(model.config, name)
+    model.save_pretrained(tmp_path / "part")
+    ViTImageProcessor(size={"height": 20, "width": 20}).save_pretrained(tmp_path / "part")
+    assert load_classifier(str(tmp_path), subfolder="part").config.image_size == 20
+    (tmp_path / "part" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(DamagedFileError, match=f"{tmp_path / 'part' / 'model.safetensors'} is damaged"):
+        load_model(AutoModelForImageClassification, str(tmp_path), subfolder="part")
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
