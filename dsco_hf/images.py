@@ -13,6 +13,7 @@ import torch
 from datasets import Image
 
 
+_DECODER = Image()
 _ALPHA = {"LA", "PA", "RGBA"}
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 # what a mode that is refused lacks, and what to do
@@ -54,6 +55,21 @@ def resize_and_crop(image: PIL.Image.Image, image_size: int) -> PIL.Image.Image:
     return image.crop((left, top, left + image_size, top + image_size))
 
 
+def decoded(value: dict[str, Any]) -> PIL.Image.Image:
+    """An image as `datasets` decodes it (upright), without a file that stays open whatever happens.
+
+    Args:
+        value (`dict`): `bytes`, or the `path` of a file, as `datasets` keeps images.
+
+    Raises:
+        Exception: of any kind, as Pillow's readers do for broken files.
+    """
+    if value["bytes"] is None and value["path"] is not None and Path(value["path"]).is_file():
+        # A reader of Pillow that fails, or has further frames, would keep the file that it opened.
+        value = {"bytes": Path(value["path"]).read_bytes(), "path": value["path"]}
+    return _DECODER.decode_example(value)
+
+
 def stored_at(value: dict[str, Any], image_size: int | None) -> dict[str, Any]:
     """An encoded image at a size: the very bytes of its file if it has that size (or any will do), else a PNG.
 
@@ -65,7 +81,7 @@ def stored_at(value: dict[str, Any], image_size: int | None) -> dict[str, Any]:
     if content is None and path is not None and Path(path).is_file():
         content = Path(path).read_bytes()
     if image_size is not None:
-        with Image().decode_example({"bytes": content, "path": path}) as image:
+        with decoded({"bytes": content, "path": path}) as image:
             if image.size != (image_size, image_size):
                 channels = 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3
                 array = image_array(image, channels, image_size)
@@ -94,7 +110,8 @@ def _convert(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
         image = PIL.Image.fromarray(_eight_bits(np.asarray(image), image.mode))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow would warn
-    image = image.convert(_PREMULTIPLIED.get(image.mode, image.mode))
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     return image.convert(mode)
 
 

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
-from .images import ignored_parts, image_array, pixels_from_arrays
+from .images import decoded, ignored_parts, image_array, pixels_from_arrays
 from .names import find_classes
 from .schema import AnyDataset, class_names, find_columns, resolved
 from .values import check_choice, plain_arguments
@@ -255,7 +255,7 @@ class _Reader:
 
     def _array(self, value: Any) -> np.ndarray | UnreadableImage:
         try:
-            with _DECODER.decode_example(value) as image:
+            with decoded(value) as image:
                 for part in ignored_parts(image):
                     self.ignored[part] += 1
                 return image_array(image, self.num_channels, self.image_size)
@@ -290,9 +290,6 @@ class _Reader:
             return None
         keys = torch.tensor([_key(array) for array in kept])
         return PixelBatch(pixels_from_arrays(np.stack(kept)), torch.tensor(kept_labels), torch.tensor(indices), keys)
-
-
-_DECODER = Image()
 
 
 class UnreadableImage(NamedTuple):

@@ -1,7 +1,9 @@
 """What every mode and form of an image means: values worked out by hand, as `docs/inputs.md` states the rules."""
 
+import gc
 import io
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from dsco_hf.data import load_pixels
 from dsco_hf.images import image_array, images_from_pixels, pixels_from_images
+from dsco_hf.pixels import iterate_pixels
 
 
 DOCS = Path(__file__).parents[1] / "docs" / "inputs.md"
@@ -209,3 +212,25 @@ def test_an_unreadable_image_is_named_by_row_and_file(tmp_path, caplog):
             load_pixels(dataset, num_channels=1)
         assert load_pixels(dataset, num_channels=1, on_error="skip")[2].tolist() == [0]  # the advice works
         assert name in caplog.text
+
+
+def test_no_file_stays_open_whatever_is_wrong_with_it(tmp_path):
+    frames = [PIL.Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 20, 30)]
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = 6
+    frames[0].save(tmp_path / "turned.jpg", format="MPO", save_all=True, append_images=frames[1:], exif=exif)
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "whole.png")
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:150])
+    names = ["turned.jpg", "moving.gif", "whole.png", "cut.png", "missing.png"]
+    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
+    rows = {"image": [str(tmp_path / name) for name in names], "label": [0] * len(names)}
+    dataset = Dataset.from_dict(rows, features=features)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batches = list(iterate_pixels(dataset, on_error="skip"))
+        gc.collect()
+    assert [warning for warning in caught if issubclass(warning.category, ResourceWarning)] == []
+    assert batches[0].indices.tolist() == [0, 1, 2]  # the others cannot be decoded
