@@ -12,13 +12,14 @@ from typing import Any
 
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from tqdm.auto import tqdm
 
 from .failures import NonFiniteError
 from .feature_spec import FeatureSource
 from .images import images_from_pixels, pixels_from_images
 from .kernels import mmd2
+from .made_targets import Targets, check_targets, make_targets
 from .memory import peak_bytes
 from .objectives import MATCHING, ClassifierObjective, class_means
 from .pipeline import DsCoPipeline, DsCoPipelineOutput
@@ -185,13 +186,14 @@ class UnitSampler:
     def __init__(
         self,
         pipe: DsCoPipeline,
-        targets: MatchingTargets | QuantileTargets | None,
+        targets: Targets | None,
         *,
         seed: int = 0,
         class_labels: Sequence[int | str] | None = None,
         **options: Any,
     ) -> None:
         check_options(options)
+        check_targets(targets)
         if isinstance(weights := options.get("classifier_objective"), Mapping):
             options["classifier_objective"] = ClassifierObjective(**weights)
         if targets is None and options.get("objective") != "classifier" and options.get("optimization_steps") != 0:
@@ -242,7 +244,10 @@ class UnitSampler:
 
 
 def concentrate(
-    pipe: DsCoPipeline, targets: MatchingTargets | QuantileTargets | None, images_per_class: int, **options: Any
+    pipe: DsCoPipeline,
+    targets: Targets | Dataset | IterableDataset | str | Sequence[int | str] | None,
+    images_per_class: int,
+    **options: Any,
 ) -> Dataset:
     """Draws a small dataset whose class means match the targets: [`concentrate_and_report`] without its report."""
     return concentrate_and_report(pipe, targets, images_per_class, **options)[0]
@@ -251,7 +256,7 @@ def concentrate(
 @plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
 def concentrate_and_report(
     pipe: DsCoPipeline,
-    targets: MatchingTargets | QuantileTargets | None,
+    targets: Targets | Dataset | IterableDataset | str | Sequence[int | str] | None,
     images_per_class: int,
     *,
     seed: int = 0,
@@ -271,8 +276,8 @@ def concentrate_and_report(
 
     Args:
         pipe (`DsCoPipeline`): the generator, and the classifier that the targets were made with.
-        targets (`MatchingTargets`, `QuantileTargets` or None): what to match; None draws plain samples, or optimises
-            `objective="classifier"`.
+        targets: what to match: targets, or what they are then made of, a dataset of real images or, data-free, a label
+            set's name or the generator's classes. None draws plain samples, or optimises `objective="classifier"`.
         images_per_class (`int`): at least 1.
         seed (`int`): with the class and the index it fixes an image's noise.
         class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes to draw; all if
@@ -292,6 +297,8 @@ def concentrate_and_report(
         ValueError: for a number of images below 1, or anything that the pipeline refuses.
         NonFiniteError: if an image or a gradient is not finite.
     """
+    check_options(options)
+    targets = make_targets(pipe, targets, options, seed=seed, progress=progress)
     sampler = UnitSampler(pipe, targets, seed=seed, class_labels=class_labels, **options)
     units = plan_units(
         len(sampler.class_names), images_per_class, block_size=block_size, images_per_call=images_per_call
@@ -404,9 +411,7 @@ def measure_discrepancy(
 
 
 def _classes(
-    pipe: DsCoPipeline,
-    targets: MatchingTargets | QuantileTargets | None,
-    class_labels: Sequence[int | str] | None,
+    pipe: DsCoPipeline, targets: Targets | None, class_labels: Sequence[int | str] | None
 ) -> tuple[list[int], list[str]]:
     """The generator's classes to draw, and their names in the dataset."""
     if targets is None:
@@ -426,9 +431,8 @@ def _classes(
 def count_calls(report: ConcentrationReport, output: DsCoPipelineOutput) -> None:
     """Adds what one call of the pipeline cost."""
     report.images += len(output.class_labels)
-    report.denoiser_calls += output.denoiser_calls
-    report.decoder_calls += output.decoder_calls
-    report.classifier_calls += output.classifier_calls
+    for name in ("denoiser_calls", "decoder_calls", "classifier_calls"):
+        setattr(report, name, getattr(report, name) + getattr(output, name))
 
 
 def peak_memory_bytes(pipe: DsCoPipeline) -> int:

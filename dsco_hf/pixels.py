@@ -254,6 +254,8 @@ class _Reader:
         return [array for part in parts for array in part]
 
     def _array(self, value: Any) -> np.ndarray | UnreadableImage:
+        if value is None:
+            return UnreadableImage(None, ValueError("there is none"))
         try:
             with decoded(value) as image:
                 for part in ignored_parts(image):

@@ -4,9 +4,16 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Image
+from datasets import ClassLabel, DatasetDict, Image
 
-from dsco_hf import MatchingTargets, QuantileTargets, concentrate, concentrate_and_report, measure_discrepancy
+from dsco_hf import (
+    MatchingTargets,
+    QuantileTargets,
+    concentrate,
+    concentrate_and_report,
+    concentrate_to_folder,
+    measure_discrepancy,
+)
 from dsco_hf.concentrate import PreviousBlocks, embed_pixels, pixels_from_images, plan_units
 from dsco_hf.data import images_from_pixels, load_pixels
 from dsco_hf.feature_spec import FeatureSource
@@ -53,6 +60,42 @@ def test_seed_and_repetition(pipe, targets):
     assert torch.equal(pixels_of(first), pixels_of(again))
     assert (pixels_of(first) - pixels_of(other)).flatten(1).norm(dim=1).min() > 0.1
     assert not set(first["seed"]) & set(other["seed"])
+
+
+def test_a_dataset_or_classes_in_place_of_targets(pipe, real_images):
+    made = MatchingTargets.from_dataset(real_images, pipe, progress=False)
+    assert torch.equal(
+        pixels_of(concentrate(pipe, real_images, 2, **OPTIONS)), pixels_of(concentrate(pipe, made, 2, **OPTIONS))
+    )
+    ridge_options = {**OPTIONS, "objective": "ridge"}
+    made = MatchingTargets.from_dataset(real_images, pipe, second_moment=True, progress=False)
+    first, again = (concentrate(pipe, given, 2, **ridge_options) for given in (real_images, made))
+    assert torch.equal(pixels_of(first), pixels_of(again))
+    sampling = {"num_inference_steps": 5, "guidance_scale": 1.0}
+    made = MatchingTargets.from_generator(pipe, ["square", "circle"], seed=3, progress=False, **sampling)
+    first, again = (concentrate(pipe, given, 2, seed=3, **OPTIONS) for given in (["square", "circle"], made))
+    assert torch.equal(pixels_of(first), pixels_of(again)) and first.features["label"].names == ["square", "circle"]
+    few = concentrate(pipe, real_images, 1, **{**OPTIONS, "objective": "quantile", "optimization_steps": 1})
+    assert list(few["label"]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("given", "objective", "message"), [
+    (7, "rkhs", "`targets` must be targets or None, got int. Make them of real images with"),
+    ("imagenet", "rkhs", "There is no label set 'imagenet'"),
+    (["circel"], "rkhs", "circel.*Nearest: 'circle'"),
+    (["circle"], "quantile", "matches real images: pass a dataset"),
+    (["circle"], "classifier", "pass None, and classes as `class_labels=`"),
+])  # fmt: skip
+def test_what_cannot_stand_for_targets(pipe, given, objective, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        concentrate(pipe, given, 1, objective=objective, **OPTIONS)
+
+
+def test_all_splits_and_targets_of_a_run(pipe, real_images, tmp_path):
+    with pytest.raises(TypeError, match=r"Got all splits, \['train'\]; choose one, for example `dataset\['train'\]`"):
+        concentrate(pipe, DatasetDict(train=real_images), 1, **OPTIONS)
+    with pytest.raises(TypeError, match="must be targets or None, got Dataset. Make them of real images with"):
+        concentrate_to_folder(pipe, real_images, 1, tmp_path / "run", **OPTIONS)
 
 
 @pytest.mark.parametrize("images_per_call", [1, 2, 4, 100])

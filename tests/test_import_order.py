@@ -50,6 +50,7 @@ ORDER = [
     "target_files",
     "targets",
     "quantile",
+    "made_targets",
     "objectives",
     "noise",
     "failures",
