@@ -38,8 +38,8 @@ from dsco_hf.evaluators import (
     summarise,
     train_job,
 )
+from dsco_hf.evaluators.checkpoints import settings_of
 from dsco_hf.evaluators.evaluation import run_environment
-from dsco_hf.evaluators.training import content_hash
 from dsco_hf.figures import accuracy_figure
 from dsco_hf.image_sizes import default_image_size, image_sizes
 from dsco_hf.methods import chance_level, dataset_title, network_title
@@ -177,22 +177,22 @@ def main(arguments: list[str] | None = None) -> None:
             progress=accelerator.is_local_main_process,
         )
 
-    def fingerprint(key: str) -> str:
+    def settings(key: str) -> dict[str, Any]:
         method, budget, network, seed = jobs[key]
         images = training_set(method, budget, seed)
-        return content_hash(
-            images.digest,
-            test.digest,
-            protocol,
-            teacher,
-            options,
-            recipe.compile,
-            accelerator.mixed_precision,
-            network,
-            seed,
+        return settings_of(
+            protocol=protocol,
+            images=images.digest,
+            test_images=test.digest,
+            teacher=teacher,
+            model_options=recipe.model_options,
+            compile=recipe.compile,
+            mixed_precision=accelerator.mixed_precision,
+            architecture=network,
+            seed=seed,
         )
 
-    finished = run_jobs(list(jobs), run, fingerprint=fingerprint, accelerator=accelerator, folder=output / "jobs")
+    finished = run_jobs(list(jobs), run, settings=settings, accelerator=accelerator, folder=output / "jobs")
     if not accelerator.is_main_process:
         return
     results = collect(recipe, finished, jobs, cells, {key: len(images.labels) for key, images in sets.items()}, real)

@@ -46,8 +46,8 @@ from dsco_hf.evaluators import (
     summarise,
     train_job,
 )
+from dsco_hf.evaluators.checkpoints import content_hash, settings_of
 from dsco_hf.evaluators.evaluation import read_job, run_environment
-from dsco_hf.evaluators.training import content_hash
 from dsco_hf.figures import accuracy_figure, sample_grid
 from dsco_hf.files import read_json, reading, whole, write_atomically
 from dsco_hf.folder import concentration_record, save_dataset_folder
@@ -601,16 +601,16 @@ class Experiment:
                 accelerator=self.accelerator, checkpoint=checkpoint, **options,
             )  # fmt: skip
 
-        def fingerprint(key: str) -> str:
+        def settings(key: str) -> dict[str, Any]:
             name, seed = jobs[key]
-            return content_hash(
-                self.protocol, options, sets[name].digest, self.test.digest, seed, teacher,
-                self.accelerator.mixed_precision,
+            return settings_of(
+                protocol=self.protocol, options=options, images=sets[name].digest, test_images=self.test.digest,
+                seed=seed, teacher=teacher, mixed_precision=self.accelerator.mixed_precision,
             )  # fmt: skip
 
         for key in list(jobs)[self.rank :: self.world]:
             if not self.out_of_time():
-                run_job(key, train, fingerprint=fingerprint, folder=self.output / "evaluators")
+                run_job(key, train, settings=settings, folder=self.output / "evaluators")
         self.accelerator.wait_for_everyone()
 
     def collect(self) -> dict[str, Any]:

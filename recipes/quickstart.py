@@ -45,8 +45,8 @@ from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import select_per_class
 from dsco_hf.evaluators import herd_per_class, load_image_set, run_job, summarise, train_job
 from dsco_hf.evaluators.augmentation import RandomShift
+from dsco_hf.evaluators.checkpoints import settings_of
 from dsco_hf.evaluators.evaluation import read_job, run_environment
-from dsco_hf.evaluators.training import content_hash
 from dsco_hf.feature_figures import feature_figure
 from dsco_hf.figures import accuracy_figure, sample_grid
 from dsco_hf.files import read_json, reading, whole, write_atomically, write_json
@@ -405,14 +405,15 @@ def train_evaluators(run: Run, sets: dict[str, Dataset], *, rank: int, world: in
             images[name], run.test, seed=seed, protocol=run.protocol, accelerator=run.accelerator, **EVALUATOR
         )
 
-    def fingerprint(key: str) -> str:
+    def settings(key: str) -> dict[str, Any]:
         name, seed = jobs[key]
-        return content_hash(run.protocol, EVALUATOR, images[name].digest, run.test.digest, seed)
+        digests = {"images": images[name].digest, "test_images": run.test.digest}
+        return settings_of(protocol=run.protocol, evaluator=EVALUATOR, seed=seed, **digests)
 
     # The long ones first, dealt out like cards, so that the processes end together.
     mine = sorted(jobs, key=lambda key: (-len(images[jobs[key][0]].labels), key))[rank::world]
     for key in tqdm(mine, desc="Evaluators", unit="run", disable=not run.accelerator.is_main_process):
-        run_job(key, train, fingerprint=fingerprint, folder=run.evaluators)
+        run_job(key, train, settings=settings, folder=run.evaluators)
     return {name: [key for key, (owner, _) in jobs.items() if owner == name] for name in images}
 
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, load_splits, load_test_split
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
+from dsco_hf.evaluators.checkpoints import settings_of
 from dsco_hf.evaluators.evaluation import (
     load_image_set,
     run_environment,
@@ -34,7 +35,6 @@ from dsco_hf.evaluators.evaluation import (
     summarise,
     train_job,
 )
-from dsco_hf.evaluators.training import content_hash
 from dsco_hf.model_loading import load_classifier
 from dsco_hf.schema import nearest
 
@@ -140,20 +140,20 @@ def main(arguments: list[str] | None = None) -> None:
             progress=accelerator.is_local_main_process,
         )
 
-    parts = (
-        train.digest,
-        test.digest,
-        protocol,
-        teacher,
-        model_options,
-        recipe.best,
-        recipe.compile,
-        accelerator.mixed_precision,
+    shared = settings_of(
+        protocol=protocol,
+        images=train.digest,
+        test_images=test.digest,
+        teacher=teacher,
+        model_options=recipe.model_options,
+        best=recipe.best,
+        compile=recipe.compile,
+        mixed_precision=accelerator.mixed_precision,
     )
     finished = run_jobs(
         list(jobs),
         run,
-        fingerprint=lambda key: content_hash(*parts, jobs[key]),
+        settings=lambda key: {**shared, "architecture": jobs[key][0], "seed": jobs[key][1]},
         accelerator=accelerator,
         folder=output / "jobs",
     )

@@ -63,7 +63,7 @@ def test_the_checkpoint_of_an_evaluator(tmp_path):
         tmp_path
     )
     (tmp_path / "model.safetensors").replace(path)
-    with pytest.raises(DamagedFileError, match=f"{path} is damaged: .*'fingerprint'"):
+    with pytest.raises(DamagedFileError, match=f"{path} is damaged: .*'settings'"):
         train()
 
 
@@ -119,7 +119,7 @@ def test_features_that_wait_on_the_disk(tmp_path):
 
 def test_results_of_jobs(tmp_path, caplog):
     def job(result):
-        run_job("a", lambda key, checkpoint: {"accuracy": result}, fingerprint=lambda key: "f", folder=tmp_path)
+        run_job("a", lambda key, checkpoint: {"accuracy": result}, settings=lambda key: {"seed": 1}, folder=tmp_path)
 
     job(0.5)
     all_named(tmp_path / "a.json", lambda: read_job(tmp_path / "a.json"))

@@ -117,8 +117,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     protocol = get_protocol("quick", epochs=3)
     train(protocol=protocol, checkpoint=path, checkpoint_seconds=0)
-    for changed in ({"seed": 4}, {"protocol": get_protocol("quick", epochs=4)}, {"data": toy(seed=1)}):
-        with pytest.raises(ValueError, match="belongs to another run"):
+    for changed, told in (
+        ({"seed": 4}, "seed: 3 there, 4 now"),
+        ({"protocol": get_protocol("quick", epochs=4)}, "epochs: 3 there, 4 now"),
+        ({"data": toy(seed=1)}, "images: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now"),
+    ):
+        with pytest.raises(ValueError, match=rf"belongs to another run \({told}.*\)\. Set them as they were"):
             train(**{"protocol": protocol, "checkpoint": path, **changed})
 
 
@@ -235,7 +239,7 @@ def test_weights_that_are_no_numbers_never_replace_a_checkpoint(tmp_path):
 
 def _good_checkpoint(path, protocol):
     """The checkpoint of a run that was killed before its first step went wrong."""
-    from dsco_hf.evaluators.training import _Run, content_hash
+    from dsco_hf.evaluators.training import _Run
 
     torch.manual_seed(0)
     model, (pixels, labels) = builder()(), toy()
@@ -250,7 +254,7 @@ def _good_checkpoint(path, protocol):
         accelerator=Accelerator(),
         distributed=False,
     )
-    run.save(path, content_hash(model.config.to_json_string(), protocol, 3, pixels, labels, None))
+    run.save(path, run.settings())
     return path
 
 

@@ -1,7 +1,8 @@
-"""Checkpoints of a training: one safetensors file that is whole or absent, and a hash that tells whose it is."""
+"""Checkpoints of a training: one safetensors file that is whole or absent, and the settings that tell whose it is."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,15 +15,16 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..files import explained, reading, whole
+from ..values import plain
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, fingerprint: str, **metadata: Any) -> None:
-    """Writes tensors, the fingerprint of the run and JSON values into a file, whose folder is made.
+def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], **metadata: Any) -> None:
+    """Writes tensors and JSON values, the settings of the run among them, into a file, whose folder is made.
 
     Raises:
         RunError: if it cannot be written.
     """
-    texts = {"fingerprint": fingerprint, **{name: json.dumps(value) for name, value in metadata.items()}}
+    texts = {name: json.dumps(value) for name, value in metadata.items()}
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
@@ -31,7 +33,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], *, fingerp
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metadata (`fingerprint`, `progress`, `scaler`) and tensors of a checkpoint.
+    """Metadata (`settings`, `progress`, `scaler`) and tensors of a checkpoint.
 
     Raises:
         DamagedFileError: if it is truncated, or something else.
@@ -39,10 +41,41 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     remedy = "No training can go on from it: delete it to start anew, or write to another file."
     with reading(path, remedy), safe_open(path, framework="pt") as file:
         texts = dict(file.metadata() or {})
-        metadata: dict[str, Any] = {"fingerprint": texts["fingerprint"]}
-        metadata |= {name: json.loads(texts[name]) for name in ("progress", "scaler")}
+        metadata = {name: json.loads(texts[name]) for name in ("settings", "progress", "scaler")}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
     return metadata, tensors
+
+
+def settings_of(**parts: Any) -> dict[str, Any]:
+    """All that a result depends on, by name, as JSON values.
+
+    Args:
+        parts: fields of dataclasses and entries of mappings go by their own names; tensors and models by a hash of
+            their content.
+    """
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            found |= dataclasses.asdict(part)
+        elif isinstance(part, Mapping):
+            found |= part
+        elif isinstance(part, torch.Tensor | PreTrainedModel):
+            found[name] = content_hash(part)[:16]
+        else:
+            found[name] = part
+    return json.loads(json.dumps(plain(found), default=repr))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ, with both values: "learning_rate: 0.1 there, 0.2 now"; "" if none does."""
+    differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    texts = [f"{name}: {_short(before.get(name))} there, {_short(now.get(name))} now" for name in differing]
+    return "; ".join(texts[:10]) + "; …" * (len(texts) > 10)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def content_hash(*parts: Any) -> str:

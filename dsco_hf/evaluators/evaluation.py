@@ -29,10 +29,11 @@ from ..files import DamagedFileError, read_json, write_json
 from ..image_sizes import default_image_size
 from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
 from ..values import plain, plain_arguments
+from .checkpoints import content_hash, differences
 from .checks import class_columns
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
-from .training import content_hash, train_evaluator
+from .training import train_evaluator
 
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate")
@@ -273,7 +274,7 @@ def run_jobs(
     keys: Sequence[str],
     run: Callable[[str, Path], dict[str, Any]],
     *,
-    fingerprint: Callable[[str], str],
+    settings: Callable[[str], Mapping[str, Any]],
     accelerator: Accelerator,
     folder: str | Path,
 ) -> dict[str, dict[str, Any]]:
@@ -282,7 +283,7 @@ def run_jobs(
     Args:
         keys (`Sequence[str]`): names of the jobs, fit for file names.
         run (`Callable`): does the job of that name, with a path for its checkpoint.
-        fingerprint (`Callable`): a hash of all that decides the job's result.
+        settings (`Callable`): all that decides the job's result, by name; see `checkpoints.settings_of`.
         accelerator (`Accelerator`): of the launch.
         folder (`str` or `Path`): shared by the processes; `<key>.json` are the results.
 
@@ -294,30 +295,35 @@ def run_jobs(
     """
     with accelerator.split_between_processes(list(keys)) as mine:
         for key in mine:
-            run_job(key, run, fingerprint=fingerprint, folder=folder)
+            run_job(key, run, settings=settings, folder=folder)
     accelerator.wait_for_everyone()
     return {key: read_job(Path(folder) / f"{key}.json") for key in keys}
 
 
 def run_job(
-    key: str, run: Callable[[str, Path], dict[str, Any]], *, fingerprint: Callable[[str], str], folder: str | Path
+    key: str,
+    run: Callable[[str, Path], dict[str, Any]],
+    *,
+    settings: Callable[[str], Mapping[str, Any]],
+    folder: str | Path,
 ) -> None:
     """Does one job unless its result is there; arguments as for [`run_jobs`]. Other processes may be at other jobs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, checkpoint, identity = folder / f"{key}.json", folder / f"{key}.safetensors", fingerprint(key)
+    path, checkpoint, identity = folder / f"{key}.json", folder / f"{key}.safetensors", dict(settings(key))
     if path.exists():
         try:
             stored = read_job(path)
         except DamagedFileError as error:
             logger.warning("%s It is done again.", error)
         else:
-            if stored["fingerprint"] != identity:
+            if changed := differences(stored["settings"], identity):
                 raise ValueError(
-                    f"{path} was made with other settings or data. Remove {folder}, or write to another folder."
+                    f"{path} was made with other settings or data ({changed}). Set them as they were, remove "
+                    f"{folder}, or write to another folder."
                 )
             return
-    result = {**run(key, checkpoint), "fingerprint": identity}
+    result = {**run(key, checkpoint), "settings": identity}
     write_json(path, plain(result))
     checkpoint.unlink(missing_ok=True)
 
@@ -326,8 +332,8 @@ def read_job(path: Path) -> dict[str, Any]:
     """The stored result of a job; [`~dsco_hf.files.DamagedFileError`] if it is damaged."""
     remedy = "Delete it, and run the same command again: that job is done again."
     result = read_json(path, remedy)
-    if not isinstance(result.get("fingerprint"), str):
-        raise DamagedFileError(f"{path} is no result of a job: it has no fingerprint. {remedy}")
+    if not isinstance(result.get("settings"), dict):
+        raise DamagedFileError(f"{path} is no result of a job: it has no settings. {remedy}")
     return result
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from .augmentation import Augmented, augment
 from .batches import epoch_batches as epoch_batches
 from .batches import epoch_seed, part_size, predict_logits
 from .batches import fast_layout as fast_layout
-from .checkpoints import content_hash, read_checkpoint, write_checkpoint
+from .checkpoints import content_hash as content_hash
+from .checkpoints import differences, read_checkpoint, settings_of, write_checkpoint
 from .checks import check_images, check_label_source, class_columns, model_classes
 from .losses import hard_label_loss, soft_label_loss
 from .protocols import Protocol, by_budget, learning_rate_factor
@@ -250,22 +251,34 @@ class _Run:
         every = max(1, int(every * self.epochs) if every < 1 else int(every))
         return self.epoch >= self.protocol.best_from * self.epochs and self.epoch % every == 0
 
-    def save(self, path: Path, fingerprint: str) -> None:
+    def settings(self) -> dict[str, Any]:
+        """All that the weights at the end depend on."""
+        return settings_of(
+            protocol=self.protocol,
+            network=self.model.config.to_diff_dict(),
+            seed=self.seed,
+            images=self.pixels,
+            labels=self.labels,
+            soft_labels=self.log_soft_labels,
+            teacher=self.teacher,
+        )
+
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Writes everything a resume needs into one safetensors file, which is whole or absent."""
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         tensors["losses"] = self.losses[: self.steps]
         progress = {name: getattr(self, name) for name in PROGRESS}
-        write_checkpoint(path, tensors, fingerprint=fingerprint, progress=progress, scaler=self.scaler.state_dict())
+        write_checkpoint(path, tensors, settings=settings, progress=progress, scaler=self.scaler.state_dict())
 
-    def load(self, path: Path, fingerprint: str) -> None:
+    def load(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Takes up a checkpoint of `save`."""
         metadata, tensors = read_checkpoint(path)
-        if metadata["fingerprint"] != fingerprint:
+        if changed := differences(metadata["settings"], settings):
             raise ValueError(
-                f"The checkpoint {path} belongs to another run: its protocol, seed, network or images differ from "
-                "the ones given. Delete it to start anew, or write to another folder."
+                f"The checkpoint {path} belongs to another run ({changed}). Set them as they were to go on, delete it "
+                "to start anew, or write to another folder."
             )
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         states: dict[int, dict[str, torch.Tensor]] = {}
@@ -377,13 +390,12 @@ def _train(
     progress: bool,
 ) -> float:
     """Runs the epochs that are left, looking at `test` on the way if it is given; the mean loss of the last epoch."""
-    fingerprint = ""
+    settings: dict[str, Any] = {}
     if checkpoint is not None:
-        config = run.model.config.to_json_string()
-        fingerprint = content_hash(config, run.protocol, run.seed, run.pixels, run.labels, run.log_soft_labels)
+        settings = run.settings()
         remove_partials(checkpoint.parent, checkpoint.name)
         if checkpoint.exists():
-            run.load(checkpoint, fingerprint)
+            run.load(checkpoint, settings)
     checked, saved = run.steps, time.perf_counter()
     if progress:
         run.pace = Pace(
@@ -405,7 +417,7 @@ def _train(
         if checkpoint is not None and due:
             run.check_weights(checkpoint)
             if run.world == 1 or run.accelerator.is_main_process:
-                run.save(checkpoint, fingerprint)
+                run.save(checkpoint, settings)
             saved = time.perf_counter()
         if on_epoch is not None:
             on_epoch({**metrics, "loss": run.losses[start : run.steps].mean().item()})
