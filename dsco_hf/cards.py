@@ -15,6 +15,7 @@ from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.metadata import MetadataConfigs
 
+from .config_records import REPOSITORY, as_description, by_config, can_be_remade, how_made, method_label, shared, ways
 from .markdown import (
     BEGIN_MARK,
     END_MARK,
@@ -46,40 +47,11 @@ COLUMNS = {
     "real_index": "row of the image in the source dataset; -1 for a synthetic image",
     "soft_label": "class probabilities of the teacher",
 }
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-PARTS = {
-    "source": "source data",
-    "generator": "generator",
-    "classifier": "classifier",
-    "classifier_2": "second classifier",
-    "preview_vae": "preview decoder",
-    "targets": "targets",
-    "environment": "computed on",
-    "doping": "doping",
-    "generator_check": "plain samples",
-}
 CAPTIONS = {
     "samples": "Samples",
     "accuracy": "Test accuracy against images per class",
     "features": "Features of the whole class and of the concentrated images",
     "cost": "Synthesis cost against images per class",
-}
-
-_PAPER = "[arXiv 2603.27987](https://arxiv.org/abs/2603.27987)"
-_NOISE = "The sampling noise of a frozen class-conditional diffusion model was optimised so that"
-# What was done for each objective, and with each way to choose real images.
-_DRAWN = {
-    "rkhs": f"{_NOISE} the few images drawn for a class together match the features of the whole class.",
-    "ridge": f"{_NOISE} a ridge regression trained on the few images makes the smallest error on all of the source.",
-    "quantile": f"{_NOISE} at every step the features of the latents have the quantiles of those of real images.",
-    "classifier": f"{_NOISE} a classifier is sure of every image and finds its own statistics; nothing was matched.",
-    "nopt": f"{_NOISE} the few images of a class together teach what the whole class does.",
-    "plain": "The synthetic images are plain samples of a class-conditional diffusion model: nothing was optimised.",
-}
-_ADDED = {
-    "herding": "Real images were added that fill best what the synthetic ones leave unmatched.",
-    "clarity": "Real images were added that students of the synthetic ones find least clear.",
-    "random": "Real images were added at random.",
 }
 
 
@@ -185,11 +157,17 @@ def combined_license(source: str | None, generator: str | None) -> dict[str, str
     return {"license": "other", "license_name": f"{source}-and-{generator}"}
 
 
+def _shared(records: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """What is recorded alike for all configs of their source or generator."""
+    found = shared(record.get(key) for record in records.values())
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
 def _licenses(
-    concentration: Mapping[str, Any], fields: DatasetCardFields
+    records: Mapping[str, Mapping[str, Any]], fields: DatasetCardFields
 ) -> tuple[str | None, str | None, dict[str, str]]:
-    generator = concentration.get("generator") or {}
-    source_license = fields.source_license or (concentration.get("source") or {}).get("license")
+    generator = _shared(records, "generator")
+    source_license = fields.source_license or _shared(records, "source").get("license")
     generator_license = (
         fields.generator_license or generator.get("license") or KNOWN_GENERATOR_LICENSES.get(str(generator.get("id")))
     )
@@ -251,13 +229,14 @@ def dataset_metadata(
         configs[name] = {"data_files": [{"split": split, "path": f"data/{name}/{split}-*"} for split in splits]}
         if name == default_config:
             configs[name]["default"] = True
-    source = (concentration.get("source") or {}).get("dataset")
-    license = _licenses(concentration, fields)[2]
+    records = by_config(concentration)
+    source = _shared(records, "source").get("dataset")
+    license = _licenses(records, fields)[2]
     data = huggingface_hub.DatasetCardData(
         license=license["license"],
         license_name=license.get("license_name"),
         language=fields.language or None,
-        pretty_name=" ".join((fields.pretty_name or _pretty_name(concentration)).split())[:120],
+        pretty_name=" ".join((fields.pretty_name or _pretty_name(source)).split())[:120],
         task_categories=["image-classification"],
         size_categories=[size_category(total)],
         tags=sorted({*TAGS, *fields.tags}),
@@ -265,12 +244,17 @@ def dataset_metadata(
     )
     DatasetInfosDict(infos).to_dataset_card_data(data)
     MetadataConfigs(configs).to_dataset_card_data(data)
-    return {key: value for key, value in data.to_dict().items() if value is not None}
+    metadata = {key: value for key, value in data.to_dict().items() if value is not None}
+    # `datasets` reads a description from here as well, so that a set that is loaded says what it was drawn with.
+    entries = metadata["dataset_info"] if len(infos) > 1 else [metadata["dataset_info"]]
+    for entry in entries:
+        if record := records[entry.get("config_name", "default")]:
+            entry["description"] = as_description(record)
+    return metadata
 
 
-def _pretty_name(concentration: Mapping[str, Any]) -> str:
-    source = str((concentration.get("source") or {}).get("dataset") or "An image dataset")
-    return f"{last_part(source)}, concentrated"
+def _pretty_name(source: Any) -> str:
+    return f"{last_part(str(source or 'An image dataset'))}, concentrated"
 
 
 def _column_rows(features: Features) -> list[tuple[Trusted, Trusted]]:
@@ -299,10 +283,12 @@ def _soft_label_help(features: Features) -> Trusted | None:
             '    dense = np.full(num_classes, rest / max(1, num_classes - len(soft_label["indices"])))\n'
             '    dense[soft_label["indices"]] = soft_label["probabilities"]\n    return dense\n```'
         )
+    kind = str(getattr(getattr(features["soft_label"], "feature", None), "dtype", "a list"))
+    if kind == "float16":
+        kind = "half precision (relative error below 0.05 % for all above 0.0001): convert to float32 and"
     return Trusted(
-        "`soft_label` holds one probability per class, stored in half precision (relative error below 0.05 %): "
-        "convert to "
-        "float32 and divide by the sum before use."
+        f"`soft_label` holds one probability per class, stored in {kind}"
+        f"{'' if kind.endswith('and') else ':'} divide by the sum before use."
     )
 
 
@@ -312,10 +298,10 @@ def _template_values(
     results: Mapping[str, Any] | None,
     figures: Sequence[str],
 ) -> dict[str, Any]:
-    configs = concentration["configs"]
+    configs, records = concentration["configs"], by_config(concentration)
     default = concentration.get("default_config") or next(iter(configs))
-    source, generator = concentration.get("source") or {}, concentration.get("generator") or {}
-    source_license, generator_license, license = _licenses(concentration, fields)
+    source, generator = _shared(records, "source"), _shared(records, "generator")
+    source_license, generator_license, license = _licenses(records, fields)
     features = Features.from_dict(configs[default]["features"])
     names = features["label"].names
     shown = ", ".join(escape_markdown(name, max_length=60) for name in names[:100])
@@ -326,7 +312,7 @@ def _template_values(
             config_rows.append(
                 {
                     "config": Trusted(name),
-                    "method": find_method(method).label if (method := _method(concentration, entry)) else "–",
+                    "method": method_label(records[name]),
                     "split": Trusted(split),
                     "default": name == default,
                     "rows": info["rows"],
@@ -338,10 +324,10 @@ def _template_values(
     source_name = escape_id(source.get("dataset") or "not recorded")
     rows = f"the {format_number(source['rows'])} images of " if isinstance(source.get("rows"), int) else ""
     return {
-        "pretty_name": fields.pretty_name or _pretty_name(concentration),
+        "pretty_name": fields.pretty_name or _pretty_name(source.get("dataset")),
         "description": fields.description,
         "summary": Trusted(_summary(configs, default, len(names))),
-        "how_sentence": Trusted(how_made(concentration)),
+        "how_sentence": Trusted(how_made(records)),
         "source_sentence": Trusted(f"{rows}{source_name}" if source.get("dataset") else "its much larger source"),
         "warnings": _license_warnings(source_license, generator_license),
         "load_path": Trusted(fields.repo_id or "path/to/this/folder"),
@@ -356,10 +342,9 @@ def _template_values(
         "accuracy_rows": accuracy_table(results),
         "seeds_sentence": Trusted(_seeds_sentence(results)),
         "protocol": parameter_rows((results or {}).get("config")),
-        "provenance": _provenance(concentration),
-        "can_be_remade": _can_be_remade(concentration, default),
-        "parameters": parameter_rows(_recorded(concentration, "parameters")),
-        "cost": _cost(_recorded(concentration, "cost")),
+        **ways(records),
+        "can_be_remade": can_be_remade(records[default]),
+        "changed": any(record.get("changed") for record in records.values()),
         "has_real": any(
             (info["sources"] or {}).get("real") for e in configs.values() for info in e["splits"].values()
         ),
@@ -371,82 +356,15 @@ def _template_values(
     }
 
 
-def how_made(concentration: Mapping[str, Any]) -> str:
-    """What was really done, by the records of the configs: one sentence for each way in which images were made."""
-    records = [{**concentration, **entry} for entry in concentration["configs"].values()]
-    drawn, added = [], []
-    for record in records:
-        parameters, doping = (
-            value if isinstance(value := record.get(key), Mapping) else {} for key in ("parameters", "doping")
-        )
-        method = str(record.get("method") or "")
-        objective = parameters.get("objective") or ("nopt" if method.startswith("nopt") else "")
-        drawn.append(_DRAWN.get("plain" if method.startswith("plain") else str(objective), ""))
-        added.append(_ADDED.get(str(doping.get("strategy")), ""))
-    sentences = [text for text in dict.fromkeys([*drawn, *added]) if text]
-    if not any(drawn):
-        sentences.insert(0, "How its images were made is not recorded.")
-    return " ".join(sentences) + f" Written with `dsco_hf` ({_PAPER})."
-
-
 def _summary(configs: Mapping[str, Any], default: str, num_classes: int) -> str:
     rows = next(iter(configs[default]["splits"].values()))["rows"]
     others = f"; {len(configs)} sizes to choose from" if len(configs) > 1 else ""
     return f"{format_number(rows)} images of {num_classes} classes{others}"
 
 
-def _method(concentration: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
-    return str(entry.get("method") or concentration.get("method") or "")
-
-
 def _caption(path: str) -> str:
     stem = Path(path).stem
     return CAPTIONS.get(stem, stem.replace("_", " "))
-
-
-def _can_be_remade(concentration: Mapping[str, Any], config: str) -> bool:
-    """Whether the records of a config name all that others need: a repository, targets, and parameters."""
-    record = {**concentration, **concentration["configs"][config]}
-    generator, targets = record.get("generator"), record.get("targets")
-    published = isinstance(generator, Mapping) and REPOSITORY.fullmatch(str(generator.get("id")))
-    matched = not targets or isinstance(targets, Mapping) and ("path" in targets or "id" in targets)
-    return bool(published and matched and isinstance(record.get("parameters"), Mapping))
-
-
-def _provenance(concentration: Mapping[str, Any]) -> list[tuple[str, Trusted]]:
-    rows = [("method", concentration.get("method")), ("seed", concentration.get("seed"))]
-    for key, title in PARTS.items():
-        entry = concentration.get(key)
-        if isinstance(entry, Mapping):
-            main = "dataset" if key == "source" else "id"
-            rows.append((title, entry.get(main)))
-            rows += [(f"{title}: {k}", v) for k, v in entry.items() if k not in (main, "license", "names")]
-    versions = concentration.get("versions")
-    if isinstance(versions, Mapping):
-        rows.append(("made with", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    return [(Trusted(escape_markdown(k)), Trusted(escape_id(v))) for k, v in rows if v is not None]
-
-
-def _recorded(concentration: Mapping[str, Any], key: str) -> object:
-    """What is recorded for the whole dataset, or by config where configs have records of their own."""
-    configs, common = concentration["configs"], concentration.get(key)
-    own = {name: entry[key] for name, entry in configs.items() if entry.get(key)}
-    if not own:
-        return common
-    return {**({"other configs": common} if common and len(own) < len(configs) else {}), **own}
-
-
-def _cost(cost: object, prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in cost.items() if isinstance(cost, Mapping) else ():
-        if isinstance(value, Mapping):
-            rows += _cost(value, f"{key}: ")
-            continue
-        number = format_number(value, digits=1)
-        if key.endswith("_bytes") and isinstance(value, int):
-            key, number = key.removesuffix("_bytes"), f"{value / 2**20:,.0f} MiB"
-        rows.append((f"{prefix}{key.replace('_', ' ')}", number if number != "–" else str(value)))
-    return rows
 
 
 def render_dataset_card(

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import PIL.Image
 import torch
 from datasets import Dataset, Image, concatenate_datasets
 from transformers import PreTrainedModel
 
+from .clarity import clarity as clarity
+from .clarity import clarity_scores as clarity_scores
+from .clarity import student_protocol
 from .concentrate import SOURCES, embed_pixels, row_features
 from .data import dataset_fingerprint, load_pixels, present_classes
+from .digests import model_sha256, targets_sha256
 from .evaluators import predict_logits
-from .evaluators.checks import class_columns, model_classes
-from .evaluators.evaluation import ImageSet, evaluator_builder
-from .evaluators.protocols import Protocol, get_protocol
-from .evaluators.training import train_evaluator
-from .image_sizes import default_image_size
+from .evaluators.checks import class_columns
+from .evaluators.protocols import Protocol, protocol_to_dict
 from .images import stored_at
 from .kernels import herd
 from .labels import class_mapping
-from .names import find_classes
 from .objectives import class_margin
 from .pipeline import DsCoPipeline
 from .pixels import class_places, place_of
 from .schema import class_names, find_columns
-from .seeds import image_seed
 from .set_records import record_of, with_record
+from .shards import rows_record, synthetic_rows
 from .targets import MatchingTargets
 from .values import check_choice, check_real, check_whole, plain_arguments
 
@@ -88,8 +88,8 @@ def dope(
         class_wise (`bool`, *optional*): fill every class to the same number. If False, "clarity" ranks over the whole
             dataset; the others always go by class. By default True with `images_per_class`, False with `total`.
         image_size (`int` or `str`, *optional*): what the chosen images are stored at: "original", or a size to resize
-            and crop to. By default that of the images of `small`. Files that have that size already are kept as they
-            are; the others become PNGs.
+            and crop to. By default that of the images of `small`, which then must have one. Files that have that size
+            already are kept as they are; the others become PNGs.
         image_column (`str`, *optional*): of `real`, where there are several of the kind.
         label_column (`str`, *optional*): of `real`, where there are several of the kind.
         seed (`int`): of the random choice and the student.
@@ -100,9 +100,9 @@ def dope(
             [`concentrate`], and no others.
 
     Raises:
-        ValueError: for class names that differ, a budget smaller than `small` or larger than the data, less than one
-            student or several beside a given one, a missing classifier, or for "clarity" one that was trained on
-            other classes.
+        ValueError: for class names that differ, images of several sizes in `small` without `image_size`, a budget
+            smaller than `small` or larger than the data, less than one student or several beside a given one, a
+            missing classifier, or for "clarity" one that was trained on other classes.
     """
     check_choice("strategy", strategy, STRATEGIES)
     if num_students < 1 or (student is not None and num_students > 1):
@@ -116,7 +116,7 @@ def dope(
         )
     record = record_of(small) or {}
     small = as_concentrated(small)
-    names = class_names(small)
+    names, stored_size = class_names(small), check_size(image_size, small)
     columns = {"image_column": image_column, "label_column": label_column}
     pool = _Pool.of(real, names, **columns)
     class_wise = total is None if class_wise is None else class_wise
@@ -136,14 +136,41 @@ def dope(
             order = clarity(small, pool.dataset, *ask).argsort(stable=True)
             chosen = torch.cat([order[pool.labels[order] == row][:count] for row, count in enumerate(wanted)])
     doping = {"strategy": strategy, "images_per_class": images_per_class, "total": total, "class_wise": class_wise}
-    if strategy == "clarity":
-        protocol = protocol if isinstance(protocol, str) else protocol.name
-        doping |= {"protocol": protocol, "architecture": architecture, "num_students": num_students}
-    doping |= {"seed": seed, "real_fingerprint": dataset_fingerprint(real, **columns)}
-    method = f"{record['method']}+doping" if "method" in record else None
-    mixed = concatenate_datasets([small, _as_rows(pool, chosen, small, image_size)])
-    given = {"method": method, "doping": doping}
+    doping |= {"image_size": stored_size or "original", "seed": seed, **_asked(strategy, names, targets, *ask[:5])}
+    doping |= {"real_fingerprint": dataset_fingerprint(real, **columns), "real_rows": len(real), **columns}
+    if record.get("doping") is not None:  # real images were in it before
+        doping["before"] = record["doping"]
+    mixed = concatenate_datasets([small, _as_rows(pool, chosen, small, stored_size)])
+    given = {
+        "synthetic": record.get("synthetic") or rows_record(synthetic_rows(small)),
+        "method": f"{record['method'].removesuffix('+doping')}+doping" if "method" in record else None,
+        "doping": doping,
+        "doped": rows_record(mixed),
+    }
     return with_record(mixed, {**record, **{key: value for key, value in given.items() if value is not None}})
+
+
+def _asked(
+    strategy: str,
+    names: Sequence[str],
+    targets: MatchingTargets | None,
+    pipe: DsCoPipeline | None,
+    student: PreTrainedModel | None,
+    protocol: str | Protocol,
+    architecture: str,
+    num_students: int,
+) -> dict[str, Any]:
+    """What a strategy took beside the images, for the record: in full, so that it can be repeated."""
+    if strategy == "random":
+        return {}
+    if strategy == "herding":
+        made = {"classifier_sha256": model_sha256(pipe.classifier)} if pipe is not None and pipe.classifier else {}
+        return made | ({} if targets is None else {"targets_sha256": targets_sha256(targets)})
+    if student is not None:
+        return {"student": {"architecture": type(student).__name__, "sha256": model_sha256(student)}}
+    teacher, used = student_protocol(pipe, names, protocol)
+    told = {"protocol": protocol_to_dict(used), "architecture": architecture, "num_students": num_students}
+    return told | ({} if teacher is None else {"teacher_sha256": model_sha256(teacher)})
 
 
 def as_concentrated(small: Dataset) -> Dataset:
@@ -203,60 +230,6 @@ class _Pool:
         )
 
 
-def clarity_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """p[y] - max_{k≠y} p[k]: `(N, K)` and `(N,)` → `(N,)` in [-1, 1]. Low where a student is wrong or in doubt."""
-    own = probabilities.gather(1, labels[:, None])[:, 0]
-    return own - probabilities.scatter(1, labels[:, None], float("-inf")).max(dim=1).values
-
-
-@plain_arguments(num_students=1)
-def clarity(
-    small: Dataset,
-    real: Dataset,
-    pipe: DsCoPipeline | None,
-    student: PreTrainedModel | None = None,
-    protocol: str | Protocol = "quick",
-    architecture: str = "convnet",
-    num_students: int = 1,
-    seed: int = 0,
-    progress: bool = True,
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> torch.Tensor:
-    """Clarity of every real image `(N,)` to students of the synthetic images; arguments as for [`dope`].
-
-    All real images must be of classes of the synthetic ones.
-    """
-    names = class_names(small)
-    channels = pipe.num_channels if pipe is not None else student.config.num_channels if student is not None else 3
-    students = [] if student is None else [student]
-    if student is None:
-        teacher = _teacher(pipe, names)
-        protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
-        if teacher is not None:
-            protocol = dataclasses.replace(protocol, label_type="teacher", temperature=1.0)
-        size = protocol.image_size or default_image_size(small)
-        pixels, labels, _ = load_pixels(small, image_size=size, num_channels=channels)
-        build = evaluator_builder(architecture, ImageSet(pixels, labels, tuple(names)), protocol)
-        seeds = [seed, *(image_seed(seed, 0, place, "student") for place in range(1, num_students))]
-        students = [
-            train_evaluator(
-                build, pixels, labels, protocol=protocol, seed=one, teacher=teacher, progress=progress
-            ).model
-            for one in seeds
-        ]
-    known = class_columns(names, model_classes(students[0]), what="the student")
-    pixels, labels, indices = load_pixels(
-        real, image_size=students[0].config.image_size, num_channels=channels, image_column=image_column,
-        label_column=label_column, classes=names, progress=progress,
-    )  # fmt: skip
-    scores = torch.full((len(real),), float("inf"))  # images that could not be read are never chosen
-    logits = (predict_logits(model, pixels)[:, known].cpu() for model in students)
-    found = [clarity_scores(values.softmax(dim=1), labels) for values in logits]
-    scores[indices] = torch.stack(found).mean(dim=0)
-    return scores
-
-
 @plain_arguments()
 def clearest(
     real: Dataset,
@@ -313,31 +286,6 @@ def clearest(
         order = margins[members].argsort(descending=True, stable=True)
         chosen.append(members[order[: math.ceil(share * len(members))]])
     return real.select(indices[torch.cat(chosen)].sort().values.tolist())
-
-
-def _teacher(pipe: DsCoPipeline | None, names: Sequence[str]) -> PreTrainedModel | None:
-    """The pipeline's classifier if it knows the classes of the dataset by the same labels; hard labels otherwise.
-
-    Raises:
-        ValueError: if it was trained on other classes, so that its features may be matched but says nothing of these.
-    """
-    classifier = None if pipe is None else pipe.classifier
-    if classifier is not None:
-        config = classifier.config
-        if None not in find_classes(names, model_classes(classifier)):
-            return classifier
-        try:
-            class_mapping(names, config.id2label, config.num_labels, owner="classifier")
-        except ValueError as error:
-            raise ValueError(
-                f"The pipeline's classifier was trained on other classes than the dataset, and cannot teach a student "
-                f"whose clarity is to be measured: {error} Or pass a `student` of the dataset's classes, leave `pipe` "
-                "out to train one on hard labels, or choose strategy='herding', which needs features only."
-            ) from error
-    logger.warning(
-        "There is no classifier of the dataset's classes alone: the student for clarity is trained on hard labels."
-    )
-    return None
 
 
 def _check_budget(total: int, synthetic: int, real: int) -> int:
@@ -420,12 +368,10 @@ def _herded(
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _as_rows(pool: _Pool, chosen: torch.Tensor, small: Dataset, image_size: int | str | None) -> Dataset:
+def _as_rows(pool: _Pool, chosen: torch.Tensor, small: Dataset, size: int | None) -> Dataset:
     """Chosen real images as rows of a concentrated dataset; files of the right size are taken over byte by byte."""
     image_column = pool.columns["image_column"]
     encoded = pool.dataset.select(chosen.tolist()).select_columns([image_column])
-    first = small[0]["image"]
-    size = None if image_size == "original" else check_size(image_size, first)
     images = [stored_at(value, size) for value in encoded.cast_column(image_column, Image(decode=False))[image_column]]
     count, features = len(chosen), small.features
     columns = {
@@ -439,10 +385,24 @@ def _as_rows(pool: _Pool, chosen: torch.Tensor, small: Dataset, image_size: int 
     return Dataset.from_dict({name: columns[name] for name in features}, features=features)
 
 
-def check_size(image_size: Any, first: PIL.Image.Image) -> int | None:
-    """The size to store images at; by default that of the small set's first image, or any if that is not square."""
-    if image_size is None:
-        return first.width if first.width == first.height else None
+def check_size(image_size: Any, small: Dataset) -> int | None:
+    """The size to store images at; None for their own.
+
+    By default it is that of the images of the small set, which must be one; or their own, if that is not square.
+    """
+    if image_size == "original":
+        return None
     if isinstance(image_size, str):
         raise ValueError(f"`image_size` must be a number of pixels or 'original', got {image_size!r}.")
-    return check_whole("image_size", image_size, 1)
+    if image_size is not None:
+        return check_whole("image_size", image_size, 1)
+    sizes = collections.Counter(row["image"].size for row in small.select_columns(["image"]))
+    if len(sizes) > 1:
+        told = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sizes.most_common(5))
+        raise ValueError(
+            f"The images of the small set have {len(sizes)} sizes ({told}), so that there is none to store real ones "
+            f"at: pass `image_size={min(sizes.most_common(1)[0][0])}` or another number of pixels, or "
+            "`image_size='original'`, which keeps theirs."
+        )
+    ((width, height),) = sizes
+    return width if width == height else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import shutil
 import tempfile
@@ -20,17 +19,18 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, DatasetDict, Features
 
 from .cards import DatasetCardFields, render_dataset_card
+from .config_records import ABOUT_FILES, by_config, laid_out, recorded_only
+from .config_records import to_json as to_json
 from .files import bring_to_disk, read_json, reading
+from .joined_records import TargetsLike, joined_records, with_targets
 from .markdown import merge_cards
+from .origins import without_places
 from .records import concentration_record as concentration_record
-from .records import targets_record
 from .safety import safe_path
 from .samples import draw_samples
-from .set_records import record_of, without_paths
 from .shards import (
     CONFIG_NAME,
     DatasetLike,
@@ -38,7 +38,6 @@ from .shards import (
     describe_split,
     file_sha256,
     read_split,
-    rows_sha256,
     write_shards,
 )
 from .targets import MatchingTargets
@@ -51,27 +50,7 @@ CARD, CONCENTRATION, RESULTS = "README.md", "concentration.json", "results.json"
 OWN_ENTRIES = {CARD, CONCENTRATION, RESULTS, "data", "figures", "targets", ".gitattributes"}
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
 
-TargetsLike = MatchingTargets | Mapping[str, MatchingTargets] | None
 WRITE_AGAIN = "Download it again, or write the folder again."
-
-
-def to_json(values: object) -> str:
-    """Writes JSON that any reader accepts: NaN and infinity become null, NumPy numbers plain ones, paths strings."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple | set | frozenset):
-            return [plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
-        if isinstance(value, np.ndarray | np.generic):
-            return plain(value.tolist())
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        return str(value).encode("utf-8", "replace").decode()  # without lone surrogates, which no file can hold
-
-    return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -112,37 +91,38 @@ def _check_target(folder: Path) -> None:
 
 
 def build_concentration(
-    concentration: Mapping[str, Any] | None,
-    configs: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Mapping[str, Any]],
+    described: Mapping[str, Mapping[str, Any]],
     *,
     default_config: str,
-    others: Mapping[str, Any] | None = None,
-    card: DatasetCardFields | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Joins what the caller recorded with the description of the files to the content of `concentration.json`.
+    """Joins what is recorded with the description of the files to the content of `concentration.json`.
 
     Args:
-        concentration: Records of the caller.
-        configs: Description of each config written now.
+        records: Of each config, how it was made.
+        described: Of each config, its features and files.
         default_config: Config that loads when none is named.
-        others: Configs that are in the repository already, and stay.
-        card: What a person says about the dataset, kept for later pushes; what was recorded of it if `None`.
+        card: What a person says about the dataset, kept for later pushes.
     """
-    recorded = dict(concentration or {})
-    if card is not None:
-        recorded["card"] = {k: v for k, v in vars(card).items() if v and k != "repo_id"}
-    per_config = recorded.pop("configs", None) or {}
-    for key in ("format_version", "default_config"):
-        recorded.pop(key, None)
-    if not recorded.get("card"):
-        recorded.pop("card", None)
-    merged = {name: {**dict(per_config.get(name) or {}), **entry} for name, entry in configs.items()}
+    names = sorted(described, key=_natural)
+    found = laid_out({name: records.get(name, {}) for name in names})
+    about_files = {name: {k: v for k, v in described[name].items() if k in ABOUT_FILES} for name in names}
+    own = found.pop("configs")
     return {
         "format_version": FORMAT_VERSION,
-        **recorded,
+        **found,
+        **({"card": dict(card)} if card else {}),
         "default_config": default_config,
-        "configs": dict(sorted({**(others or {}), **merged}.items(), key=lambda item: _natural(item[0]))),
+        "configs": {name: {**own[name], **about_files[name]} for name in names},
     }
+
+
+def said(card: DatasetCardFields | None, recorded: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a person says about the dataset, or said when it was written before."""
+    if card is not None:
+        return {key: value for key, value in vars(card).items() if value and key != "repo_id"}
+    return dict(kept) if isinstance(kept := (recorded or {}).get("card"), Mapping) else None
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
@@ -193,6 +173,7 @@ def save_dataset_folder(
     concentration: Mapping[str, Any] | None = None,
     figures: Sequence[Path | str] = (),
     targets: TargetsLike = None,
+    soft_label_top_k: int | None = None,
 ) -> Path:
     """Writes a dataset as it is published: plain `load_dataset(folder, "ipc10", split="train")` reads it.
 
@@ -206,105 +187,40 @@ def save_dataset_folder(
         default_config: Config that `load_dataset(folder)` loads; `default` or the first if `None`.
         card: What a person says about the dataset: title, licences, texts.
         results: Content of `results.json`, the source of the accuracy table.
-        concentration: How the dataset was made (see the head of this file).
+        concentration: How the dataset was made (see the head of this file), joined with what the sets carry.
         figures: Images for the card; a sample grid is drawn if there is none named `samples`.
         targets: What the images were matched to, to be stored along, so that they can be made again without the data;
             one for all configs, or by config.
+        soft_label_top_k: Keep this many classes of each soft label; all of them, in half precision, if `None`.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: If a config is not a `Dataset` or `DatasetDict`.
-        ValueError: If a name, a column or a default is not allowed.
+        ValueError: If a name, a column or a default is not allowed, the record contradicts what a set carries, or the
+            targets are not those that it was drawn for.
         FileExistsError: If the folder holds files of something else.
     """
     folder = Path(folder)
-    checked = as_configs(configs)
+    checked = as_configs(configs, soft_label_top_k=soft_label_top_k)
     default = pick_default(checked, default_config)
     _check_target(folder)
     readme = folder / CARD
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
     with atomic_folder(folder) as new:
         described = write_configs(checked, new)
-        concentration = carried_records(checked, concentration)
-        concentration = with_targets(concentration, targets, new, names=list(checked))
+        records = joined_records(checked, concentration)
+        records = with_targets(records, targets, new, class_names=names_of_classes(checked))
         paths = write_figures(figures, new, dataset=next(iter(checked[default].values())))
-        record = build_concentration(concentration, described, default_config=default, card=card)
+        record = build_concentration(records, described, default_config=default, card=said(card, concentration))
         write_records(new, record, card=card, results=results, figures=paths, existing_card=existing)
     return folder
 
 
-def carried_records(
-    configs: Mapping[str, Mapping[str, Dataset]], given: Mapping[str, Any] | None
-) -> Mapping[str, Any] | None:
-    """What the sets themselves say they were drawn with, where no record is given; one that contradicts is refused.
-
-    Rows that were changed, added or left out since are said to be so.
-
-    Raises:
-        ValueError: if a set was drawn with another seed or other parameters than the given record says.
-    """
-    carried = {name: found for name, splits in configs.items() if (found := _carried(next(iter(splits.values()))))}
-    if given is None:
-        if not carried:
-            return None
-        found = next(iter(carried.values())) if len(configs) == 1 else {"configs": carried}
-        return without_paths(found)
-    for name, own in carried.items():
-        told = {**given, **((given.get("configs") or {}).get(name) or {})}
-        mine, theirs = (entry.get("parameters") or {} for entry in (own, told))
-        pairs = [("seed", own.get("seed"), told.get("seed"))]
-        pairs += [
-            (key, value, theirs.get(key)) for key, value in mine.items() if key != "class_labels"
-        ]  # by name or id
-        for key, here, there in pairs:
-            if here is not None and there is not None and here != there:
-                raise ValueError(
-                    f"Config {name!r} says itself that it was drawn with {key}={here!r}, the given record says "
-                    f"{there!r}: leave `concentration` out, and what the set says is recorded."
-                )
-    return without_paths(given)
-
-
-def _carried(dataset: Dataset) -> dict[str, Any] | None:
-    record = record_of(dataset)
-    if record is None or "source" not in dataset.features:
-        return record
-    drawn = record.get("synthetic") or {}
-    column = dataset.with_format(None)["source"][:]
-    synthetic = dataset.select([row for row, source in enumerate(column) if source == 0])
-    if len(synthetic) and drawn.get("rows_sha256") not in (None, rows_sha256(synthetic)):
-        return {**record, "changed": "rows were changed, added or left out after they were drawn"}
-    return record
-
-
-def with_targets(
-    concentration: Mapping[str, Any] | None, targets: TargetsLike, folder: Path, *, names: Sequence[str]
-) -> Mapping[str, Any] | None:
-    """Stores targets below `folder/targets`, by their content, and returns the records with their place.
-
-    Raises:
-        ValueError: If they are given for a config that is not published.
-    """
-    if targets is None:
-        return concentration
-    record = dict(concentration or {})
-    if isinstance(targets, MatchingTargets):
-        return {**record, "targets": _store_targets(targets, folder)}
-    if unknown := sorted(set(targets) - set(names)):
-        raise ValueError(f"There are targets for a config {unknown[0]!r}, but the configs are {list(names)}.")
-    configs = {name: dict(entry) for name, entry in (record.get("configs") or {}).items()}
-    for name, own in targets.items():
-        configs[name] = {**configs.get(name, {}), "targets": _store_targets(own, folder)}
-    return {**record, "configs": configs}
-
-
-def _store_targets(targets: MatchingTargets, folder: Path) -> dict[str, Any]:
-    record = targets_record(targets)
-    path = f"targets/{record['sha256'][:12]}"
-    targets.save_pretrained(folder / path)
-    return {**record, "path": path}
+def names_of_classes(configs: Mapping[str, Mapping[str, Dataset]]) -> dict[str, list[str]]:
+    """The class names of each config."""
+    return {name: next(iter(splits.values())).features["label"].names for name, splits in configs.items()}
 
 
 def parse_record(text: str, name: str) -> dict[str, Any]:
@@ -325,44 +241,30 @@ def parse_record(text: str, name: str) -> dict[str, Any]:
 
 
 def merged_record(
-    concentration: Mapping[str, Any] | None,
+    records: Mapping[str, Mapping[str, Any]],
     described: Mapping[str, Mapping[str, Any]],
     before: Mapping[str, Any],
     default_config: str | None,
-    card: DatasetCardFields | None,
+    card: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Joins the records of a push with those of the configs that stay in the repository.
+    """Joins the records of a push with those of the repository.
 
-    What was recorded for the whole repository is written into the configs that stay wherever it no longer holds for
-    all.
+    Configs that are not pushed stay with all that is recorded of them. So does the record of one that is pushed
+    without any, if its rows are the same.
     """
-    kept = {name: entry for name, entry in (before.get("configs") or {}).items() if name not in described}
-    old = {k: v for k, v in before.items() if k not in ("configs", "format_version", "default_config", "card")}
-    if concentration is None:
-        # Without new records the old ones hold only for rows that are the same.
-        recorded = {name: recorded_only(entry) for name, entry in (before.get("configs") or {}).items()}
-        concentration = {**old, "configs": recorded} if _same_rows(before, described) else {}
-    others = {
-        name: {**{k: v for k, v in old.items() if concentration.get(k) != v}, **entry} for name, entry in kept.items()
-    }
-    names = {**others, **described}
+    kept = before.get("configs") or {}
+    old = by_config(before)
+    for name, entry in described.items():
+        same = name in kept and _hashes(kept[name]) == _hashes(entry)
+        old[name] = dict(records.get(name) or (old[name] if same else {}))
+    names = {**kept, **described}
     if default_config is None and before.get("default_config") in names:
         default_config = before["default_config"]
-    return build_concentration(
-        {"card": before.get("card"), **concentration},
-        described,
-        default_config=pick_default(names, default_config),
-        others=others,
-        card=card,
-    )
+    return build_concentration(old, names, default_config=pick_default(names, default_config), card=card)
 
 
-def _same_rows(before: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]]) -> bool:
-    def hashes(entry: Mapping[str, Any]) -> dict[str, str]:
-        return {split: info.get("rows_sha256") for split, info in (entry.get("splits") or {}).items()}
-
-    configs = before.get("configs") or {}
-    return all(hashes(configs.get(name) or {}) == hashes(entry) for name, entry in described.items())
+def _hashes(entry: Mapping[str, Any]) -> dict[str, str]:
+    return {split: info.get("rows_sha256") for split, info in (entry.get("splits") or {}).items()}
 
 
 def write_figures(
@@ -414,7 +316,7 @@ def write_records(
     """Writes `concentration.json`, `results.json` and the card beside the shards."""
     (folder / CONCENTRATION).write_text(to_json(record), encoding="utf-8", newline="\n")
     if results is not None:
-        (folder / RESULTS).write_text(to_json(results), encoding="utf-8", newline="\n")
+        (folder / RESULTS).write_text(to_json(without_places(results)), encoding="utf-8", newline="\n")
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     record = json.loads((folder / CONCENTRATION).read_text(encoding="utf-8"))
     text = render_dataset_card(record, fields=card_fields(record, repo_id), results=results, figures=figures)
@@ -488,8 +390,3 @@ def _read_targets(folder: Path, record: Mapping[str, Any]) -> dict[str, Matching
         if place is not None:
             found[name] = MatchingTargets.from_pretrained(safe_path(folder, place))
     return found or None
-
-
-def recorded_only(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the caller recorded of a config, without the description of its files."""
-    return {key: value for key, value in entry.items() if key not in ("features", "splits")}

@@ -22,17 +22,17 @@ from .folder import (
     CARD,
     CONCENTRATION,
     RESULTS,
-    TargetsLike,
-    carried_records,
     merged_record,
+    names_of_classes,
     parse_record,
     read_folder,
-    with_targets,
+    said,
     write_configs,
     write_figures,
     write_records,
 )
 from .folder import save_dataset_folder as save_dataset_folder
+from .joined_records import Records, TargetsLike, joined_records, with_targets
 from .markdown import split_card
 from .model_hub import publish_evaluator as publish_evaluator
 from .model_hub import publish_pipeline as publish_pipeline
@@ -41,7 +41,7 @@ from .push import PublishResult, Remote, make_target, push, with_retries
 from .remake import load_recorded as load_recorded
 from .remake import read_concentration as read_concentration
 from .safety import Token, explained, is_pickle
-from .shards import DatasetLike, as_configs, compact_soft_labels
+from .shards import DatasetLike, as_configs
 from .values import plain_arguments
 from .verification import verify_folder
 
@@ -88,8 +88,8 @@ def publish(
         default_config: Config that loads when none is named; the repository's, `default` or the first if `None`.
         card: What a person says about the dataset: title, licences, texts.
         results: Content of `results.json`, the source of the accuracy table; the repository's stays if `None`.
-        concentration: How the dataset was made (see `dsco_hf.folder`); the repository's records stay if `None` and the
-            rows are the same.
+        concentration: How the dataset was made (see `dsco_hf.folder`), joined with what the sets carry; the
+            repository's records stay if nothing is known and the rows are the same.
         figures: Images for the card; a sample grid is drawn if there is none named `samples`.
         targets: What the images were matched to, to be sent along, so that anybody can make them again without the
             data; one for all configs, or by config.
@@ -109,7 +109,8 @@ def publish(
 
     Raises:
         TypeError: If `dataset` is of another type.
-        ValueError: If the dataset, a name, the repository's metadata or its features do not fit.
+        ValueError: If the dataset, a name, the repository's metadata or its features do not fit, the record
+            contradicts what a set carries, or the targets are not those that it was drawn for.
         PermissionError: If the token is missing, not valid, or may not write.
         FileNotFoundError: If the repository or revision cannot be seen.
         ConnectionError: If the Hub cannot be reached, or kept refusing.
@@ -147,15 +148,18 @@ class _Content:
     default_config: str | None
     card: DatasetCardFields | None
     results: Mapping[str, Any] | None
-    concentration: Mapping[str, Any] | None
+    records: Records
+    said: Mapping[str, Any] | None
     figures: Sequence[Path | str]
     targets: TargetsLike
 
     def write(self, folder: Path, remote: Remote, described: Mapping[str, Mapping[str, Any]], repo_id: str) -> None:
         """Writes records, figures and the card, joined with what is in the repository."""
         before = _read_json(remote, CONCENTRATION) or {}
-        concentration = with_targets(self.concentration, self.targets, folder, names=list(self.configs))
-        record = merged_record(concentration, described, before, self.default_config, self.card)
+        names = names_of_classes(self.configs)
+        records = with_targets(self.records, self.targets, folder, class_names=names)
+        kept = self.said if self.said is not None else said(None, before)
+        record = merged_record(records, described, before, self.default_config, kept)
         shown = self.configs.get(record["default_config"])
         if shown is None and not any(path.startswith("figures/samples.") for path in remote.files):
             shown = next(iter(self.configs.values()))
@@ -193,21 +197,16 @@ def _gather(
         results, figures = results or stored["results"], figures or stored["figures"]
         concentration = concentration or stored["concentration"]
         targets = targets or stored["targets"]
-    configs = as_configs(dataset, config_name=config_name)
-    for splits in configs.values():
-        for split, rows in splits.items():
-            if "soft_label" in rows.features:
-                splits[split] = compact_soft_labels(rows, top_k=top_k)
-    concentration = carried_records(configs, concentration)
-    _warn_of_local_parts(concentration)
-    return _Content(configs, default_config, card, results, concentration, figures, targets)
+    configs = as_configs(dataset, config_name=config_name, soft_label_top_k=top_k)
+    records = joined_records(configs, concentration)
+    _warn_of_local_parts(records)
+    return _Content(configs, default_config, card, results, records, said(card, concentration), figures, targets)
 
 
-def _warn_of_local_parts(concentration: Mapping[str, Any] | None) -> None:
+def _warn_of_local_parts(records: Records) -> None:
     for part in ("generator", "classifier"):
-        entry = (concentration or {}).get(part)
-        name = entry.get("folder") if isinstance(entry, Mapping) else None
-        if name:
+        entries = [entry for record in records.values() if isinstance(entry := record.get(part), Mapping)]
+        for name in dict.fromkeys(entry["folder"] for entry in entries if entry.get("folder")):
             logger.warning(
                 "The %s is recorded as a folder %r of this machine, which nobody else can load. "
                 "Publish it (`publish_pipeline`, `publish_evaluator`) and record its id, so that others can make the "

@@ -13,6 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from .concentrate import COSTS, ConcentrationReport, concentrate_and_report, sampling_options
+from .config_records import by_config
 from .objectives import OBJECTIVES, ClassifierObjective
 from .schema import nearest
 from .set_records import PARTS as PARTS
@@ -81,13 +82,11 @@ def config_record(record: Mapping[str, Any], config: str | None = None) -> dict[
     Raises:
         ValueError: if there is no such config.
     """
-    configs = record.get("configs") or {}
+    configs = by_config(record)
     name = config or record.get("default_config") or next(iter(configs), None)
     if name not in configs:
         raise ValueError(f"There is no config {name!r}; there are {list(configs)}.{nearest(str(name), configs)}")
-    common = {key: value for key, value in record.items() if key not in ("configs", "default_config", "card")}
-    own = {key: value for key, value in configs[name].items() if key not in ("features", "splits")}
-    return {**common, **own, "config": name}
+    return {**configs[str(name)], "config": name}
 
 
 def concentration_record(
@@ -121,7 +120,10 @@ def concentration_record(
 
     Raises:
         TypeError: For a parameter that `concentrate` does not have.
+        ValueError: If the targets are of another classifier than the pipeline's, or of other data than `source` says.
     """
+    if isinstance(targets, MatchingTargets):
+        targets.check_pipeline(pipe)
     parameters = dict(parameters)
     doping = parameters.pop("doping", None)
     origin = {"repo_id": targets_id, "revision": targets_revision}

@@ -106,6 +106,34 @@ def load_recorded(
     return pipe, _load_targets(record, folder, name, options), record
 
 
+def recorded_rows(published: Mapping[str, Any], config: str) -> dict[str, Any]:
+    """The drawn rows of a published config, to compare rows with that are drawn again.
+
+    Args:
+        published: content of its `concentration.json`.
+        config: name of the config.
+
+    Returns:
+        `dict`: `rows_sha256` of its drawn rows as they were when they were drawn, None if that is not known;
+            `published_sha256` of them as they are published; `changed`, what happened between, if anything; and
+            `real`, the number of real rows, which are not drawn.
+    """
+    record, entry = config_record(published, config), published["configs"][config]
+    counts = next(iter(entry["splits"].values()))
+    sources = counts.get("sources") or {}
+    stored = counts.get("synthetic_sha256") or (counts["rows_sha256"] if set(sources) == {"synthetic"} else None)
+    drawn = (record.get("synthetic") or {}).get("rows_sha256")
+    changed = record.get("changed")
+    if changed is None and None not in (drawn, stored) and drawn != stored:
+        changed = "its rows are not those that its record says were drawn"
+    return {
+        "rows_sha256": drawn or stored,
+        "published_sha256": stored,
+        "changed": changed,
+        "real": sources.get("real", 0),
+    }
+
+
 def _fetch(repo_or_folder: str | Path, *, revision: str | None, token: Token, cache_dir: str | Path | None) -> Path:
     """The folder with the records and targets of a dataset, downloaded at one commit unless it is a local one."""
     folder, name = Path(repo_or_folder), str(repo_or_folder)
@@ -175,6 +203,11 @@ def _load_targets(
     entry = record.get("targets")
     if not entry:
         return None
+    if entry.get("kind"):
+        raise ValueError(
+            f"{name} matches real images one by one ({entry['kind']}): only with them can it be drawn again, by "
+            "`concentrate`."
+        )
     if entry.get("path"):
         targets = MatchingTargets.from_pretrained(safe_path(folder, entry["path"]))
     elif entry.get("id"):

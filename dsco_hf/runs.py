@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import platform
@@ -21,6 +22,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .concentrate import (
+    COSTS,
     ConcentrationReport,
     PreviousBlocks,
     Unit,
@@ -246,7 +248,7 @@ class _Run:
         mine = [unit for unit in self.units if unit.group in shares[rank]]
         last = {unit.group: unit.block for unit in todo}  # of each group, the last block to draw
         self.folder.log(
-            rank, "started", pid=os.getpid(), host=platform.node(), processes=world, units=len(todo),
+            rank, "started", pid=os.getpid(), host=_host(), processes=world, units=len(todo),
             mine=sum(unit_name(unit) not in finished for unit in mine), versions=_versions(),
         )  # fmt: skip
         shown = self.progress and rank == 0
@@ -345,13 +347,14 @@ class _Run:
             unit: self.folder.entry(name) for unit, name in zip(self.units, self.names, strict=True) if name in done
         }
         drawn = sum(images for _, _, images in outcomes)
+        report = summarise({unit: entry for unit, entry in entries.items() if entry}, self.sampler.class_names)
         return RunResult(
             folder=self.folder.path,
             units=len(self.units),
             finished_units=len(entries),
             failures=[failure for failures, _, _ in outcomes for failure in failures],
             stopped=any(stopped for _, stopped, _ in outcomes),
-            report=summarise({unit: entry for unit, entry in entries.items() if entry}, self.sampler.class_names),
+            report=report,
             changes=self.folder.changes(),
             session={
                 "images": drawn,
@@ -360,11 +363,11 @@ class _Run:
                 "processes": self.team.world,
             },
             settings=settings,
-            record=self._record(settings),
+            record=self._record(settings, report),
             class_names=list(self.sampler.class_names),
         )
 
-    def _record(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, settings: dict[str, Any], report: ConcentrationReport) -> dict[str, Any]:
         """What the images are drawn with, as [`concentrate`] says it."""
         pipe, targets, options = self.sampler.pipe, self.sampler.targets, self.sampler.options
         parameters = {name: settings[name] for name in ("images_per_class", "block_size", "images_per_call")}
@@ -375,6 +378,7 @@ class _Run:
             method=method_of(targets, options),
             seed=settings["seed"],
             parameters={**parameters, **settings["options"]},
+            cost={name: value for name in COSTS if (value := getattr(report, name)) is not None},
         )
 
 
@@ -413,6 +417,11 @@ def summarise(entries: Mapping[Unit, Mapping[str, Any]], names: Sequence[str]) -
 def _units(numbers: Mapping[str, Any]) -> list[Unit]:
     sizes = {"block_size": numbers["block_size"], "images_per_call": numbers["images_per_call"]}
     return plan_units(numbers["num_classes"], numbers["images_per_class"], **sizes)
+
+
+def _host() -> str:
+    """By which a machine is told from others; its name is nobody else's business."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
 
+from .config_records import MARK, as_description
 from .digests import model_sha256, targets_sha256
 from .origins import cached_origin as cached_origin
 from .origins import commit_of
 from .origins import published_origin as published_origin
-from .shards import rows_sha256
+from .shards import rows_record, synthetic_rows
 from .targets import MatchingTargets
 from .values import plain
 
@@ -25,7 +27,8 @@ from .values import plain
 LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "datasets", "accelerate", "numpy")
 # Components that are often added to a generator by hand, so that they have an origin of their own.
 PARTS = ("classifier", "classifier_2", "preview_vae")
-MARK = "dsco_hf"  # under which the record stands in the description of a dataset
+# What datasets of files, or made in memory, are called: no name of their source.
+_BUILDERS = {"imagefolder", "parquet", "arrow", "generator", "webdataset", "json", "csv", "text", "pandas", "default"}
 
 
 def library_versions() -> dict[str, str]:
@@ -79,10 +82,10 @@ def drawn_record(
 def with_record(dataset: Dataset, record: Mapping[str, Any]) -> Dataset:
     """The dataset with what it was drawn with, in its info: it goes along with `select`, `filter`, `save_to_disk`.
 
-    Saying what the rows were, it tells later whether they still are: `rows_sha256`.
+    Saying what the drawn rows were, `synthetic`, it tells later whether they still are.
     """
-    rows = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
-    dataset.info.description = json.dumps({MARK: plain({"synthetic": rows, **record})}, ensure_ascii=False)
+    told = {"synthetic": rows_record(synthetic_rows(dataset)), **record}
+    dataset.info.description = as_description(plain(told))
     return dataset
 
 
@@ -103,10 +106,31 @@ def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | N
     if population.get("population") == "data":
         names = ("dataset", "config", "revision", "split", "fingerprint")
         origin = {name: population.get(name) for name in names} | {"rows": population.get("images")}
+    for key, here in origin.items():
+        there = (given or {}).get(key)
+        if key == "rows" or here is None or there is None or here == there:  # those that could be read may be fewer
+            continue
+        if not more_exact(f"source.{key}", here, there):
+            raise ValueError(
+                f"The targets were made of data with {key}={here!r}, but `source` says {key}={there!r}: pass the "
+                f"targets of that data, or leave {key!r} out of `source`: it is recorded as the targets say."
+            )
     known = {key: value for key, value in {**origin, **(given or {})}.items() if value is not None}
     if isinstance(name := known.get("dataset"), str) and "folder" in (place := published_origin(name)):
         known["dataset"] = place["folder"]
     return known or None
+
+
+def more_exact(place: str, here: Any, there: Any) -> bool:
+    """Whether `there` says the same as `here` and more: the id of a dataset for its name, a part for a split."""
+    here, there = str(here), str(there)
+    if place == "source.dataset":
+        return here in _BUILDERS or _plain_name(here) == _plain_name(there)
+    return place == "source.split" and there.startswith((f"{here}[", f"{here},"))
+
+
+def _plain_name(dataset: str) -> str:
+    return re.sub(r"[-_. ]", "", re.split(r"[\\/]", dataset.rstrip("\\/"))[-1].lower())
 
 
 def _targets(targets: Any, repo_id: str | None, revision: str | None) -> dict[str, Any] | None:
@@ -177,3 +201,37 @@ def _name_of(model: Any) -> str:
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in values.items() if value is not None} or None
+
+
+_CHANGED = "rows were changed, added or left out after they were drawn, or put in another order"
+_CHANGED_COLUMNS = "what the columns say of the rows was changed after they were drawn"
+_CHANGED_REAL = "real rows were changed, added or left out after they were chosen, or put in another order"
+_UNKNOWN = "columns were left out after the rows were drawn, so that nobody can tell whether these are those rows"
+
+
+def changed_since(record: Mapping[str, Any], dataset: Dataset) -> str | None:
+    """What happened to a set since its record was made; None if it holds the rows that the record says were drawn.
+
+    Columns that were added, such as soft labels, and real rows that `dope` added change no drawn row. A record that
+    says nothing of rows cannot tell.
+    """
+    drawn, doped = (one if isinstance(one := record.get(key), Mapping) else {} for key in ("synthetic", "doped"))
+    part = synthetic_rows(dataset)
+    if doped and "source" not in dataset.features:  # the drawn rows come first
+        part = dataset.select(range(min(int(drawn.get("rows") or 0), len(dataset))))
+    return _differs(drawn, part, _CHANGED) or _differs(doped, dataset, _CHANGED_REAL)
+
+
+def _differs(recorded: Mapping[str, Any], dataset: Dataset, rows_changed: str) -> str | None:
+    known = {key: recorded[key] for key in ("images_sha256", "rows_sha256") if recorded.get(key)}
+    if not known:
+        return None
+    if recorded.get("rows") not in (None, len(dataset)):
+        return rows_changed
+    found = rows_record(dataset)
+    compared = {key: known[key] == found[key] for key in known if key in found}
+    if not compared:
+        return _UNKNOWN
+    if all(compared.values()):
+        return None
+    return _CHANGED_COLUMNS if compared.get("images_sha256") else rows_changed

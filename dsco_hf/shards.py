@@ -24,15 +24,20 @@ from .values import plain_arguments
 
 ROWS_PER_GROUP = 256
 MAX_SHARD_BYTES = 500_000_000
-COLUMN_ORDER = ("image", "label", "source", "seed", "block", "real_index", "soft_label")
+DRAWN_COLUMNS = ("image", "label", "source", "seed", "block", "real_index")
+COLUMN_ORDER = (*DRAWN_COLUMNS, "soft_label")
 CONFIG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 DatasetLike = Dataset | DatasetDict
 
 
-def as_configs(dataset: object, *, config_name: str = "default") -> dict[str, dict[str, Dataset]]:
+def as_configs(
+    dataset: object, *, config_name: str = "default", soft_label_top_k: int | None = None
+) -> dict[str, dict[str, Dataset]]:
     """Brings a dataset, a `DatasetDict` of splits, or a dict of configs into the form {config: {split: dataset}}.
+
+    Soft labels come out as they are stored, see [`compact_soft_labels`].
 
     Raises:
         TypeError: If something in it is not a `datasets.Dataset`.
@@ -70,6 +75,8 @@ def as_configs(dataset: object, *, config_name: str = "default") -> dict[str, di
                     f"{split!r} cannot be a split name: letters, digits and '_' are allowed, for example 'train'."
                 )
             check_rows(rows, where=f"config {name!r}, split {split!r}")
+            if "soft_label" in rows.features:
+                splits[split] = compact_soft_labels(rows, top_k=soft_label_top_k)
         first = next(iter(splits.values()))
         if different := [s for s, rows in splits.items() if rows.features != first.features]:
             raise ValueError(
@@ -130,9 +137,16 @@ def compact_soft_labels(dataset: Dataset, *, top_k: int | None = None, column: s
     if isinstance(dataset.features[column], dict):
         return dataset
     num_classes = len(dataset[0][column])
+    if lengths := {len(row) for row in dataset.with_format(None)[column][:]} - {num_classes}:
+        raise ValueError(
+            f"Each row of {column!r} needs one probability per class, but some have {min(lengths)} and the first has "
+            f"{num_classes}."
+        )
     features = dataset.features.copy()
     if top_k is None:
         features[column] = List(Value("float16"), length=num_classes)
+        if dataset.features[column] == features[column]:
+            return dataset
         return dataset.map(
             lambda batch: {column: [np.asarray(row, dtype=np.float16) for row in batch[column]]},
             batched=True,
@@ -196,14 +210,46 @@ def rows_sha256(dataset: Dataset) -> str:
     """Hashes decoded pixels and values of all rows, whatever the codecs and files they are stored in."""
     digest = hashlib.sha256()
     for row in _ordered(dataset):
-        for name, value in row.items():
-            digest.update(f"\0{name}\0".encode())
-            if isinstance(value, PIL.Image.Image):
-                digest.update(f"{value.mode} {value.size} ".encode())
-                digest.update(value.tobytes())
-            else:
-                digest.update(json.dumps(value, default=repr, sort_keys=True).encode())
+        _add_row(digest, row)
     return digest.hexdigest()
+
+
+def _add_row(digest: Any, row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+        digest.update(f"\0{name}\0".encode())
+        if isinstance(value, PIL.Image.Image):
+            digest.update(f"{value.mode} {value.size} ".encode())
+            digest.update(value.tobytes())
+        else:
+            digest.update(json.dumps(value, default=repr, sort_keys=True).encode())
+
+
+def synthetic_rows(dataset: Dataset) -> Dataset:
+    """The rows that were drawn: those that are not said to be real, in their order."""
+    feature = dataset.features.get("source")
+    if feature is None:
+        return dataset
+    real = feature.str2int("real") if isinstance(feature, ClassLabel) and "real" in feature.names else "real"
+    column = dataset.with_format(None)["source"][:]
+    return dataset if real not in column else dataset.select([row for row, one in enumerate(column) if one != real])
+
+
+def rows_record(dataset: Dataset) -> dict[str, Any]:
+    """By which rows are known again: their number, and hashes that no column hides which was added later.
+
+    Returns:
+        `dict`: `rows`; `images_sha256` of the pixels with the names of their classes; and `rows_sha256` of the
+            columns of a drawn set, as [`rows_sha256`] makes it, unless one of them is missing.
+    """
+    names = dataset.features["label"].names
+    known = [name for name in DRAWN_COLUMNS if name in dataset.features]
+    rows, images = hashlib.sha256(), hashlib.sha256()
+    for row in dataset.with_format(None).select_columns(known):
+        _add_row(rows, row)
+        label = row["label"]
+        _add_row(images, {"image": row["image"], "label": names[label] if label is not None and label >= 0 else None})
+    found = {"rows": len(dataset), "images_sha256": images.hexdigest()}
+    return found if len(known) < len(DRAWN_COLUMNS) else {**found, "rows_sha256": rows.hexdigest()}
 
 
 def file_sha256(path: Path) -> str:
@@ -213,7 +259,10 @@ def file_sha256(path: Path) -> str:
 
 
 def describe_split(dataset: Dataset) -> dict[str, Any]:
-    """Counts a split's rows per class and per source, and hashes their content."""
+    """Counts a split's rows per class and per source, and hashes their content.
+
+    The drawn rows have a hash of their own, `synthetic_sha256`, where there are others or further columns.
+    """
     labels = np.asarray(dataset.with_format(None)["label"][:], dtype=np.int64)
     names = dataset.features["label"].names
     if labels.size and (labels.min() < 0 or labels.max() >= len(names)):
@@ -228,12 +277,17 @@ def describe_split(dataset: Dataset) -> dict[str, Any]:
         for value in dataset["source"]:
             name = feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)
             sources[name] = sources.get(name, 0) + 1
-    return {
+    told = {
         "rows": len(dataset),
         "rows_per_class": np.bincount(labels, minlength=len(names)).tolist(),
         "sources": dict(sorted(sources.items())),
         "rows_sha256": rows_sha256(dataset),
     }
+    if set(DRAWN_COLUMNS) <= set(dataset.features) and (
+        "real" in sources or len(dataset.features) > len(DRAWN_COLUMNS)
+    ):
+        told["synthetic_sha256"] = rows_record(synthetic_rows(dataset))["rows_sha256"]
+    return told
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
 from dsco_hf.records import config_record, library_versions, record_parameters
-from dsco_hf.remake import load_recorded, read_concentration
+from dsco_hf.remake import load_recorded, read_concentration, recorded_rows
 from dsco_hf.runs import RunResult, concentrate_to_folder
 from dsco_hf.shards import rows_sha256
 from dsco_hf.targets import MatchingTargets
@@ -242,12 +242,8 @@ def recorded_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
         raise ValueError(
             f"{name} matches real images one by one (objective 'quantile'): only with them can it be drawn."
         )
-    entry = published["configs"][record["config"]]
-    counts = next(iter(entry["splits"].values()))
-    synthetic = dict(record.get("synthetic") or {})
-    if not synthetic and set(counts["sources"]) == {"synthetic"}:
-        synthetic = {"rows_sha256": counts["rows_sha256"]}
-    origin = {"dataset": name, "config": record["config"], "revision": recipe.from_revision} | synthetic
+    rows = recorded_rows(published, record["config"])
+    origin = {"dataset": name, "config": record["config"], "revision": recipe.from_revision, **rows}
     recorded = (record.get("environment") or {}).get("threads")
     return Job(
         pipe=pipe.to(accelerator.device),
@@ -462,13 +458,20 @@ def compared(origin: Mapping[str, Any], found: str) -> tuple[dict[str, Any], str
     versions = dict(origin["versions"])
     now = library_versions()
     other = {name: [versions[name], now.get(name)] for name in versions if versions[name] != now.get(name)}
-    expected = origin.get("rows_sha256")
-    outcome = {key: value for key, value in origin.items() if key != "versions"}
-    outcome |= {"identical": None if expected is None else expected == found, "other_versions": other}
-    if expected is None:
+    expected, changed = origin.get("rows_sha256"), origin.get("changed")
+    same = None if expected is None else expected == found
+    outcome = {key: value for key, value in origin.items() if key not in ("versions", "real")}
+    outcome |= {"identical": same and changed is None, "as_drawn": same, "other_versions": other}
+    if same is None:
         return outcome, " The record has no hash of the synthetic rows to compare them with."
-    if expected == found:
-        return outcome, f" All rows are identical to those of {origin['dataset']}."
+    if same and changed is not None:
+        told = f"The rows are as they were first drawn, but NOT as {origin['dataset']} has them: {changed}."
+        return outcome, f" {told}"
+    if same:
+        which = "All synthetic rows" if origin.get("real") else "All rows"
+        if origin.get("published_sha256") is None:  # a record of an earlier version
+            return outcome, f" {which} are identical to those that the record of {origin['dataset']} says were drawn."
+        return outcome, f" {which} are identical to those of {origin['dataset']}."
     why = "; ".join(f"{name} {a} there, {b} here" for name, (a, b) in other.items()) or "the versions are the same"
     return (
         outcome,

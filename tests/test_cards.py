@@ -158,9 +158,12 @@ def test_configs_with_records_of_their_own_are_told_apart():
     concentration["configs"]["doped"] |= own
     text = render_dataset_card(concentration)
     assert "| `ipc1` (default) | DsCo | train |" in text and "| `doped` | DsCo + doping | train |" in text
-    assert "| doped.images\\_per\\_class | 2 |" in text and "| other configs.images\\_per\\_class | 10 |" in text
-    assert "| doped: seconds | 1.5 |" in text and "| other configs: seconds | 12.3 |" in text
-    assert "| doped: note | a\\|b |" in text
+    first, doped = text.split("### `ipc1`")[1].split("### `doped`")
+    assert "| parameter: images\\_per\\_class | 10 |" in first and "| method | nopt |" in first
+    assert "| parameter: images\\_per\\_class | 2 |" in doped and "| method | nopt+doping |" in doped
+    assert "| source data | ann/digits |" in text.split("### `ipc1`")[0]  # what both share stands above, once
+    assert "| `doped`: seconds | 1.5 |" in text and "| `ipc1`: seconds | 12.3 |" in text
+    assert "| `doped`: note | a\\|b |" in text
 
 
 def test_real_rows_are_mentioned():

@@ -7,6 +7,7 @@ import signal
 import huggingface_hub
 import pytest
 
+from dsco_hf.records import config_record
 from hub import Client, ClientError, LoopbackHub
 from hub.cards import validate_card
 from hub.samples import RECORD, RESULTS, TOKEN, tiny_dataset
@@ -128,7 +129,12 @@ def test_another_budget_joins_the_others(hub, ann, stranger):
     ]
     record = json.loads(hub.files("ann/join")["concentration.json"])
     assert list(record["configs"]) == ["ipc1", "ipc2", "ipc10"] and record["default_config"] == "ipc10"
-    assert record["seed"] == 7 and record["configs"]["ipc1"]["seed"] == 0 and "seed" not in record["configs"]["ipc2"]
+    assert {name: config_record(record, name)["seed"] for name in record["configs"]} == {
+        "ipc1": 0,
+        "ipc2": 7,
+        "ipc10": 0,
+    }
+    assert record["parameters"] == RECORD["parameters"]  # what is the same for all is written once
     assert "96.80" in hub.files("ann/join")["README.md"].decode()
     assert load(stranger, "ann/join")["rows"] == 20 and load(stranger, "ann/join", "ipc2")["rows"] == 4
     assert verify(ann, "ann/join") == ["ipc1", "ipc2", "ipc10"]
@@ -538,7 +544,7 @@ def test_targets_are_published_along_and_checked(hub, ann, stranger):
         stranger.run("from dsco_hf.hub import load_recorded\nload_recorded('ann/targets')")
     ann.run(code, repo_id="ann/own-targets", shared=False)
     record = json.loads(hub.files("ann/own-targets")["concentration.json"])
-    assert "path" in record["configs"]["b"]["targets"] and "targets" not in record["configs"]["a"]
+    assert "path" in record["configs"]["b"]["targets"] and "path" not in record["configs"]["a"]["targets"]
     damaged = hub.files("ann/targets")[f"{place}/targets.json"].replace(b"cat", b"cow")
     hub.put("ann/targets", {f"{place}/targets.json": damaged})
     with pytest.raises(ClientError, match="the content of the targets in targets/.* differs"):

@@ -17,12 +17,12 @@ from dsco_hf import (
     save_dataset_folder,
     verify,
 )
-from dsco_hf.cards import how_made
+from dsco_hf.config_records import how_made
 from dsco_hf.digests import model_sha256
 from dsco_hf.origins import without_places
-from dsco_hf.records import record_parameters
+from dsco_hf.records import config_record, record_parameters
 from dsco_hf.set_records import published_origin, record_of, without_paths
-from dsco_hf.shards import rows_sha256
+from dsco_hf.shards import rows_record, rows_sha256
 
 
 OPTIONS = {"num_inference_steps": 3, "guidance_scale": 1.0, "block_size": 2, "progress": False}
@@ -43,7 +43,7 @@ def test_a_set_says_what_it_was_drawn_with(small, targets):
     told = record["parameters"]
     assert (told["guidance_scale"], told["num_inference_steps"], told["images_per_class"]) == (1.0, 3, 2)
     assert told["objective"] == "rkhs" and told["block_size"] == 2 and record["cost"]["images"] == 6
-    assert record["synthetic"] == {"rows": 6, "rows_sha256": rows_sha256(small)}
+    assert record["synthetic"] == rows_record(small) and record["synthetic"]["rows_sha256"] == rows_sha256(small)
     assert record["source"]["rows"] == targets.provenance["images"]
 
 
@@ -94,8 +94,9 @@ def test_nobody_types_it_again(small, real_images, pipe, targets, tmp_path):
     mixed = dope(small, real_images, pipe, images_per_class=4, strategy="random")
     save_dataset_folder({"ipc2": small, "ipc4": mixed}, tmp_path / "set", targets=targets)
     record = read(tmp_path / "set")
-    assert record["configs"]["ipc2"]["parameters"]["guidance_scale"] == 1.0
-    assert record["configs"]["ipc4"]["doping"]["strategy"] == "random" and "doping" not in record["configs"]["ipc2"]
+    drawn, doped = (config_record(record, name) for name in ("ipc2", "ipc4"))
+    assert drawn["parameters"]["guidance_scale"] == doped["parameters"]["guidance_scale"] == 1.0
+    assert doped["doping"]["strategy"] == "random" and "doping" not in drawn
     card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
     assert "together match the features of the whole class" in card and "Real images were added at random." in card
     verify(tmp_path / "set")
@@ -126,7 +127,7 @@ def test_one_set_drawn_again_from_its_folder_is_the_same(pipe, targets, tmp_path
 
 
 def test_a_false_record_is_refused_and_changed_rows_are_said(small, tmp_path):
-    with pytest.raises(ValueError, match="drawn with guidance_scale=1.0, the given record says 4.0: leave"):
+    with pytest.raises(ValueError, match="drawn with parameters.guidance_scale=1.0, the given record says 4.0: leave"):
         save_dataset_folder(small, tmp_path / "a", concentration={"parameters": {"guidance_scale": 4.0}})
     with pytest.raises(ValueError, match="drawn with seed=5, the given record says 0"):
         save_dataset_folder(small, tmp_path / "a", concentration={"seed": 0})
@@ -162,7 +163,8 @@ def test_nothing_of_the_machine_is_published(pipe, real_images, tmp_path):
             if path.is_file():
                 content = path.read_bytes()
                 assert b"telltale" not in content and str(tmp_path).encode() not in content, path
-    assert read(tmp_path / "two")["generator"] == {"folder": "pipe"}
+    generator = read(tmp_path / "two")["generator"]
+    assert generator["folder"] == "pipe" and set(generator) == {"folder", "sha256"}
 
 
 def test_origins_that_are_published(tmp_path, monkeypatch):
@@ -187,7 +189,7 @@ def test_origins_that_are_published(tmp_path, monkeypatch):
     ],
 )
 def test_cards_say_what_was_done(record, says):
-    told = how_made({"configs": {"a": record}})
+    told = how_made({"a": record})
     assert says in told and told.count("match the features") == (says.startswith("match"))
 
 
