@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -195,6 +195,27 @@ def check_made(recipes: Path, folders: Mapping[str, str | None]) -> None:
             raise FileNotFoundError(
                 f"There is no folder {path!r} (`{option}`). It is made by this command:\n    {makers[0]}"
             )
+
+
+def check_anew(resume: bool, accelerator: Accelerator, left: Iterable[Path]) -> None:
+    """Refuses to start anew where a run has left something, which would be lost or taken for the new run's.
+
+    Args:
+        resume (`bool`): the option; True goes on.
+        accelerator (`Accelerator`): of the launch; nobody writes before all have looked.
+        left (iterable of `Path`): what a run goes on with.
+
+    Raises:
+        FileExistsError: if anything is there.
+    """
+    found = [] if resume else [path for path in left if path.exists()]
+    accelerator.wait_for_everyone()
+    if found:
+        listed = " and ".join(map(str, found))
+        raise FileExistsError(
+            f"`--resume false` starts anew, and {listed} is what a run has left: delete it, choose another "
+            "`--output_dir`, or leave `--resume false` out to go on."
+        )
 
 
 def _commands(recipes: Path) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.configs import check_anew, make_accelerator, parse_config
 from dsco_hf.data import find_columns, load_image_dataset, load_splits, select_per_class
 from dsco_hf.evaluators import (
     ImageSet,
@@ -80,6 +80,7 @@ class ComparisonRecipe:
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
         compile: pass the networks through `torch.compile`; pays from about a minute of training on.
         checkpoint_seconds: time between checkpoints; 0 writes one after every epoch.
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
         output_dir: where results, jobs and checkpoints go.
     """
 
@@ -117,6 +118,7 @@ class ComparisonRecipe:
     mixed_precision: str | None = None
     compile: bool = False
     checkpoint_seconds: float = 60.0
+    resume: bool = True
     output_dir: str = "outputs/comparison"
 
 
@@ -127,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator(
         recipe.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
     )
+    check_anew(recipe.resume, accelerator, [output / "jobs"])
     names = ("epochs", "steps", "batch_size", "learning_rate", "label_type", "image_size")
     changes = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
     protocol = get_protocol(recipe.protocol, **changes)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from dsco_hf.configs import check_made, make_accelerator, parse_config
+from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.data import load_splits
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.files import write_atomically
@@ -57,6 +57,7 @@ class TargetsRecipe:
         data_free: match samples of the generator, and read no real image.
         class_labels: the generator's classes, for data-free targets; all if none.
         samples_per_class, weighting, num_inference_steps, guidance_scale, eta: see `MatchingTargets.from_generator`.
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
         output_dir: the targets' folder, with results.json.
         keep_work: leave the features there.
     """
@@ -91,6 +92,7 @@ class TargetsRecipe:
     num_inference_steps: int = 50
     guidance_scale: float = 4.0
     eta: float = 1.0
+    resume: bool = True
     output_dir: str = "outputs/targets"
     keep_work: bool = False
 
@@ -109,9 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {recipe.dtype!r}.")
     check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
     accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    pipe = load_pipeline(recipe, accelerator)
     output = Path(recipe.output_dir).absolute()
     work = output.with_name(f"{output.name}-work")  # beside, so that it is never published
+    check_anew(recipe.resume, accelerator, [work])
+    pipe = load_pipeline(recipe, accelerator)
     continued = any(work.glob("features-*"))
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     begin = time.perf_counter()

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderTiny
 
-from dsco_hf.configs import check_made, make_accelerator, parse_config
+from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.data import load_splits
 from dsco_hf.failures import NonFiniteError
 from dsco_hf.files import read_json, write_atomically
@@ -74,6 +74,7 @@ class ConcentrateRecipe:
         seed: with class and index it fixes an image.
         block_size: images of a class that are optimised jointly.
         images_per_call: of several classes, at most; smaller calls occupy more processes.
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
         output_dir: see above.
         max_hours: stop in time, to go on later.
         cpu_threads: threads of a process on a CPU; use several processes to use several cores.
@@ -125,6 +126,7 @@ class ConcentrateRecipe:
     contrast: float = 0.0
     regularization: float = 2.0
     batch_size: int | None = None
+    resume: bool = True
     output_dir: str = "outputs/concentrated"
     max_hours: float | None = None
     cpu_threads: int | None = None
@@ -140,6 +142,7 @@ SAMPLING = ("objective", "guidance_scale", "num_inference_steps", "eta", "optimi
 MADE = "outputs/generator"  # by recipes/train_generator.py
 SIZES = ("images_per_class", "block_size", "images_per_call")
 WITH_FROM = {
+    "resume",
     "generator",
     "generator_revision",
     "output_dir",
@@ -178,6 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_made(Path(__file__).parent, {name: getattr(recipe, name) for name in ("generator", "classifier", "targets")})
     # the pass over a large dataset, or a download, takes longer than the 10 or 30 minutes that processes usually wait
     accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    work = ("run", "targets", "targets-work", "generator_check.json")
+    check_anew(recipe.resume, accelerator, [Path(recipe.output_dir) / name for name in work])
     try:
         job = recorded_job(recipe, accelerator) if recipe.from_dataset else described_job(recipe, accelerator)
         parameters = dict(job.parameters)

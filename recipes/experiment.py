@@ -33,7 +33,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from dsco_hf.concentrate import ConcentrationReport, concentrate_and_report, measure_discrepancy
-from dsco_hf.configs import check_made, make_accelerator, parse_config
+from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.data import check_classes, dataset_fingerprint, load_pixels, load_splits, select_per_class
 from dsco_hf.doping import STRATEGIES, clearest, dope
 from dsco_hf.evaluators import (
@@ -118,6 +118,7 @@ class ExperimentRecipe:
         full: also train on all real images.
         mixed_precision: "no", "fp16" or "bf16", of evaluator training; else what `accelerate launch` was told.
         max_minutes: start nothing new after this time; run again to go on.
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
         sets_dir: where targets and sets are kept; `<output_dir>/work` if None.
         output_dir: where the results go.
     """
@@ -170,6 +171,7 @@ class ExperimentRecipe:
     full: bool = False
     mixed_precision: str | None = None
     max_minutes: float | None = None
+    resume: bool = True
     sets_dir: str | None = None
     output_dir: str = "outputs/experiment"
 
@@ -236,6 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator(
         recipe.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))]
     )
+    work = Path(recipe.sets_dir or Path(recipe.output_dir) / "work")
+    check_anew(recipe.resume, accelerator, [work, Path(recipe.output_dir) / "evaluators"])
     run = Experiment(recipe, accelerator)
     run.make_targets()
     run.draw_sets()

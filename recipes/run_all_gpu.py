@@ -52,7 +52,7 @@ def steps(outputs: Path, data: dict[str, list[str]], mixed_precision: str) -> li
             Step(
                 f"{name}: classifier",
                 "train_classifier.py",
-                (*dataset, *test, *images[name], "--architecture", "resnet-18", "--protocol", full, "--resume", "true",
+                (*dataset, *test, *images[name], "--architecture", "resnet-18", "--protocol", full,
                  "--checkpoint_seconds", "30", "--output_dir", str(classifier)),
                 classifier / "config.json",
                 sliced=False,
@@ -63,7 +63,7 @@ def steps(outputs: Path, data: dict[str, list[str]], mixed_precision: str) -> li
             Step(
                 f"{name}: generator",
                 "train_generator.py",
-                (*config, *dataset, "--classifier", str(classifier), "--resume", "--output_dir", str(generator)),
+                (*config, *dataset, "--classifier", str(classifier), "--output_dir", str(generator)),
                 generator / "results.json",
             )
         )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.configs import check_anew, make_accelerator, parse_config
 from dsco_hf.data import load_splits
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, load_image_set, protocol_to_dict, train_evaluator
 from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
@@ -51,7 +51,7 @@ class ClassifierRecipe:
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
         compile: pass the networks through `torch.compile`; pays from about a minute of training on.
         checkpoint_seconds: time between checkpoints.
-        resume: continue from the checkpoint, or start if there is none.
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
         output_dir: the classifier's folder.
     """
 
@@ -78,7 +78,7 @@ class ClassifierRecipe:
     mixed_precision: str | None = None
     compile: bool = False
     checkpoint_seconds: float = 60.0
-    resume: bool = False
+    resume: bool = True
     output_dir: str = "outputs/classifier"
 
 
@@ -96,9 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     native = train.pixels.shape[-1]
     size = recipe.image_size or (native if is_own_architecture(recipe.architecture) else max(32, native))
     checkpoint = output / "checkpoint.safetensors"
-    if not recipe.resume and accelerator.is_main_process:
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    check_anew(recipe.resume, accelerator, [checkpoint])
     result = train_evaluator(
         evaluator_builder(
             recipe.architecture, train, protocol, **{"image_size": size, **json.loads(recipe.model_options)}

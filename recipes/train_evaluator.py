@@ -24,7 +24,7 @@ from accelerate.utils import is_tensorboard_available, is_trackio_available
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf.configs import make_accelerator, parse_config
+from dsco_hf.configs import check_anew, make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, load_splits, load_test_split
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
 from dsco_hf.evaluators.checkpoints import settings_of
@@ -64,6 +64,7 @@ class EvaluatorRecipe:
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
         compile: pass the networks through `torch.compile`; pays from about a minute of training on.
         checkpoint_seconds: time between checkpoints; 0 writes one after every epoch.
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
         report_to: "tensorboard", "trackio" or "none".
         save_models: store the trained networks in `<output_dir>/models`.
         output_dir: where results, jobs and checkpoints go.
@@ -103,6 +104,7 @@ class EvaluatorRecipe:
     mixed_precision: str | None = None
     compile: bool = False
     checkpoint_seconds: float = 60.0
+    resume: bool = True
     report_to: str = "none"
     save_models: bool = False
     output_dir: str = "outputs/evaluator"
@@ -113,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_config(EvaluatorRecipe, arguments, description=__doc__)
     output = Path(recipe.output_dir)
     accelerator = start_accelerator(recipe)
+    check_anew(recipe.resume, accelerator, [output / "jobs"])
     protocol = get_protocol(recipe.protocol, **protocol_changes(recipe))
     train, test, splits = load_sets(recipe, protocol, accelerator)
     teacher = load_teacher(recipe, accelerator)

@@ -1,10 +1,10 @@
 """Trains a class-conditional generator on any image-classification dataset and saves it as a pipeline folder.
 
     accelerate launch recipes/train_generator.py --config recipes/configs/generator_digits.yaml
-    accelerate launch recipes/train_generator.py --dataset user/pets --image_size 32 --output_dir outputs/pets --resume
+    accelerate launch recipes/train_generator.py --dataset user/pets --image_size 32 --output_dir outputs/pets
     accelerate launch --multi_gpu --num_processes 2 recipes/train_generator.py --config ...     (also without a GPU)
     accelerate launch recipes/train_generator.py --dataset user/pets --finetune_from facebook/DiT-XL-2-256 \
-        --trainable bias_and_norm --learning_rate 1e-4 --output_dir outputs/pets --resume
+        --trainable bias_and_norm --learning_rate 1e-4 --output_dir outputs/pets
 
 The folder is read by `DsCoPipeline.from_pretrained(output_dir)`. It also holds `results.json`, `samples.png` and, with
 `--evaluate_every`, `samples-<step>.png`.
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import AutoencoderKL
 
-from dsco_hf.configs import check_made, make_accelerator, parse_config
+from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.data import dataset_fingerprint, load_pixels, load_splits, present_classes
 from dsco_hf.figures import sample_grid
 from dsco_hf.fine_tuning import adapt_denoiser, with_schedule_of
@@ -60,7 +60,7 @@ class GeneratorRecipe(GeneratorTrainingConfig):
         output_dir: the pipeline folder.
         checkpoint_every: steps between checkpoints (kept in `<output_dir>-checkpoints`); if None, as many as take ten
             minutes. The first one comes after a minute.
-        resume: continue from the last checkpoint, or start if there is none.
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
         log_every: steps between looks at the loss and the clock.
         max_minutes: stop with a checkpoint after this time.
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
@@ -90,7 +90,7 @@ class GeneratorRecipe(GeneratorTrainingConfig):
     classifier_revision: str | None = None
     output_dir: str = "outputs/generator"
     checkpoint_every: int | None = None
-    resume: bool = False
+    resume: bool = True
     max_minutes: float | None = None
     log_every: int = 20
     mixed_precision: str | None = None
@@ -106,6 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_config(GeneratorRecipe, arguments, description=__doc__)
     check_made(Path(__file__).parent, {"finetune_from": recipe.finetune_from, "classifier": recipe.classifier})
     accelerator = make_accelerator(recipe.mixed_precision)
+    check_anew(recipe.resume, accelerator, sorted(checkpoints_of(recipe).glob("step-*")))
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         dataset, _, splits = load_splits(
             recipe.dataset,
@@ -123,8 +124,14 @@ def main(arguments: list[str] | None = None) -> None:
         if result.finished:
             run.save(result)
         else:
-            print(f"Stopped at step {result.step} of {run.config.train_steps}; run again with --resume to continue.")
+            print(f"Stopped at step {result.step} of {run.config.train_steps}; run the same command again to go on.")
     accelerator.end_training()
+
+
+def checkpoints_of(recipe: GeneratorRecipe) -> Path:
+    """The folder of the checkpoints: beside the pipeline, so that they are never published."""
+    output = Path(recipe.output_dir)
+    return output.with_name(f"{output.name}-checkpoints")
 
 
 class GeneratorRun:
@@ -184,9 +191,9 @@ class GeneratorRun:
             accelerator=self.accelerator,
             vae=self.vae,
             denoiser=self.denoiser,
-            checkpoint_dir=self.output.with_name(f"{self.output.name}-checkpoints"),  # beside: never published
+            checkpoint_dir=checkpoints_of(recipe),
             checkpoint_every=recipe.checkpoint_every,
-            resume=recipe.resume,
+            resume=True,  # what is there was looked at
             max_minutes=recipe.max_minutes,
             log_every=recipe.log_every,
             evaluate=self.evaluate if recipe.evaluate_every else None,

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
+import dsco_hf.evaluators.training as train_evaluation
 from dsco_hf.cards import DatasetCardFields
-from dsco_hf.configs import parse_config
+from dsco_hf.configs import check_anew, parse_config
 from recipes import (
     compare,
     compute_targets,
@@ -85,6 +88,81 @@ def test_images_to_test_on_are_chosen_alike(name):
     assert (options["test_split"].default, options["holdout"].default) == ("auto", 0.2)
     recipe = parse_config(RECIPES[name], [*REQUIRED.get(name, ()), "--test_split", "none", "--holdout", "0.5"])
     assert (recipe.test_split, recipe.holdout) == ("none", 0.5)
+
+
+RESUMED = sorted(set(RECIPES) - {"plan", "publish"})
+RESUME = 'resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.'
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_to_resume_means_the_same_everywhere(name):
+    assert options_of(name)["resume"].default is True
+    assert RESUME in RECIPES[name].__doc__
+    assert "check_anew(recipe.resume, accelerator, " in SOURCES[name].read_text(encoding="utf-8")
+
+
+def test_starting_anew_where_a_run_has_left_something(tmp_path):
+    accelerator, left = Accelerator(), [tmp_path / "jobs", tmp_path / "work"]
+    check_anew(False, accelerator, left)
+    left[1].mkdir()
+    with pytest.raises(FileExistsError, match=f"`--resume false` starts anew, and {left[1]} is what a run has left"):
+        check_anew(False, accelerator, left)
+    check_anew(True, accelerator, left)  # what it says: without the option, or
+    left[1].rmdir()  # deleted
+    check_anew(False, accelerator, left)
+
+
+@pytest.mark.parametrize("name", ["train_classifier", "train_evaluator", "compare", "train_generator"])
+def test_another_run_in_the_folder_names_the_option_with_both_values(name, tmp_path, monkeypatch):
+    """A run that was cut by a signal, then run with another option, as it was, and anew."""
+    main = {"train_classifier": train_classifier, "train_evaluator": train_evaluator, "compare": compare}
+    main = main.get(name, train_generator).main
+    given = ["--num_channels", "1", "--output_dir", str(tmp_path / "out"), "--mixed_precision", "no"]
+    if name == "train_generator":
+        given += ["--train_steps", "4", "--num_layers", "1", "--num_attention_heads", "1", "--attention_head_dim", "8"]
+        given += ["--max_minutes", "0"]
+    else:
+        given += [
+            "--steps",
+            "24",
+            "--batch_size",
+            "128",
+            "--checkpoint_seconds",
+            "0",
+            "--model_options",
+            '{"width": 4}',
+        ]
+        given += ["--architecture" if name == "train_classifier" else "--architectures", "convnet-2"]
+        given += [] if name == "train_classifier" else ["--seeds", "1"]
+        saved = train_evaluation.write_checkpoint
+
+        def cut(*arguments, **options):
+            saved(*arguments, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train_evaluation, "write_checkpoint", cut)
+
+    def run(*more):
+        try:
+            main([*given, *more])
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+    if name == "train_generator":
+        run()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"learning_rate.* 0\.125"):
+        run("--learning_rate", "0.125")
+    with pytest.raises(FileExistsError, match="`--resume false` starts anew"):
+        run("--resume", "false")
+    if name == "train_generator":
+        given[-1] = "10"
+    run()  # set as it was
+    assert (tmp_path / "out" / "results.json").is_file()
 
 
 REQUIRED = {"compute_targets": ["--generator", "g"], "experiment": ["--dataset", "d"]}
