@@ -15,7 +15,7 @@ from datasets import Dataset
 from .config_records import by_config, to_json
 from .digests import targets_sha256
 from .schema import nearest
-from .set_records import PARTS, changed_since, more_exact, record_of, targets_record, without_paths
+from .set_records import PARTS, changed_since, more_exact, named_source, record_of, targets_record, without_paths
 from .targets import MatchingTargets
 
 
@@ -38,7 +38,7 @@ def joined_records(configs: Mapping[str, Mapping[str, Dataset]], given: Mapping[
         ValueError: if what is given contradicts what a set says itself, naming both; or is of a config that is not
             there.
     """
-    told = by_config(without_paths(given or {}), configs)
+    told = by_config(given or {}, configs)
     return {name: _joined_record(name, splits, told[name]) for name, splits in configs.items()}
 
 
@@ -46,7 +46,9 @@ def _joined_record(name: str, splits: Mapping[str, Dataset], told: Mapping[str, 
     carried = {split: found for split, rows in splits.items() if (found := _carried(rows)) is not None}
     first = next(iter(splits))
     own = carried.pop(first, {})
-    record = _join(own, told, f"Config {name!r}", "")
+    if isinstance(source := told.get("source"), Mapping):
+        told = {**told, "source": named_source((own.get("source") or {}).get("dataset"), source)}
+    record = _join(own, without_paths(told), f"Config {name!r}", "")
     if changed := changed_since(record, splits[first]):
         record["changed"] = changed
     others = {}

@@ -10,12 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, DatasetInfo, Features
+from datasets.table import embed_table_storage
 from diffusers import DiffusionPipeline
 
 from .config_records import MARK, as_description
 from .digests import model_sha256, targets_sha256
+from .files import whole
 from .origins import cached_origin as cached_origin
 from .origins import commit_of
 from .origins import published_origin as published_origin
@@ -106,8 +109,9 @@ def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | N
     if population.get("population") == "data":
         names = ("dataset", "config", "revision", "split", "fingerprint")
         origin = {name: population.get(name) for name in names} | {"rows": population.get("images")}
+    given = named_source(origin.get("dataset"), given)
     for key, here in origin.items():
-        there = (given or {}).get(key)
+        there = given.get(key)
         if key == "rows" or here is None or there is None or here == there:  # those that could be read may be fewer
             continue
         if not more_exact(f"source.{key}", here, there):
@@ -115,10 +119,18 @@ def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | N
                 f"The targets were made of data with {key}={here!r}, but `source` says {key}={there!r}: pass the "
                 f"targets of that data, or leave {key!r} out of `source`: it is recorded as the targets say."
             )
-    known = {key: value for key, value in {**origin, **(given or {})}.items() if value is not None}
+    known = {key: value for key, value in {**origin, **given}.items() if value is not None}
     if isinstance(name := known.get("dataset"), str) and "folder" in (place := published_origin(name)):
         known["dataset"] = place["folder"]
     return known or None
+
+
+def named_source(own: str | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is told of the source, without a folder's name where the dataset has a better one of its own."""
+    given = dict(given or {})
+    if is_place(given.get("dataset")) and own not in (None, *_BUILDERS):
+        del given["dataset"]
+    return given
 
 
 def more_exact(place: str, here: Any, there: Any) -> bool:
@@ -178,19 +190,20 @@ def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
     clean = dict(record)
     for part in ("generator", *PARTS):
         entry = clean.get(part)
-        if isinstance(entry, Mapping) and isinstance(name := entry.get("id"), str) and _is_place(name):
+        if isinstance(entry, Mapping) and isinstance(name := entry.get("id"), str) and is_place(name):
             clean[part] = {**{key: value for key, value in entry.items() if key != "id"}, **published_origin(name)}
     for part in ("source", "targets"):
         entry = clean.get(part)
-        if isinstance(entry, Mapping) and isinstance(name := entry.get("dataset"), str) and _is_place(name):
+        if isinstance(entry, Mapping) and isinstance(name := entry.get("dataset"), str) and is_place(name):
             clean[part] = {**entry, "dataset": published_origin(name)["folder"]}
     if isinstance(clean.get("configs"), Mapping):
         clean["configs"] = {name: without_paths(entry) for name, entry in clean["configs"].items()}
     return clean
 
 
-def _is_place(name: str) -> bool:
-    return "folder" in published_origin(name)
+def is_place(name: Any) -> bool:
+    """Whether a recorded name is a path on this machine."""
+    return isinstance(name, str) and "folder" in published_origin(name)
 
 
 def _name_of(model: Any) -> str:
@@ -201,6 +214,28 @@ def _name_of(model: Any) -> str:
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in values.items() if value is not None} or None
+
+
+def write_set(dataset: Dataset, path: Path) -> None:
+    """Keeps a set with its record in one parquet file, which is whole or absent. Any reader of parquet reads the rows.
+
+    Args:
+        dataset: the set; its images are embedded.
+        path: the file; one that is there is replaced.
+    """
+    rows = dataset.with_format("arrow")[:].cast(dataset.features.arrow_schema)
+    table = embed_table_storage(rows).combine_chunks()
+    told = {**(table.schema.metadata or {}), MARK.encode(): (dataset.info.description or "").encode()}
+    with whole(path) as partial:
+        pq.write_table(table.replace_schema_metadata(told), partial)
+
+
+def read_set(path: Path) -> Dataset:
+    """A set that `write_set` kept, in memory, with its record; errors of a damaged file are those of pyarrow."""
+    table = pq.read_table(path)
+    told = (table.schema.metadata or {}).get(MARK.encode(), b"").decode()
+    features = Features.from_arrow_schema(table.schema)
+    return Dataset(table, info=DatasetInfo(description=told, features=features))
 
 
 _CHANGED = "rows were changed, added or left out after they were drawn, or put in another order"

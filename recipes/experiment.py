@@ -32,7 +32,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf.concentrate import ConcentrationReport, concentrate_and_report, measure_discrepancy
+from dsco_hf.concentrate import concentrate_and_report, measure_discrepancy
 from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.data import check_classes, dataset_fingerprint, load_pixels, load_splits, select_per_class
 from dsco_hf.doping import STRATEGIES, clearest, dope
@@ -50,7 +50,7 @@ from dsco_hf.evaluators.checkpoints import content_hash, settings_of
 from dsco_hf.evaluators.evaluation import read_job, run_environment
 from dsco_hf.figures import accuracy_figure, sample_grid
 from dsco_hf.files import read_json, reading, whole, write_atomically
-from dsco_hf.folder import concentration_record, save_dataset_folder
+from dsco_hf.folder import save_dataset_folder
 from dsco_hf.generator_training import weights_fingerprint
 from dsco_hf.model_loading import load_classifier
 from dsco_hf.objectives import MATCHING
@@ -58,6 +58,7 @@ from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
 from dsco_hf.report import results_table
 from dsco_hf.schema import nearest
+from dsco_hf.set_records import read_set, write_set
 from dsco_hf.shards import file_sha256
 from dsco_hf.targets import MatchingTargets
 from dsco_hf.values import check_choice
@@ -433,9 +434,7 @@ class Experiment:
             if (path.is_file() and self.cost(name).get("matching", matching) == matching) or self.out_of_time():
                 continue
             path.unlink(missing_ok=True)  # of other settings
-            share = matching.get("clearest_share", 1)
-            population = {"nopt": "real" if share == 1 else clear_name(share)}.get(method, method)
-            options: dict[str, Any] = {"targets": self.targets.get(population)}
+            options: dict[str, Any] = {"targets": self.targets.get(self.population(method, budget))}
             options |= {name: value for name, value in matching.items() if name != "clearest_share"}
             options |= {name: getattr(recipe, name) for name in ("step_size", "optimize_from", "optimize_until")}
             if method == "nopt-quantile":
@@ -465,8 +464,7 @@ class Experiment:
             )
             cost = json.dumps(dataclasses.asdict(report) | {"matching": matching}).encode()
             write_atomically(path.with_suffix(".json"), cost)
-            with whole(path) as partial:
-                rows.to_parquet(partial)
+            write_set(rows, path)
         self.accelerator.wait_for_everyone()
 
     def doped_names(self) -> dict[str, tuple[str, int, int]]:
@@ -503,15 +501,14 @@ class Experiment:
             )  # fmt: skip
             cost = {"seconds": time.perf_counter() - start, "matching": matching}
             write_atomically(path.with_suffix(".json"), json.dumps(cost).encode())
-            with whole(path) as partial:
-                rows.to_parquet(partial)
+            write_set(rows, path)
         self.accelerator.wait_for_everyone()
 
     def rows(self, name: str) -> Dataset:
         """A finished set as it is kept."""
         path = self.work / "sets" / f"{name}.parquet"
         with reading(path, DRAW_AGAIN):
-            return Dataset.from_parquet(str(path), keep_in_memory=True)
+            return read_set(path)
 
     def write_dataset(self, results: dict[str, Any]) -> None:
         """dataset/: the sets of the first seed with their card and records, as they are published."""
@@ -519,55 +516,26 @@ class Experiment:
         method = next((name for name in PUBLISHED if name in recipe.methods), None)
         if method is None:
             return
-        chosen = {f"ipc{budget}": (method, budget, f"{method}-ipc{budget}-seed0") for budget in recipe.budgets}
-        for name, (base, budget, _) in self.doped_names().items():
-            if name.endswith("-seed0"):
-                chosen[f"doped{budget}"] = ("nopt+doping", int(base.split("-")[1][3:]), name)
-        records = {config: self.record(*made) for config, made in chosen.items()}
-        shared = ("source", "generator", "classifier", "versions")
-        first = next(iter(records.values()))
+        chosen = {f"ipc{budget}": f"{method}-ipc{budget}-seed0" for budget in recipe.budgets}
+        matched = {f"ipc{budget}": self.population(method, budget) for budget in recipe.budgets}
+        for name, (base, budget, seed) in self.doped_names().items():
+            if seed == 0:
+                chosen[f"doped{budget}"], matched[f"doped{budget}"] = name, matched[base.split("-")[1]]
+        source = {"dataset": recipe.dataset, "config": recipe.dataset_name, "revision": recipe.revision,
+                  "split": self.splits["train_split"]}  # fmt: skip
         save_dataset_folder(
-            {config: self.rows(name) for config, (_, _, name) in chosen.items()},
+            {config: self.rows(name) for config, name in chosen.items()},
             self.output / "dataset",
             results=results,
-            concentration={key: first[key] for key in shared if key in first}
-            | {"configs": {c: {k: v for k, v in one.items() if k not in shared} for c, one in records.items()}},
+            concentration={"source": {key: value for key, value in source.items() if value is not None}},
+            targets={config: self.targets[name] for config, name in matched.items() if name in self.targets} or None,
             figures=[self.output / "samples.png", self.output / "accuracy.png"],
         )
 
-    def record(self, method: str, budget: int, name: str) -> dict[str, Any]:
-        """How a set was made."""
-        recipe, cost = self.recipe, self.cost(name)
-        drawn = name if method != "nopt+doping" else f"nopt-ipc{budget}-seed0"
-        kind = method.removesuffix("+doping")
-        matching = dict(self.cost(drawn).get("matching", {}))
-        share = matching.pop("clearest_share", 1)
-        population = {"nopt": "real" if share == 1 else clear_name(share)}.get(kind, kind)
-        parameters: dict[str, Any] = {"images_per_class": budget, **matching}
-        for option in ("num_inference_steps", "guidance_scale", "block_size", "images_per_call"):
-            parameters[option] = getattr(recipe, option)
-        if kind == "plain":
-            parameters["optimization_steps"] = 0
-        else:
-            parameters |= {name: getattr(recipe, name) for name in ("step_size", "optimize_from", "optimize_until")}
-        if kind == "nopt-quantile":
-            parameters |= {"objective": "quantile", "optimize_from": 0.0}
-            parameters["optimization_steps"] = recipe.quantile_iterations
-        if method != kind:
-            parameters["doping"] = cost["matching"]["doping"]
-        fields = {field.name for field in dataclasses.fields(ConcentrationReport)}
-        spent = {key: value for key, value in self.cost(drawn).items() if key in fields}
-        local = not Path(recipe.dataset).exists()
-        source = {"dataset": recipe.dataset if local else None, "config": recipe.dataset_name,
-                  "revision": recipe.revision, "split": self.splits["train_split"]}  # fmt: skip
-        record = concentration_record(
-            self.pipe, self.targets.get(population), ConcentrationReport(**spent), method=method, seed=0,
-            parameters=parameters, source=source,
-        )  # fmt: skip
-        for model in ("generator", "classifier"):  # a folder of this machine means nothing elsewhere
-            if Path(getattr(recipe, model)).exists():
-                record[model] = {**record[model], "id": f"trained by recipes/train_{model}.py"}
-        return record
+    def population(self, method: str, budget: int) -> str:
+        """Name of the targets that the sets of a method match."""
+        share = self.matching(method, budget).get("clearest_share", 1)
+        return {"nopt": "real" if share == 1 else clear_name(share)}.get(method, method)
 
     def sets(self) -> dict[str, ImageSet]:
         """All sets that can be trained on now: real ones, and the synthetic ones that are finished."""

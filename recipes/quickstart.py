@@ -3,8 +3,9 @@
     accelerate launch recipes/quickstart.py
     accelerate launch recipes/quickstart.py --small --fresh
 
-Writes results.json, samples.png, accuracy.png, features.png and dataset/ to outputs/quickstart. What is there already
-is used again; --fresh starts anew, --small is a setting for tests of the software, whose numbers mean nothing.
+Writes results.json, samples.png, accuracy.png, features.png, dataset/ and pipeline/ to outputs/quickstart. What is
+there already is used again; --fresh starts anew, --small is a setting for tests of the software, whose numbers mean
+nothing. `recipes/concentrate.py --from outputs/quickstart/dataset` draws the dataset again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from dsco_hf import (
     train_evaluator,
 )
 from dsco_hf.cards import DatasetCardFields
-from dsco_hf.concentrate import ConcentrationReport, embed_pixels
+from dsco_hf.concentrate import embed_pixels
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import select_per_class
 from dsco_hf.evaluators import herd_per_class, load_image_set, run_job, summarise, train_job
@@ -50,11 +51,12 @@ from dsco_hf.evaluators.evaluation import read_job, run_environment
 from dsco_hf.feature_figures import feature_figure
 from dsco_hf.figures import accuracy_figure, sample_grid
 from dsco_hf.files import read_json, reading, whole, write_atomically, write_json
-from dsco_hf.folder import concentration_record, save_dataset_folder
+from dsco_hf.folder import save_dataset_folder
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.model_loading import load_classifier
 from dsco_hf.report import results_table
+from dsco_hf.set_records import read_set, write_set
 
 
 DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
@@ -143,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = collect(run, pipe, targets["nopt"], sets, jobs)
         write_results(run, results)
         draw(run, pipe, targets["nopt"], sets, results)
-        write_dataset(run, pipe, targets, sets, results)
+        write_dataset(run, targets, sets, results)
         run.say(f"done: {run.output}")
         print(f"\n{results_table(results)}")
     accelerator.end_training()
@@ -214,14 +216,13 @@ class Run:
         path = self._set_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path.with_suffix(".json"), cost)
-        with whole(path) as partial:
-            rows.to_parquet(partial)
+        write_set(rows, path)
 
     def load_set(self, name: str) -> Dataset:
         """A finished set."""
         path = self._set_path(name)
         with reading(path, DRAW_AGAIN):
-            return Dataset.from_parquet(str(path), keep_in_memory=True)
+            return read_set(path)
 
     def cost(self, name: str) -> dict[str, Any]:
         """What a set cost; nothing for real images."""
@@ -500,50 +501,28 @@ def draw(
 
 def write_dataset(
     run: Run,
-    pipe: DsCoPipeline,
     targets: dict[str, MatchingTargets],
     sets: dict[str, Dataset],
     results: dict[str, Any],
 ) -> None:
-    """dataset/: parquet and card, with the configs ipc1, ipc3, ipc10 (default) and doped."""
-    doped = run.doped_per_class
-    keys = {f"ipc{budget}": ("nopt", f"nopt-ipc{budget}-seed0") for budget in BUDGETS}
-    keys["doped"] = ("nopt+doping", f"nopt+doping-ipc{doped}-seed0")
-    shared = ("source", "targets", "generator", "classifier", "versions")
-    configs: dict[str, Dataset] = {}
-    records: dict[str, dict[str, Any]] = {}
-    for name, (method, key) in keys.items():
-        configs[name] = sets[key]
-        report = {field.name: value for field in dataclasses.fields(ConcentrationReport)
-                  if (value := run.cost(key).get(field.name)) is not None}  # fmt: skip
-        parameters: dict[str, Any] = {
-            "images_per_class": int(name[3:]) if name.startswith("ipc") else BUDGETS[-1],
-            **run.sampling,
-            **INTERVAL,
-        }
-        parameters["contrast"] = CONTRAST.get(parameters["images_per_class"], 0.0)
-        if name == "doped":
-            parameters["doping"] = {**DOPING, "total": len(sets[key])}
-        records[name] = concentration_record(
-            pipe, targets["nopt"], ConcentrationReport(**report), method=method, seed=0, parameters=parameters,
-            source={"dataset": "scikit-learn digits", "split": "train"},
-        )  # fmt: skip
-        for model in ("generator", "classifier"):  # not a path of this machine, which would mean nothing elsewhere
-            records[name][model] = {"id": f"trained by recipes/quickstart.py ({model})"}
+    """dataset/: parquet and card, with the configs ipc1, ipc3, ipc10 (default) and doped; pipeline/: what drew it."""
+    keys = {f"ipc{budget}": f"nopt-ipc{budget}-seed0" for budget in BUDGETS}
+    keys["doped"] = f"nopt+doping-ipc{run.doped_per_class}-seed0"
     save_dataset_folder(
-        configs,
+        {name: sets[key] for name, key in keys.items()},
         run.output / "dataset",
         default_config=f"ipc{BUDGETS[-1]}",
         card=DatasetCardFields(
             pretty_name="Digits, concentrated", source_license="cc-by-4.0", generator_license="cc-by-4.0"
         ),
         results=results,
-        concentration={key: records["doped"][key] for key in shared if key in records["doped"]}
-        | {
-            "configs": {name: {k: v for k, v in record.items() if k not in shared} for name, record in records.items()}
-        },
+        concentration={"source": {"dataset": "scikit-learn digits", "split": "train"}},
+        targets=targets["nopt"],
         figures=[run.output / name for name in ("samples.png", "accuracy.png", "features.png")],
     )
+    with whole(run.output / "pipeline") as partial:  # where `concentrate.py --from` finds it by its name
+        shutil.copytree(run.work / "pipeline", partial)
+        shutil.rmtree(run.output / "pipeline", ignore_errors=True)  # of other settings
 
 
 if __name__ == "__main__":

@@ -569,3 +569,43 @@ def test_only_loopback_was_asked(hub, ann, stranger):
     for client in (ann, stranger):
         assert client.run("import socket\nreturn socket.getaddrinfo.__name__") == "guarded_look_up"
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", hub.url)
+
+
+def test_the_record_goes_from_folder_to_folder_to_the_hub_and_back(ann, stranger):
+    code = """
+    from datasets import load_dataset
+    from dsco_hf import concentrate, dope, publish, save_dataset_folder
+    from dsco_hf.set_records import record_of
+    from hub.samples import tiny_dataset
+    from hub.tiny import tiny_pipeline, tiny_targets
+    pipe = tiny_pipeline()
+    targets = tiny_targets(pipe)
+    real = tiny_dataset(4).select_columns(["image", "label"])
+    drawn = concentrate(pipe, targets, 1, seed=3, num_inference_steps=2, guidance_scale=1.0, progress=False)
+    save_dataset_folder(drawn, "drawn", targets=targets)
+    loaded = load_dataset("drawn", split="train")
+    mixed = dope(loaded, real, pipe, images_per_class=3, seed=5, targets=targets, progress=False)
+    save_dataset_folder({"doped": mixed, "drawn": loaded}, "mixed")
+    again = {name: load_dataset("mixed", name, split="train") for name in ("doped", "drawn")}
+    publish(again, "ann/journey", concentration={"source": {"license": "mit"}}, targets=targets)
+    return [record_of(rows) for rows in (drawn, loaded, mixed, again["doped"])]
+    """
+    drawn, loaded, mixed, again = ann.run(code)
+    assert (
+        drawn == loaded and mixed == again and drawn["seed"] == 3 and drawn["parameters"]["num_inference_steps"] == 2
+    )
+    same = set(drawn) - {"method"}
+    assert {key: mixed[key] for key in same} == {key: drawn[key] for key in same} and mixed["doping"]["seed"] == 5
+    code = """
+    from datasets import load_dataset
+    rows = load_dataset("ann/journey", "doped", split="train")
+    from dsco_hf import verify
+    from dsco_hf.set_records import record_of
+    verify("ann/journey")
+    other = record_of(load_dataset("ann/journey", "drawn", split="train"))
+    return [record_of(rows), other, rows["source"][:], rows.features["label"].names]
+    """
+    found, other, sources, names = stranger.run(code)
+    assert found == {**mixed, "source": {**mixed["source"], "license": "mit"}}
+    assert other == {**drawn, "source": {**drawn["source"], "license": "mit"}}
+    assert sources == [0, 0, 1, 1, 1, 1] and names == ["cat", "dog"]

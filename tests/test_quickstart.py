@@ -11,8 +11,10 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from dsco_hf import MatchingTargets, verify
-from recipes import quickstart
+from dsco_hf import MatchingTargets, read_concentration, verify
+from dsco_hf.records import config_record
+from dsco_hf.set_records import record_of
+from recipes import concentrate, quickstart
 
 
 pytestmark = pytest.mark.slow
@@ -67,6 +69,24 @@ def test_plain_datasets_code_reads_the_dataset(output):
     assert len(real) == len(set(real)) == 330
     assert len(load_dataset(str(output / "dataset"), split="train")) == 100  # ipc10 is the default
     assert verify(output / "dataset")
+
+
+def test_the_dataset_says_how_it_was_drawn_and_is_drawn_again(output, capsys):
+    record = read_concentration(output / "dataset")
+    assert record["generator"]["folder"] == "pipeline" and record["source"]["dataset"] == "scikit-learn digits"
+    for name, contrast in (("ipc1", 2.0), ("ipc10", 0.0), ("doped", 0.0)):
+        told = config_record(record, name)["parameters"]
+        assert (told["contrast"], told["optimize_from"], told["num_inference_steps"]) == (contrast, 0.5, 10)
+    doping = config_record(record, "doped")["doping"]
+    assert (
+        doping["strategy"] == "clarity"
+        and doping["num_students"] == 4
+        and doping["protocol"]["name"].startswith("quick")
+    )
+    assert record_of(load_dataset(str(output / "dataset"), "ipc3", split="train"))["cost"]["images"] == 30
+    again = ["--from", str(output / "dataset"), "--from_config", "ipc1", "--output_dir", str(output / "again")]
+    concentrate.main(again)
+    assert "All rows are identical" in capsys.readouterr().out
 
 
 def test_figures_are_pictures(output):

@@ -13,8 +13,10 @@ from conftest import NAMES, striped_images
 from dsco_hf import DsCoPipeline, build_evaluator, concentrate, measure_discrepancy
 from dsco_hf.configs import parse_config
 from dsco_hf.data import load_pixels
+from dsco_hf.set_records import record_of
 from dsco_hf.targets import MatchingTargets
 from launches import launch_command, launch_environment
+from recipes import concentrate as concentrate_recipe
 from recipes import experiment
 
 
@@ -240,6 +242,14 @@ def test_a_folder_of_photographs_needs_no_other_option(make, tmp_path, monkeypat
     assert sorted(doped["source"]) == [0] * 3 + [1] * 3 and {image.size for image in doped["image"]} == {(8, 8)}
     record = Path("outputs/experiment/dataset/concentration.json").read_text()
     assert str(tmp_path) not in record and json.loads(record)["configs"]["doped2"]["doping"]["images_per_class"] == 2
+    told = record_of(doped)
+    assert told["generator"]["folder"] == "generator" and told["classifier"]["folder"] == "classifier"
+    assert told["source"]["dataset"] == "photos" and "less 20 %" in told["source"]["split"]
+    assert (told["seed"], told["parameters"]["num_inference_steps"], told["cost"]["images"]) == (0, 2, 3)
+    AcceleratorState._reset_state(), PartialState._reset_state()
+    again = ["--from", "outputs/experiment/dataset", "--from_config", "doped2", "--output_dir", "again"]
+    concentrate_recipe.main(again)
+    assert "All synthetic rows are identical to those of outputs/experiment/dataset" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in Path("outputs/experiment").rglob("*.parquet")}
     AcceleratorState._reset_state(), PartialState._reset_state()
     experiment.main(["--dataset", "photos", *small])

@@ -11,6 +11,7 @@ from dsco_hf import (
     MatchingTargets,
     concentrate,
     concentrate_to_folder,
+    concentration_record,
     dope,
     load_recorded,
     publish,
@@ -21,7 +22,7 @@ from dsco_hf.config_records import how_made
 from dsco_hf.digests import model_sha256
 from dsco_hf.origins import without_places
 from dsco_hf.records import config_record, record_parameters
-from dsco_hf.set_records import published_origin, record_of, without_paths
+from dsco_hf.set_records import published_origin, read_set, record_of, without_paths, write_set
 from dsco_hf.shards import rows_record, rows_sha256
 
 
@@ -142,6 +143,9 @@ def test_a_run_says_it_too(pipe, targets, tmp_path):
     record, expected = record_of(rows), record_of(concentrate(pipe, targets, 2, seed=5, **OPTIONS))
     for key in ("method", "seed", "parameters", "targets", "generator", "classifier", "synthetic"):
         assert record.get(key) == expected.get(key), key
+    calls = ("images", "denoiser_calls", "decoder_calls", "classifier_calls")
+    assert [record["cost"][key] for key in calls] == [expected["cost"][key] for key in calls]
+    assert set(record["cost"]) == set(expected["cost"]) and record["cost"]["seconds"] > 0
 
 
 def test_nothing_of_the_machine_is_published(pipe, real_images, tmp_path):
@@ -215,3 +219,29 @@ def test_places_are_shortened_and_names_are_left():
         "class": "/m/01g317", "out": "outputs/run", "slash": "/", "n": 3, "net": {"depth": 2},
         "hub": {"_name_or_path": "ann/net"},
     }  # fmt: skip
+
+
+def test_a_set_is_kept_with_its_record_in_one_file(small, tmp_path):
+    write_set(small, tmp_path / "set.parquet")
+    kept = read_set(tmp_path / "set.parquet")
+    assert record_of(kept) == record_of(small) and rows_record(kept) == rows_record(small)
+    assert kept.features == small.features and record_of(kept.select([0])) == record_of(small)
+    plain = load_dataset("parquet", data_files=str(tmp_path / "set.parquet"), split="train", cache_dir=str(tmp_path))
+    assert rows_sha256(plain) == rows_sha256(small) and [file.name for file in tmp_path.glob("*.p*")] == [
+        "set.parquet"
+    ]
+
+
+def test_the_name_of_a_folder_contradicts_no_dataset(pipe, targets, tmp_path):
+    """A dataset that was saved to disk keeps its name; the folder that it lies in has another."""
+    (tmp_path / "mine").mkdir()
+    source = {"dataset": str(tmp_path / "mine")}
+    for name, expected in (("cifar10", "cifar10"), ("imagefolder", "mine"), (None, "mine")):
+        targets.provenance["dataset"] = name
+        small = concentrate(pipe, targets, 1, seed=5, **OPTIONS)
+        save_dataset_folder(small, tmp_path / "set", concentration={"source": source})
+        assert read(tmp_path / "set")["source"]["dataset"] == expected
+        told = concentration_record(
+            pipe, targets, method="nopt", seed=5, parameters={"images_per_class": 1}, source=source
+        )
+        assert told["source"]["dataset"] == expected
