@@ -175,7 +175,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
             ValueError: for a class that the generator does not know, with the nearest names, or a name that fits
                 several, with the choices.
         """
-        if isinstance(class_labels, str):
+        if isinstance(class_labels, str | int):
             raise ValueError(f"`class_labels` must be a list, got {class_labels!r}: pass `[{class_labels!r}]`.")
         lookup = ClassLookup(self.id2label, self.num_classes)
         ids = []

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..names import find_classes, nearest
+from .protocol_fields import CHANGED
 from .protocols import Protocol
 
 
@@ -133,9 +134,10 @@ def check_label_source(
     for kind, value, option in (("teacher", teacher, "teacher"), ("stored", soft_labels, "soft_labels")):
         if (protocol.label_type == kind) != (value is not None):
             state, fix = ("missing", "Pass it") if value is None else ("given", "Leave it out")
+            name = protocol.name.removesuffix(CHANGED)
             raise ValueError(
                 f"Protocol {protocol.name!r} has label_type={protocol.label_type!r}, but `{option}` is {state}. "
-                f"{fix}, or change the protocol: get_protocol({protocol.name.rstrip('*')!r}, label_type=...)."
+                f"{fix}, or change the protocol: get_protocol({name!r}, label_type=...)."
             )
     if soft_labels is not None:
         check_soft_labels(soft_labels, images, model.config.num_labels)
