@@ -15,6 +15,7 @@ from dsco_hf.records import config_record
 from dsco_hf.remake import recorded_rows
 from dsco_hf.set_records import record_of
 from dsco_hf.shards import rows_sha256
+from recipes.concentrate import compared
 
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 1.0, "progress": False}
@@ -198,6 +199,29 @@ def test_changed_rows_are_said_to_be(change, one, tmp_path):
     plain.info.description = ""
     record = saved(tmp_path / "given", plain, concentration=record_of(one))
     assert record["changed"]
+
+
+def test_rows_that_were_changed_are_never_called_identical(one, real_images, tmp_path):
+    """What `recipes/concentrate.py --from` tells after it has drawn the rows of `one` again."""
+    doped = dope(one, real_images, images_per_class=3, strategy="random")
+    sets = {"kept": one, "cut": one.select([0, 2]), "soft": with_soft_labels(one), "doped": doped}
+    sets |= {"cut-doped": doped.select([0, 2, *range(3, len(doped))])}
+    record, told = saved(tmp_path / "set", sets), {}
+    for name in sets:
+        told[name] = compared({"dataset": name, "versions": {}, **recorded_rows(record, name)}, rows_sha256(one))
+    assert {name: outcome["identical"] for name, (outcome, _) in told.items()} == {
+        "kept": True, "cut": False, "soft": True, "doped": True, "cut-doped": False,
+    }  # fmt: skip
+    assert told["kept"][1] == " All rows are identical to those of kept."
+    assert told["doped"][1] == " All synthetic rows are identical to those of doped."
+    for name in ("cut", "cut-doped"):
+        assert "identical" not in told[name][1] and f"NOT as {name} has them: rows were changed" in told[name][1]
+    assert "DIFFER" in compared({"dataset": "x", "versions": {}, **recorded_rows(record, "kept")}, "0" * 64)[1]
+    # a set of an earlier version whose record told a falsehood in silence
+    for split in record["configs"]["cut"]["splits"].values():
+        assert split["rows_sha256"] != record["configs"]["kept"]["splits"]["train"]["rows_sha256"]
+    del record["configs"]["cut"]["changed"]
+    assert recorded_rows(record, "cut")["changed"] == "its rows are not those that its record says were drawn"
 
 
 @pytest.mark.parametrize("change", ["order", "pixels"])
