@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from .markdown import Trusted, escape_id, escape_markdown, format_number, parameter_rows
 from .methods import find_method
@@ -21,20 +22,23 @@ ABOUT_ALL = ("format_version", "default_config", "card", "configs")  # what says
 
 
 def to_json(values: object) -> str:
-    """Writes JSON that any reader accepts: NaN and infinity become null, NumPy numbers plain ones, paths strings."""
+    """Writes JSON that any reader accepts: NaN and infinity are null, numbers of NumPy and torch plain, paths text."""
 
     def plain(value: object) -> object:
         if isinstance(value, Mapping):
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
-        if isinstance(value, np.ndarray | np.generic):
+        if isinstance(value, np.ndarray | np.generic | torch.Tensor):
             return plain(value.tolist())
         if isinstance(value, float) and not math.isfinite(value):
             return None
         if value is None or isinstance(value, bool | int | float):
             return value
-        return str(value).encode("utf-8", "replace").decode()  # without lone surrogates, which no file can hold
+        text = str(value)
+        if re.search(r" at 0x[0-9a-fA-F]+>", text):
+            raise TypeError(f"{text} cannot be recorded: give numbers, text, lists or dicts.")
+        return text.encode("utf-8", "replace").decode()  # without lone surrogates, which no file can hold
 
     return json.dumps(plain(values), indent=2, ensure_ascii=False) + "\n"
 

@@ -55,7 +55,8 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        several = isinstance(self.layers, list | tuple)
+        layers = tuple(self.layers) if several else (self.layers,)
         object.__setattr__(self, "layers", layers)
         if not layers or not all(isinstance(layer, str) for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(f"`layers` must be different names of layers, such as ('pooled',); got {self.layers!r}.")

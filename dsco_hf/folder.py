@@ -25,6 +25,7 @@ from .cards import DatasetCardFields, render_dataset_card
 from .config_records import ABOUT_FILES, by_config, laid_out, recorded_only
 from .config_records import to_json as to_json
 from .files import bring_to_disk, read_json, reading
+from .given import check_given
 from .joined_records import TargetsLike, joined_records, with_targets
 from .markdown import merge_cards
 from .origins import without_places
@@ -197,14 +198,17 @@ def save_dataset_folder(
         The folder.
 
     Raises:
-        TypeError: If a config is not a `Dataset` or `DatasetDict`.
-        ValueError: If a name, a column or a default is not allowed, the record contradicts what a set carries, or the
-            targets are not those that it was drawn for.
+        TypeError: If a config is not a `Dataset` or `DatasetDict`, or an argument is of another kind.
+        ValueError: If a name, a column, a default or an entry of a record is not allowed, the record contradicts
+            what a set carries, or the targets are not those that it was drawn for.
         FileExistsError: If the folder holds files of something else.
     """
     folder = Path(folder)
     checked = as_configs(configs, soft_label_top_k=soft_label_top_k)
     default = pick_default(checked, default_config)
+    check_given(
+        list(checked), concentration=concentration, results=results, targets=targets, card=card, figures=figures
+    )
     _check_target(folder)
     readme = folder / CARD
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None

@@ -32,6 +32,7 @@ from .folder import (
     write_records,
 )
 from .folder import save_dataset_folder as save_dataset_folder
+from .given import check_given
 from .joined_records import Records, TargetsLike, joined_records, with_targets
 from .markdown import split_card
 from .model_hub import publish_evaluator as publish_evaluator
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 SHARD = re.compile(r"[\w.]+-\d{5}-of-\d{5}\.parquet")
 
 
-@plain_arguments()
+@plain_arguments(max_retries=0)
 def publish(
     dataset: DatasetLike | Mapping[str, DatasetLike] | str | Path,
     repo_id: str,
@@ -198,6 +199,9 @@ def _gather(
         concentration = concentration or stored["concentration"]
         targets = targets or stored["targets"]
     configs = as_configs(dataset, config_name=config_name, soft_label_top_k=top_k)
+    check_given(
+        list(configs), concentration=concentration, results=results, targets=targets, card=card, figures=figures
+    )
     records = joined_records(configs, concentration)
     _warn_of_local_parts(records)
     return _Content(configs, default_config, card, results, records, said(card, concentration), figures, targets)

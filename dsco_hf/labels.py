@@ -121,6 +121,15 @@ def class_mapping(
         ValueError: if a class cannot be found or is ambiguous; all such classes are listed with the nearest names.
         FileNotFoundError: if `mapping` is a path and no file is there.
     """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()) or names is None:
+        raise ValueError(f"`names` must be a list of class names, got {names!r}.")
+    if id2label is not None and not isinstance(id2label, Mapping):
+        raise ValueError(f"`id2label` must be a dict of class to name, such as {{0: 'cat'}}, got {id2label!r}.")
+    num_classes = check_whole("num_classes", num_classes, 1)
+    if unknown := [name for name in present or () if name not in names]:
+        raise ValueError(f"`present` holds {unknown[0]!r}, which is none of the classes.{nearest(unknown[0], names)}")
+    if own_labels is not None and len(own_labels) != len(names):
+        raise ValueError(f"`own_labels` must hold one number for each of {len(names)} classes, got {len(own_labels)}.")
     lookup = ClassLookup(id2label, num_classes)
     wanted = set(names if present is None else present)
     told = read_mapping(mapping, names, lookup, wanted)

@@ -29,7 +29,7 @@ CARD = "README.md"
 LIBRARIES = ("diffusers", "transformers", "dsco_hf")  # whose classes the users of a published pipeline have
 
 
-@plain_arguments()
+@plain_arguments(max_retries=0)
 def publish_pipeline(
     pipeline: DiffusionPipeline,
     repo_id: str,
@@ -78,6 +78,7 @@ def publish_pipeline(
         raise TypeError(f"Expected a DsCoPipeline, but got a {type(pipeline).__name__}.")
     if targets is not None and not hasattr(targets, "save_pretrained"):
         raise TypeError(f"Expected MatchingTargets, but got a {type(targets).__name__}.")
+    _check_texts(dataset_id=dataset_id, license=license)
     for name, component in pipeline.components.items():
         library = type(component).__module__.split(".")[0]
         if component is not None and library not in LIBRARIES:
@@ -103,7 +104,7 @@ def publish_pipeline(
     )  # fmt: skip
 
 
-@plain_arguments()
+@plain_arguments(max_retries=0)
 def publish_evaluator(
     model: PreTrainedModel,
     repo_id: str,
@@ -161,12 +162,19 @@ def publish_evaluator(
             license=license,
         )  # fmt: skip
 
+    _check_texts(dataset_id=dataset_id, license=license, dataset_config=dataset_config, test_dataset=test_dataset)
     card("user/name")  # its errors come before anything is written
     return _publish_model(
         lambda folder: model.save_pretrained(folder), card, repo_id, token=token, private=private, revision=revision,
         create_pr=create_pr, commit_message=commit_message or "Publish an evaluator with dsco_hf", dry_run=dry_run,
         max_retries=max_retries,
     )  # fmt: skip
+
+
+def _check_texts(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str | None):
+            raise TypeError(f"`{name}` must be text, or None where it is not known, got {value!r}.")
 
 
 def _publish_model(

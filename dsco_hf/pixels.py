@@ -283,7 +283,8 @@ class _Reader:
             if array.shape != self.size:
                 raise ValueError(
                     f"Image sizes differ: row {row} is {array.shape[1]}x{array.shape[0]} pixels, earlier ones "
-                    f"{self.size[1]}x{self.size[0]}. Pass `image_size=` to resize and crop them all to one size."
+                    f"{self.size[1]}x{self.size[0]}. Pass `image_size=` (or a protocol that "
+                    "has one) to bring them all to one size."
                 )
             kept.append(array)
             kept_labels.append(_checked_place(label, row, self.places))

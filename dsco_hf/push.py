@@ -269,7 +269,11 @@ def make_target(
     dry_run: bool = False,
 ) -> Target:
     """Checks a repository id and where to push to, before anything is read or sent."""
+    if not isinstance(repo_id, str):
+        raise ValueError(f"The repository id must be text such as 'user/name', got {repo_id!r}.")
     validate_repo_id(repo_id)
+    if not isinstance(revision, str | None):
+        raise ValueError(f"`revision` must be the name of a branch, got {revision!r}.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(
             f"A pull request is opened against 'main', but revision is {revision!r}. Leave one of them out."

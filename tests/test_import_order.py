@@ -83,6 +83,7 @@ ORDER = [
     "metrics",
     "records",
     "joined_records",
+    "given",
     "folder",
     "verification",
     "remake",

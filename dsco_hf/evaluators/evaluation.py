@@ -117,6 +117,12 @@ def load_image_set(
         ValueError: where the images of a stream have different sizes and the protocol names none, or soft labels are
             missing.
     """
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"`protocol` must be a Protocol, got {protocol!r}; `get_protocol(name)` finds one.")
+    if not isinstance(test_for, ImageSet | None):
+        raise TypeError(
+            f"`test_for` must be the training set that `load_image_set` read, got a {type(test_for).__name__}."
+        )
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if test_for is None:
         size = protocol.load_size or protocol.image_size

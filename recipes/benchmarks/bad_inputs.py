@@ -31,12 +31,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from huggingface_hub import constants
 
 from dsco_hf import (
     DsCoPipeline,
+    FeatureSpec,
     MatchingTargets,
     build_evaluator,
     clearest,
@@ -44,13 +45,14 @@ from dsco_hf import (
     concentrate_to_folder,
     dope,
     load_image_dataset,
+    publish_pipeline,
     read_concentration,
     save_dataset_folder,
     verify,
 )
 from dsco_hf.configs import parse_config
 from dsco_hf.data import class_mapping, load_pixels, select_per_class, stratified_split
-from dsco_hf.evaluators import get_protocol
+from dsco_hf.evaluators import get_protocol, load_image_set, protocol_from_dict
 from dsco_hf.evaluators.checks import check_same_classes
 from dsco_hf.generators import GeneratorTrainingConfig
 from dsco_hf.set_records import record_of
@@ -742,6 +744,153 @@ def others(folder: Path) -> Iterator[Input]:
     )
 
 
+# --- settings, and what is told of a set ---------------------------------------------------------------------------
+
+
+def settings(folder: Path) -> Iterator[Input]:
+    """Mappings, features, protocols, and sizes: of the wrong kind, or at the edge of what is allowed."""
+    two = {0: "a", 1: "b"}
+    told: dict[str, tuple[dict[str, Any], list[int] | None, Sequence[str]]] = {
+        "no classes": ({"names": []}, [], ()),
+        "text in place of names": ({"names": "ab"}, None, ["names", "'ab'"]),
+        "numbers in place of names": ({"names": [0, 1]}, None, ["names"]),
+        "no class of the generator": ({"num_classes": 0}, None, ["num_classes", "0"]),
+        "a bool as number of classes": ({"num_classes": True}, None, ["num_classes", "True"]),
+        "a NumPy number of classes": ({"num_classes": np.int64(2)}, [1, 0], ()),
+        "a list of the generator's names": ({"id2label": ["a", "b"]}, None, ["id2label"]),
+        "keys of JSON": ({"id2label": {"0": "a", "1": "b"}}, [1, 0], ()),
+        "no names of the generator": ({"names": ["x", "y"], "id2label": None}, [0, 1], ()),
+        "a name twice": ({"names": ["a", "a"]}, None, ["'a'", "mapping"]),
+        "a list": ({"names": ["x", "y"], "mapping": [1, 0]}, [1, 0], ()),
+        "an array": ({"names": ["x", "y"], "mapping": np.array([1, 0])}, [1, 0], ()),
+        "a tensor": ({"names": ["x", "y"], "mapping": torch.tensor([1, 0])}, [1, 0], ()),
+        "a list that is short": ({"mapping": [1]}, None, ["1", "2"]),
+        "a list of bools": ({"mapping": [True, False]}, None, ["True"]),
+        "a list of floats": ({"mapping": [1.0, 0.0]}, None, ["1.0"]),
+        "a list with None": ({"mapping": [1, None]}, None, ["None"]),
+        "a class below zero": ({"mapping": {"a": -1}}, None, ["-1"]),
+        "a set": ({"mapping": {"a"}}, None, ["{'a'}"]),
+        "an empty mapping": ({"mapping": {}}, [1, 0], ()),
+        "index": ({"names": ["x", "y"], "mapping": "index"}, [0, 1], ()),
+        "number": ({"names": ["1", "0"], "mapping": "number"}, [1, 0], ()),
+        "number, of words": ({"names": ["x", "y"], "mapping": "number"}, None, ["'x'"]),
+        "a label set that is none": ({"mapping": "indx"}, None, ["indx", "imagenet-1k"]),
+        "a wanted class that is none": ({"present": ["z"]}, None, ["present", "'z'"]),
+        "places of some classes only": ({"own_labels": [0]}, None, ["own_labels", "1"]),
+    }
+    for name, (options, expected, says) in told.items():
+        arguments = {"names": ["b", "a"], "id2label": two, "num_classes": 2, **options}
+        right = None if expected is None else equals(expected)
+        yield Input(f"class_mapping: {name}", lambda a=arguments: class_mapping(**a), right, says)
+
+    for field, bad in (
+        ("seed", True), ("seed", -1), ("seed", 1.5), ("seed", "3"), ("seed", None), ("layers", []), ("layers", 3),
+        ("layers", [1]), ("layers", None), ("pooling", "avg"), ("network", "classifer"), ("space", None),
+    ):  # fmt: skip
+        yield Input(f"FeatureSpec({field}={bad!r})", lambda f=field, b=bad: FeatureSpec(**{f: b}), None, [field])
+    yield Input("FeatureSpec(seed=numpy)", lambda: FeatureSpec(seed=np.int64(3)).seed, equals(3))
+    yield Input("FeatureSpec of one name", lambda: FeatureSpec(layers="hidden_1").layers, equals(("hidden_1",)))
+
+    changes: dict[str, Any] = {
+        "lerning_rate": 1, "learning_rate": "fast", "weight_decay": -1, "momentum": 3, "image_size": 0,
+        "load_size": "big", "image_mean": [0.5, "a", 0.5], "image_std": [0, 0, 0], "norm": "layer", "steps": "3",
+        "batch_size": True, "schedule": "cosin", "schedule_milestones": 0.5, "label_type": None, "best_from": 2,
+        "best_every": 0, "decay_vectors": "no", "temperature": float("nan"), "augmentation": ["HorizontalFlip"],
+        "variants": "a", "epochs": 4,
+    }  # fmt: skip
+    for field, bad in changes.items():
+        values = {"name": "mine", "source": "me", "steps": 3, field: bad}
+        yield Input(f"a protocol of {field}: {bad!r}", lambda v=values: protocol_from_dict(v), None, [field])
+    parts: dict[str, tuple[Any, Sequence[str]]] = {
+        "an unknown augmentation": ({"augmentation": [{"name": "Flip"}]}, ["Flip", "HorizontalFlip"]),
+        "a field that it lacks": ({"augmentation": [{"name": "RandomShift", "pixel": 3}]}, ["'pixel'", "'pixels'"]),
+        "text for a number": ({"augmentation": [{"name": "RandomShift", "pixels": "a"}]}, ["pixels", "'a'"]),
+        "a variant without changes": ({"variants": [{"classes": [1, 2]}]}, ["changes"]),
+        "a variant of a bad value": ({"variants": [{"changes": {"learning_rate": "x"}}]}, ["learning_rate", "'x'"]),
+        "no source": ({"source": None}, ["source"]),
+    }
+    for name, (change, says) in parts.items():
+        values = {"name": "mine", "source": "me", "steps": 3, **change}
+        yield Input(f"a protocol with {name}", lambda v=values: protocol_from_dict(v), None, says)
+    yield Input("a name in place of a protocol", lambda: protocol_from_dict("quick"), None, ["get_protocol"])
+    yield Input("a protocol of NumPy", lambda: get_protocol("quick", steps=np.int64(3)).steps, equals(3))
+
+    sizes = concatenate_datasets([images_of([0, 1, 2], size=size) for size in (8, 12, 20)])
+    quick, small = get_protocol("quick"), images_of([0, 1, 2])
+
+    def shape(dataset: Any, **options: Any) -> list[int]:
+        return list(load_image_set(dataset, **{"protocol": quick, "num_channels": 1, **options}).pixels.shape)
+
+    at_12 = get_protocol("quick", image_size=12)
+    like = load_image_set(small, protocol=quick, num_channels=1)
+    yield Input("several sizes, none named", lambda: shape(sizes), equals([9, 1, 32, 32]))
+    yield Input("several sizes, one named", lambda: shape(sizes, protocol=at_12), equals([9, 1, 12, 12]))
+    yield Input("several sizes, tested", lambda: shape(sizes, test_for=like), equals([9, 1, 8, 8]))
+    yield Input("a stream of several sizes", lambda: shape(sizes.to_iterable_dataset()), None, ["row 3", "protocol"])
+    yield Input("a protocol by name", lambda: shape(small, protocol="quick"), None, ["get_protocol"])
+    yield Input("a test set for a dataset", lambda: shape(small, test_for=small), None, ["test_for", "Dataset"])
+
+
+def published(folder: Path) -> Iterator[Input]:
+    """Dry runs, and records of the wrong kind."""
+    pipe, rows = tiny_pipe(), images_of([0, 1, 2])
+    sent = "README.md", "model_index.json", "pipeline.py"
+
+    def dry(**options: Any) -> bool:
+        arguments = {"pipeline": pipe, "repo_id": "ann/pipe", **options}
+        result = publish_pipeline(arguments.pop("pipeline"), arguments.pop("repo_id"), dry_run=True, **arguments)
+        return result is not None and set(sent) <= set(result.added)
+
+    yield Input("a dry run of a pipeline that lies nowhere", dry, equals(True))
+    wrong: dict[str, Any] = {
+        "pipeline": "outputs/pipe", "targets": rows, "license": 3, "revision": 3, "max_retries": -1, "private": "yes",
+    }  # fmt: skip
+    for option, bad in wrong.items():
+        says = {"pipeline": "DsCoPipeline", "targets": "MatchingTargets"}.get(option, option)
+        yield Input(f"a dry run with {option}={bad!r}"[:60], lambda o={option: bad}: dry(**o), None, [says])
+    for bad in (None, 3, "", "a/b/c", "ann/x y", "./outputs/x"):
+        yield Input(f"a dry run to {bad!r}", lambda bad=bad: dry(repo_id=bad), None, ["repository id", repr(bad)])
+
+    def saved(**options: Any) -> dict[str, Any]:
+        shutil.rmtree(folder / "set", ignore_errors=True)
+        save_dataset_folder(rows, folder / "set", **options)
+        verify(folder / "set")
+        return json.loads((folder / "set" / "concentration.json").read_text(encoding="utf-8"))
+
+    arguments: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
+        "targets by path": ({"targets": "outputs/targets"}, ["targets", "from_pretrained"]),
+        "targets that are a dataset": ({"targets": rows}, ["targets", "Dataset"]),
+        "targets of no config": ({"targets": {"ipc9": _targets(rows, pipe)}}, ["ipc9", "default"]),
+        "a card that is a dict": ({"card": {"pretty_name": "x"}}, ["DatasetCardFields"]),
+        "figures that are one path": ({"figures": "a.png"}, ["list"]),
+        "a record that is text": ({"concentration": "nopt"}, ["concentration", "nopt"]),
+        "results in percent": ({"results": {"rows": [{"method": "nopt", "accuracy_mean": 50.0}]}}, ["fraction"]),
+        "results of text": ({"results": {"rows": [{"method": "nopt", "accuracy_mean": "high"}]}}, ["accuracy_mean"]),
+        "results without methods": ({"results": {"rows": [{"accuracy_mean": 0.5}]}}, ["method"]),
+    }
+    for name, (options, says) in arguments.items():
+        yield Input(name, lambda o=options: saved(**o), None, says)
+    records: dict[str, tuple[Any, Sequence[str]]] = {
+        "a method that is a number": ({"method": 3}, ["method", "3"]),
+        "a seed that is text": ({"seed": "a"}, ["seed", "'a'"]),
+        "a seed that is NaN": ({"seed": float("nan")}, ["seed", "nan"]),
+        "parameters in a list": ({"parameters": [1]}, ["parameters"]),
+        "targets that are a fingerprint": ({"targets": "abc"}, ["targets", "'abc'"]),
+        "a fingerprint that is a number": ({"targets": {"sha256": 3}}, ["sha256", "3"]),
+        "a fingerprint that is cut": ({"generator": {"weights_sha256": "0a"}}, ["weights_sha256", "'0a'"]),
+        "a config that is not there": ({"configs": {"ipc7": {}}}, ["ipc7", "default"]),
+        "a config that is text": ({"configs": {"default": "x"}}, ["default", "'x'"]),
+        "an object": ({"parameters": {"x": object()}}, ["object"]),
+    }
+    for name, (record, says) in records.items():
+        yield Input(name, lambda r=record: saved(concentration=r), None, says)
+    plain = {"parameters": {"step_size": torch.tensor(2.0), "steps": np.int64(3)}}
+    yield Input(
+        "numbers of NumPy and torch in a record",
+        lambda: saved(concentration=plain)["parameters"], equals({"step_size": 2.0, "steps": 3}),
+    )  # fmt: skip
+
+
 def _targets(dataset: Dataset, pipe: DsCoPipeline) -> MatchingTargets:
     return MatchingTargets.from_dataset(dataset, pipe, embedding_dim=64, progress=False)
 
@@ -758,7 +907,21 @@ def _training(pipe: DsCoPipeline) -> DsCoPipeline:
 
 KINDS: dict[str, Callable[[Path], Iterator[Input]]] = {
     kind.__name__: kind
-    for kind in (pixels, folders, doors, names, kept_names, orders, state, numbers, dtypes, damaged, others)
+    for kind in (
+        pixels,
+        folders,
+        doors,
+        names,
+        kept_names,
+        orders,
+        state,
+        numbers,
+        dtypes,
+        damaged,
+        others,
+        settings,
+        published,
+    )
 }
 
 
