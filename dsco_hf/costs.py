@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .concentrate import Unit, plan_units, sampling_options
 from .feature_spec import Features, FeatureSource, feature_specs
@@ -30,6 +24,8 @@ from .pipeline import DsCoPipeline
 from .plan import optimized_steps
 from .quantile import RandomExtractor
 from .runs import divide
+from .tracing import PassCost as PassCost
+from .tracing import Tracer, modules_of
 from .values import plain_arguments
 
 
@@ -56,28 +52,6 @@ _CALLS = {
     "decoder_calls": ("decoder", "preview", "preview_backward"),
     "classifier_calls": ("classifier", "classifier_backward", "extractor_backward", "further_networks"),
 }
-_ATEN = torch.ops.aten
-# torch counts the attention of all devices but this one
-_CPU_ATTENTION = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class PassCost:
-    """One image's pass.
-
-    Attributes:
-        flops (`int`): floating-point operations of matrix multiplications and convolutions; a multiply-add is 2.
-        memory (`int`): bytes of the tensors that are alive at once at the most, without weights; those of the
-            optimised step (`preview_backward`) include the classifier's, as both wait for the gradient together.
-    """
-
-    flops: int = 0
-    memory: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +319,7 @@ def largest_batch(
 
 def weight_bytes(pipe: DsCoPipeline) -> int:
     """Bytes of all components' parameters and buffers."""
-    tensors = {id(t): t for module in _modules(pipe) for t in (*module.parameters(), *module.buffers())}
+    tensors = {id(t): t for module in modules_of(pipe) for t in (*module.parameters(), *module.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -384,7 +358,7 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
         zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return denoiser(x, timestep=zeros, class_labels=zeros).sample
 
-    trace = _Tracer(pipe)
+    trace = Tracer(pipe)
     costs = {"denoiser": trace(denoise, latent)}
     costs["lookahead"] = costs["denoiser"]
     if pipe.vae is not None:
@@ -403,7 +377,7 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
             costs["preview_backward"] = PassCost(both.flops - costs["classifier_backward"].flops, both.memory)
     if extractor:
         network = RandomExtractor(denoiser.config.in_channels).to(denoiser.device, denoiser.dtype)
-        trace = _Tracer(pipe, network)
+        trace = Tracer(pipe, network)
         costs["extractor"] = trace(network, latent)
         costs["extractor_backward"] = trace(network, latent, backward=True)
     return costs
@@ -423,61 +397,3 @@ def looker(source: FeatureSource) -> Callable[[torch.Tensor], torch.Tensor]:
         return seen.features.sum()
 
     return look
-
-
-def _modules(pipe: DsCoPipeline) -> list[nn.Module]:
-    return [component for component in pipe.components.values() if isinstance(component, nn.Module)]
-
-
-class _Tracer:
-    """Counts what a function of one tensor does, without doing it."""
-
-    def __init__(self, pipe: DsCoPipeline, *modules: nn.Module) -> None:
-        self.device, self.dtype = pipe.denoiser.device, pipe.denoiser.dtype
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = (t for module in (*_modules(pipe), *modules) for t in (*module.parameters(), *module.buffers()))
-        self.weights = [self.fake.from_tensor(tensor) for tensor in weights]
-
-    def __call__(
-        self, function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, backward: bool = False
-    ) -> PassCost:
-        flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with self.fake:
-            memory = _TensorMemory(self.weights)
-            leaf = torch.zeros(shape, device=self.device, dtype=self.dtype, requires_grad=backward)
-            with flops, memory, torch.set_grad_enabled(backward):
-                output = function(leaf.clone())
-                if backward:
-                    torch.autograd.grad(output.float().sum(), leaf)
-        return PassCost(flops.get_total_flops(), memory.peak)
-
-
-class _TensorMemory(TorchDispatchMode):
-    """Bytes of the tensors that are alive at once at the most, but for `known` ones.
-
-    An allocator's rounding and the workspace of a kernel are not seen.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.known = list(known)  # keeps their storages alive
-        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in self.known)
-        self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._add, output)
-        return output
-
-    def _add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self.seen:
-            return
-        self.seen.add(storage)
-        size = storage.nbytes()
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._remove, size)
-
-    def _remove(self, size: int) -> None:
-        self.alive -= size

@@ -9,7 +9,6 @@ from dsco_hf import DsCoPipeline, MatchingTargets, QuantileTargets, concentrate_
 from dsco_hf.concentrate import plan_units
 from dsco_hf.costs import (
     PassCost,
-    _TensorMemory,
     assumed_seconds,
     calls,
     count_passes,
@@ -25,6 +24,7 @@ from dsco_hf.costs import (
 from dsco_hf.features import observe
 from dsco_hf.probe import probe_seconds, stand_in_targets
 from dsco_hf.shapes import imagenet_pipeline
+from dsco_hf.tracing import TensorMemory
 
 
 LABELS = [0, 0, 1, 2, 2]
@@ -190,7 +190,7 @@ def test_memory_is_that_of_weights_activations_and_images(latent_costs):
 
 def test_activation_memory_of_a_convolution_is_exact():
     layers = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(3, 2, 1))
-    with torch.no_grad(), _TensorMemory(layers.parameters()) as memory:
+    with torch.no_grad(), TensorMemory(layers.parameters()) as memory:
         layers(torch.zeros(1, 2, 4, 4))
     # input 2, first result 3, after ReLU 3 (the input is still held by the caller), each of 16 numbers of 4 bytes
     assert memory.peak == (2 + 3 + 3) * 16 * 4

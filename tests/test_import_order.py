@@ -73,6 +73,7 @@ ORDER = [
     "concentrate",
     "run_folder",
     "runs",
+    "tracing",
     "costs",
     "probe",
     "shapes",
