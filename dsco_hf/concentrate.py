@@ -67,6 +67,9 @@ class ConcentrationReport:
         discrepancy (`float`, *optional*): MMD² of the finished images, mean over classes; None without targets to
             measure by.
         discrepancy_by_class (`dict[str, float]`): the same per class.
+        random_discrepancy (`float`, *optional*): what as many random real images have on average, see
+            [`random_discrepancy`]; None where the targets are not those of real images.
+        random_discrepancy_by_class (`dict[str, float]`): the same per class.
     """
 
     images: int = 0
@@ -77,6 +80,14 @@ class ConcentrationReport:
     peak_memory_bytes: int = 0
     discrepancy: float | None = None
     discrepancy_by_class: dict[str, float] = dataclasses.field(default_factory=dict)
+    random_discrepancy: float | None = None
+    random_discrepancy_by_class: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def measured(self, by_class: Mapping[str, float], random_by_class: Mapping[str, float]) -> None:
+        """Takes the discrepancies of the classes, and those of as many random real images if they are known."""
+        self.discrepancy_by_class, self.random_discrepancy_by_class = dict(by_class), dict(random_by_class)
+        self.discrepancy = statistics.fmean(by_class.values()) if by_class else None
+        self.random_discrepancy = statistics.fmean(random_by_class.values()) if random_by_class else None
 
     @property
     def images_per_second(self) -> float:
@@ -321,8 +332,8 @@ def concentrate_and_report(
     judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)
     if judge is not None:
         pixels, labels = pixels_from_images([row["image"] for row in finished]), [row["label"] for row in finished]
-        report.discrepancy_by_class = measure_discrepancy(pixels, torch.tensor(labels), pipe, judge)
-        report.discrepancy = statistics.fmean(report.discrepancy_by_class.values())
+        found = measure_discrepancy(pixels, torch.tensor(labels), pipe, judge)
+        report.measured(found, random_discrepancy(judge, dict.fromkeys(found, images_per_class)))
     parameters = {
         "images_per_class": images_per_class,
         "class_labels": class_labels,
@@ -408,6 +419,29 @@ def measure_discrepancy(
     present, index = rows.to(psi.device).unique(return_inverse=True)
     values = mmd2(class_means(psi, index, len(present)), targets.embeddings[present])
     return {targets.class_names[row]: value for row, value in zip(present.tolist(), values.tolist(), strict=True)}
+
+
+def random_discrepancy(targets: MatchingTargets, images: Mapping[str, int]) -> dict[str, float]:
+    """MMD² that as many random real images of each class have on average: what a discrepancy is to be held against.
+
+    Means of n images that are drawn from the N of a class without putting back are (1 - ‖μ‖²) / n · (N - n) / (N - 1)
+    away from its own on average, as ‖ψ‖ = 1: no image has to be read for it.
+
+    Args:
+        targets (`MatchingTargets`): of real images.
+        images (mapping of `str` to `int`): images of each class, by its name in the targets; at least 1.
+
+    Returns:
+        `dict[str, float]`: by class; empty for targets of a generator's samples, which know no real image.
+    """
+    if targets.provenance.get("population") != "data":
+        return {}
+    found = {}
+    for name, count in images.items():
+        row = targets.class_names.index(name)
+        whole, spread = float(targets.counts[row]), 1 - float(targets.embeddings[row].double().square().sum())
+        found[name] = max(0.0, spread) / count * max(0.0, whole - count) / max(whole - 1, 1)
+    return found
 
 
 def _classes(

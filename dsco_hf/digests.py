@@ -1,17 +1,88 @@
-"""SHA-256 of models and targets: what they are, whatever they are called and wherever they came from."""
+"""SHA-256 of what decides a result: what it is, whatever it is called and wherever it came from.
+
+What is kept to be used again (jobs, sets, targets, checkpoints, runs) is kept together with its [`identity`], all that
+decided it by name; it is used again only where no [`differences`] are found.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from importlib import metadata
+from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
+
+from .values import plain
 
 
 _NOT_CONTENT = ("architectures", "transformers_version", "dtype", "torch_dtype")
+LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "pillow")  # whose versions can change the numbers
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that compute: other ones may draw, train and decode otherwise."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    return found
+
+
+def fingerprint(*parts: Any, **named: Any) -> str:
+    """SHA-256, in hexadecimal, of values of any kind: what a result that is kept depends on.
+
+    Tensors and arrays count by type, shape and content; models, schedulers and pipelines by weights and configuration;
+    targets by content without provenance; dataclasses, mappings (in any order), sequences and plain values by what is
+    in them. A whole number is the same as an `int` and as a `float`.
+
+    Raises:
+        TypeError: for anything else, as it could not be told from another one of its kind.
+    """
+    digest = hashlib.sha256()
+    _take(digest, [list(parts), named])
+    return digest.hexdigest()
+
+
+def identity(**parts: Any) -> dict[str, Any]:
+    """All that decides a result, by name, to be kept beside it as JSON.
+
+    Plain values stay as they are, so that a difference can be told in words; all else is its [`fingerprint`], of which
+    16 digits are kept. A pipeline becomes its components by name.
+    """
+    return {str(name): _told(value) for name, value in parts.items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What differs between two identities: `[old, new]` by path, such as `models.classifier`; None if there is none.
+
+    Args:
+        before: as it was kept.
+        now: as it would be made.
+    """
+    old, new = (flat(json.loads(json.dumps(plain(values)))) for values in (before, now))
+    return {key: [old.get(key), new.get(key)] for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
+
+
+def in_words(differing: Mapping[str, Sequence[Any]]) -> str:
+    """Up to ten of the differences, for an error: "seed: 0 there, 1 now; …"."""
+    told = [f"{key}: {_short(old)} there, {_short(new)} now" for key, (old, new) in list(differing.items())[:10]]
+    return "; ".join(told) + (f"; and {len(differing) - 10} more" if len(differing) > 10 else "")
+
+
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested values by their path, such as `options.eta` or `class_names.3`."""
+    if not isinstance(values, Mapping | list) or not values:
+        return {name: values}
+    items = values.items() if isinstance(values, Mapping) else enumerate(values)
+    return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}" if name else str(key)).items()}
 
 
 def targets_sha256(targets: Any) -> str:
@@ -32,7 +103,8 @@ def targets_sha256(targets: Any) -> str:
 def model_sha256(model: Any) -> str:
     """Content of a model or scheduler: weights and configuration, without names of files and versions."""
     digest = hashlib.sha256()
-    config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()
+    config = getattr(model, "config", {})
+    config = config if isinstance(config, Mapping) else config.to_dict()
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_CONTENT}
     _update(digest, type(model).__name__, json.loads(json.dumps(kept, sort_keys=True, default=str)))
     if isinstance(model, torch.nn.Module):
@@ -41,9 +113,81 @@ def model_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
+def components_of(pipe: Any) -> dict[str, Any]:
+    """The models and the scheduler of a pipeline by name, and the names of its classes."""
+    found = {name: part for name, part in sorted(pipe.components.items()) if hasattr(part, "config")}
+    return {**found, "classes": {str(label): name for label, name in (getattr(pipe, "id2label", None) or {}).items()}}
+
+
 def _update(digest: Any, name: str, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         digest.update(f"\0{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     else:
         digest.update(f"\0{name} {json.dumps(value, sort_keys=True, default=dataclasses.asdict)}".encode())
+
+
+def _take(digest: Any, value: Any) -> None:
+    """Adds a value to a digest; what is added first says what kind it is and how long."""
+    if isinstance(value, torch.Tensor):
+        return _update(digest, "tensor", value)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"\0array {value.dtype.str} {value.shape} ".encode())
+        return digest.update(np.ascontiguousarray(value).tobytes())
+    if hasattr(value, "components") and hasattr(value, "save_pretrained"):
+        return _take(digest, components_of(value))
+    if isinstance(value, torch.nn.Module) or hasattr(value, "config"):
+        return digest.update(f"\0model {model_sha256(value)}".encode())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if hasattr(value, "provenance"):
+            return digest.update(f"\0targets {targets_sha256(value)}".encode())
+        digest.update(f"\0{type(value).__name__}".encode())
+        return _take(digest, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        digest.update(f"\0mapping {len(value)}".encode())
+        for key in sorted(value, key=lambda key: (str(key), type(key).__name__)):
+            _take(digest, key)
+            _take(digest, value[key])
+        return None
+    if isinstance(value, AbstractSet):
+        return _take(digest, ["set", *sorted(fingerprint(item) for item in value)])
+    if isinstance(value, list | tuple | range):
+        digest.update(f"\0list {len(value)}".encode())
+        for item in value:
+            _take(digest, item)
+        return None
+    if isinstance(value, bytes):
+        digest.update(f"\0bytes {len(value)} ".encode())
+        return digest.update(value)
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or isinstance(value, bool | int | float | str | PurePath | torch.dtype | torch.device):
+        text = str(value) if isinstance(value, str | PurePath) else repr(value)
+        kind = "text" if isinstance(value, str | PurePath) else "value"
+        return digest.update(f"\0{kind} {len(text)} ".encode() + text.encode("utf-8", "surrogatepass"))
+    raise TypeError(
+        f"A {type(value).__name__} cannot be told from another one: give what it depends on as numbers, text, "
+        "tensors, models, dataclasses, lists or mappings."
+    )
+
+
+def _told(value: Any) -> Any:
+    """A value of an identity as JSON."""
+    if hasattr(value, "components") and hasattr(value, "save_pretrained"):
+        value = components_of(value)
+    if isinstance(value, Mapping):
+        return {str(key): _told(item) for key, item in value.items()}
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, list | tuple) and all(_is_plain(item) for item in value):
+        return list(value)
+    return value if _is_plain(value) else fingerprint(value)[:16]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import load, save
 
+from .digests import differences, in_words
 from .files import explained, locked, read_json, reading, remove_partials, write_atomically, write_json
 from .team import RunError, Team
 from .values import plain
@@ -92,14 +93,9 @@ class FeatureFolder:
         path = self.folder / PASS_NAME
         if path.is_file():
             before = read_json(path, "Choose another `work_dir`, or empty it.")
-            differing = [
-                f"{key} ({_short(before, key)} there, {_short(identity, key)} now)"
-                for key in {**before, **identity}
-                if before.get(key) != identity.get(key)
-            ]
-            if differing:
+            if differing := differences(before, identity):
                 raise ValueError(
-                    f"{self.folder} holds the features of another pass; these differ: {'; '.join(differing)}. Choose "
+                    f"{self.folder} holds the features of another pass; these differ: {in_words(differing)}. Choose "
                     "another `work_dir`, or set them as they were."
                 )
         elif any(self.folder.glob("features-*")):
@@ -153,8 +149,3 @@ class FeatureFolder:
 
 def _checksum(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _short(values: Mapping[str, Any], key: str) -> str:
-    text = repr(values.get(key, "not set"))
-    return text if len(text) <= 60 else f"{text[:57]}..."

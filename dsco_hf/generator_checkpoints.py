@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from .digests import differences, in_words
 from .files import DamagedFileError, bring_to_disk, explained, read_json, reading
 from .generators import GeneratorTrainingConfig
 from .shards import file_sha256
@@ -121,14 +122,11 @@ class Checkpoints:
         state = read_json(path / "progress.json", remedy)
         with reading(path / "progress.json", remedy):
             theirs, progress = dict(state["identity"]), Progress(**state["progress"])
-        changed = [
-            f"{name} (checkpoint {theirs.get(name, _UNSET.get(name))!r}, now {value!r})"
-            for name, value in self.identity.items()
-            if theirs.get(name, _UNSET.get(name)) != value
-        ]
-        if changed:
+        known = _UNSET | {"versions": self.identity.get("versions")}  # where an older version did not note it
+        before = {name: theirs.get(name, known.get(name)) for name in self.identity}
+        if changed := differences(before, self.identity):
             raise ValueError(
-                f"The checkpoint {path} belongs to another run: {', '.join(changed)}. Resume with the same settings "
+                f"The checkpoint {path} belongs to another run: {in_words(changed)}. Resume with the same settings "
                 "and data, or start anew in another folder."
             )
         for name, sha256 in state.get("files", {}).items():  # older versions stored none

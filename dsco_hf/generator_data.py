@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
+from .digests import fingerprint
 from .generators import GeneratorTrainingConfig
 from .latents import scale_of, scaled
 
@@ -53,11 +54,8 @@ class TrainingData:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of shapes, labels and up to 256 images."""
-        digest = hashlib.sha256(repr(tuple(self.clean.shape)).encode())
-        digest.update(self.labels.numpy().tobytes())
-        digest.update(self.clean[:: max(1, len(self.clean) // 256)].contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """A hash of all that is learned from: images or latents, their deviations, mirrored copies and labels."""
+        return fingerprint(self.clean, self.labels, self.std, self.mirrored)[:16]
 
 
 @dataclass

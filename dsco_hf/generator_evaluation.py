@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,16 +112,40 @@ class GeneratorCheck:
     chance: float
 
     @property
-    def doubtful(self) -> bool:
-        """Whether the samples are hardly better than noise: less than half of the way from chance to real images."""
+    def level(self) -> float:
+        """The accuracy below which they are hardly better than noise: half of the way from chance to real images."""
         best = 1.0 if self.accuracy_real is None else max(self.accuracy_real, self.chance)
-        return self.accuracy - self.chance < LEAST_SHARE * (best - self.chance)
+        return self.chance + LEAST_SHARE * (best - self.chance)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the accuracy is below the level."""
+        return self.accuracy < self.level
+
+    def warn(self) -> None:
+        """Logs a warning if the samples are hardly better than noise."""
+        if self.doubtful:
+            logger.warning(
+                "%s That is hardly better than noise (below %.1f %%, half of the way from chance, %.1f %%, to real "
+                "images): train the generator for longer, or choose one that knows these classes. Discrepancies of "
+                "what it draws mean nothing.",
+                self,
+                100 * self.level,
+                100 * self.chance,
+            )
+
+    def record(self) -> dict[str, Any]:
+        """What the card of a set says of it, for `generator_check` of a record; plain JSON values."""
+        return {**dataclasses.asdict(self), "level": self.level, "hardly_better_than_noise": self.doubtful}
 
     def __str__(self) -> str:
         """One line, as it is told before a set is drawn."""
         real = "" if self.accuracy_real is None else f", of real images {100 * self.accuracy_real:.1f} %"
         distance = "" if self.frechet_distance is None else f"; Fréchet distance {self.frechet_distance:.4g}"
-        return f"The classifier knows {100 * self.accuracy:.1f} % of {self.samples} plain samples{real}{distance}."
+        least = min(self.shares.items(), key=lambda item: item[1], default=None)
+        share = "" if least is None else f"; the least share of a class counts for {least[0]}, {100 * least[1]:.1f} %"
+        known = f"The classifier knows {100 * self.accuracy:.1f} % of {self.samples} plain samples"
+        return f"{known}{real}{distance}{share}."
 
 
 LEAST_SHARE = 0.5
@@ -194,13 +220,7 @@ def check_generator(
     )
     right = float((answers.argmax(dim=1) == labels).float().mean())
     check = GeneratorCheck(right, found, shares, distance, len(drawn), 1 / pipe.classifier.config.num_labels)
-    if check.doubtful:
-        logger.warning(
-            "%s That is hardly better than noise (chance: %.1f %%): train the generator for longer, or choose one "
-            "that knows these classes. Discrepancies of what it draws mean nothing.",
-            check,
-            100 * check.chance,
-        )
+    check.warn()
     return check
 
 

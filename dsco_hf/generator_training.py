@@ -7,7 +7,6 @@ dropout for classifier-free guidance, averaged weights. A resumed run ends with 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from .data import check_classes
+from .digests import fingerprint, versions
 from .fine_tuning import set_trainable
 from .generator_checkpoints import Checkpoints, Progress
 from .generator_data import TrainingData, draw_batch, encode_latents
@@ -137,7 +137,8 @@ def train_generator(
     identity = dataclasses.asdict(config) | {
         "data": data.fingerprint,
         "mixed_precision": accelerator.mixed_precision,
-        "denoiser": None if denoiser is None else weights_fingerprint(denoiser),
+        "denoiser": None if denoiser is None else fingerprint(denoiser)[:16],
+        "versions": versions(),
     }
     if denoiser is None:
         if config.trainable != "all":
@@ -163,15 +164,6 @@ def train_generator(
         )
     finally:
         accelerator.free_memory()
-
-
-def weights_fingerprint(denoiser: Denoiser) -> str:
-    """A hash of all weights."""
-    digest = hashlib.sha256()
-    for name, value in denoiser.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_denoiser(denoiser: Denoiser, data: TrainingData, num_classes: int) -> None:

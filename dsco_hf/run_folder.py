@@ -29,6 +29,7 @@ from datasets import Dataset, DatasetInfo, Features
 from datasets.table import embed_table_storage
 
 from .concentrate import Unit, plan_units
+from .digests import differences, in_words
 from .files import (
     DamagedFileError,
     explained,
@@ -51,6 +52,7 @@ FORMAT_VERSION = 1
 # settings that say how many units there are and what is in them
 _SIZES = ("num_classes", "images_per_class", "block_size", "images_per_call")
 _FIXED = {*_SIZES, "seed", "class_labels", "class_names"}
+_LATER = {"versions", "measure_by"}  # which folders of older versions did not note
 
 
 class RunFolder:
@@ -246,13 +248,10 @@ def check_settings(
     Raises:
         ValueError: naming the settings that differ, with both values.
     """
-    old, new = _flat(before), _flat(now)
-    differing = {
-        key: [old.get(key), new.get(key)]
-        for key in dict.fromkeys([*old, *new])
-        if key != "images_per_class" and old.get(key) != new.get(key)
-    }
-    groups = {key.split(".")[0] for key in (*old, *new)}
+    now = {key: value for key, value in now.items() if key in before or key not in _LATER}
+    differing = differences(before, now)
+    differing.pop("images_per_class", None)
+    groups = {*before, *now}
     for name in accept_changed:
         if name.split(".")[0] not in groups - _FIXED:
             allowed = sorted(groups - _FIXED)
@@ -263,12 +262,11 @@ def check_settings(
         if not any(f"{key}.".startswith(f"{name}.") for name in accept_changed)
     }
     if refused:
-        listed = "; ".join(f"{key}: {_short(a)} there, {_short(b)} now" for key, (a, b) in list(refused.items())[:10])
         names = sorted({key for key in refused if key.split(".")[0] not in _FIXED})
         hint = f" To keep what is drawn all the same and go on: `accept_changed={names}`." if names else ""
         raise ValueError(
-            f"{folder} holds a run with other settings ({listed}). Choose another folder, or set them as they "
-            f"were.{hint}"
+            f"{folder} holds a run with other settings ({in_words(refused)}). Choose another folder, or set them as "
+            f"they were.{hint}"
         )
     small, large = (
         {unit_name(unit): unit for unit in plan_units(**{**{key: now[key] for key in _SIZES}, "images_per_class": n})}
@@ -281,19 +279,6 @@ def check_settings(
             f"the smaller number must be a multiple of {now['block_size']}. Choose another folder or number."
         )
     return differing
-
-
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Nested values by their path, such as `options.eta` or `class_names.3`."""
-    if not isinstance(values, Mapping | list) or not values:
-        return {name: values}
-    items = values.items() if isinstance(values, Mapping) else enumerate(values)
-    return {k: v for key, value in items for k, v in _flat(value, f"{name}.{key}" if name else str(key)).items()}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _parquet(rows: Dataset) -> bytes:

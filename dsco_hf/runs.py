@@ -8,11 +8,9 @@ import hashlib
 import logging
 import os
 import platform
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,13 @@ from .concentrate import (
     method_of,
     peak_memory_bytes,
     plan_units,
+    random_discrepancy,
     row_features,
     sampling_options,
     to_dataset,
 )
 from .configs import make_accelerator
-from .digests import model_sha256, targets_sha256
+from .digests import model_sha256, targets_sha256, versions
 from .failures import NonFiniteError
 from .pipeline import DsCoPipeline
 from .quantile import QuantileTargets
@@ -182,7 +181,7 @@ def concentrate_to_folder(
     run = _Run(RunFolder(folder), team, sampler, units, judge, max_hours, progress)
     with team, contextlib.ExitStack() as held, _threads(pipe.device, cpu_threads):
         settings = team.from_main(
-            lambda: numbers | run_settings(sampler, resolved, cpu_threads=cpu_threads),
+            lambda: numbers | run_settings(sampler, resolved, cpu_threads=cpu_threads, measure_by=measure_by),
             "describing the models",
         )
         team.from_main(lambda: held.enter_context(run.folder.locked()), "locking the folder")
@@ -190,8 +189,14 @@ def concentrate_to_folder(
         return run.go(settings)
 
 
-def run_settings(sampler: UnitSampler, options: Mapping[str, Any], *, cpu_threads: int) -> dict[str, Any]:
-    """What fixes the images of a run beside its numbers, as JSON values; models and targets by their content."""
+def run_settings(
+    sampler: UnitSampler,
+    options: Mapping[str, Any],
+    *,
+    cpu_threads: int,
+    measure_by: MatchingTargets | None = None,
+) -> dict[str, Any]:
+    """What fixes a run's images and their measures beside its numbers, as JSON; models and targets by content."""
     pipe, targets = sampler.pipe, sampler.targets
     on_cpu = pipe.device.type == "cpu"
     return {
@@ -199,6 +204,7 @@ def run_settings(sampler: UnitSampler, options: Mapping[str, Any], *, cpu_thread
         "class_names": sampler.class_names,
         "options": dict(options),
         "targets": None if targets is None else targets_sha256(targets),
+        "measure_by": None if measure_by is None else targets_sha256(measure_by),
         "models": {
             name: model_sha256(model)
             for name, model in sorted(pipe.components.items())
@@ -206,6 +212,7 @@ def run_settings(sampler: UnitSampler, options: Mapping[str, Any], *, cpu_thread
         },
         "device": pipe.device.type,
         "cpu_threads": cpu_threads if on_cpu else None,
+        "versions": versions(),
     }
 
 
@@ -249,7 +256,7 @@ class _Run:
         last = {unit.group: unit.block for unit in todo}  # of each group, the last block to draw
         self.folder.log(
             rank, "started", pid=os.getpid(), host=_host(), processes=world, units=len(todo),
-            mine=sum(unit_name(unit) not in finished for unit in mine), versions=_versions(),
+            mine=sum(unit_name(unit) not in finished for unit in mine), versions=versions(),
         )  # fmt: skip
         shown = self.progress and rank == 0
         with _Progress(self.folder, dict(zip(self.names, (u.images for u in self.units), strict=True)), shown=shown):
@@ -347,7 +354,7 @@ class _Run:
             unit: self.folder.entry(name) for unit, name in zip(self.units, self.names, strict=True) if name in done
         }
         drawn = sum(images for _, _, images in outcomes)
-        report = summarise({unit: entry for unit, entry in entries.items() if entry}, self.sampler.class_names)
+        report = self._report({unit: entry for unit, entry in entries.items() if entry})
         return RunResult(
             folder=self.folder.path,
             units=len(self.units),
@@ -366,6 +373,21 @@ class _Run:
             record=self._record(settings, report),
             class_names=list(self.sampler.class_names),
         )
+
+    def _report(self, entries: Mapping[Unit, Mapping[str, Any]]) -> ConcentrationReport:
+        """Cost and discrepancies of finished units, and those of as many random real images."""
+        report, names = summarise(entries, self.sampler.class_names), self.sampler.class_names
+        if self.judged is not None:
+            judge = self.judged.targets
+            counts: dict[tuple[int, int], int] = {}  # images by row of the set and of the judge
+            for unit in sorted(entries, key=lambda unit: unit.block):
+                counts |= dict.fromkeys(zip(unit.rows, self._judged_rows(unit), strict=True), unit.indices.stop)
+            found = random_discrepancy(judge, {judge.class_names[row]: count for (_, row), count in counts.items()})
+            report.measured(
+                report.discrepancy_by_class,
+                {names[own]: found[judge.class_names[row]] for own, row in counts} if found else {},
+            )
+        return report
 
     def _record(self, settings: dict[str, Any], report: ConcentrationReport) -> dict[str, Any]:
         """What the images are drawn with, as [`concentrate`] says it."""
@@ -406,11 +428,11 @@ def summarise(entries: Mapping[Unit, Mapping[str, Any]], names: Sequence[str]) -
     for name in _COUNTS:
         setattr(report, name, sum(entry[name] for entry in entries.values()))
     report.peak_memory_bytes = max((entry["peak_memory_bytes"] for entry in entries.values()), default=0)
+    found: dict[str, float] = {}
     for unit in sorted(entries, key=lambda unit: (unit.block, unit.group)):  # the last block's value stays
         measured = entries[unit]["discrepancies"] or []
-        report.discrepancy_by_class |= {names[row]: value for row, value in zip(unit.rows, measured, strict=False)}
-    if report.discrepancy_by_class:
-        report.discrepancy = statistics.fmean(report.discrepancy_by_class.values())
+        found |= {names[row]: value for row, value in zip(unit.rows, measured, strict=False)}
+    report.measured(found, {})
     return report
 
 
@@ -422,10 +444,6 @@ def _units(numbers: Mapping[str, Any]) -> list[Unit]:
 def _host() -> str:
     """By which a machine is told from others; its name is nobody else's business."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "datasets")}
 
 
 @contextlib.contextmanager

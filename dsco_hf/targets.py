@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import class_names, dataset_fingerprint, present_classes
-from .digests import model_sha256
+from .digests import components_of, fingerprint, versions
 from .feature_spec import (
     DEFAULT_FEATURES,
     Features,
@@ -239,7 +239,8 @@ class MatchingTargets:
             "batch_size": batch_size,
             "processes": None if mapped or accelerator is None else accelerator.num_processes,
             "features": [dataclasses.asdict(spec) for spec in specs],
-            "networks": {} if work_dir is None else _digests(dict(enumerate(source.networks))),
+            "networks": {} if work_dir is None else _digests(_seen_through(pipe, source)),
+            "versions": versions(),
         }
         shared: dict[str, Any] = {
             "accelerator": accelerator,
@@ -343,11 +344,13 @@ class MatchingTargets:
         identity = {
             "population": "generator",
             "class_labels": labels,
+            "class_names": names,
             **drawing,
             "features": [dataclasses.asdict(spec) for spec in specs],
             "seed": seed,
             "batch_size": batch_size,
-            "networks": {} if work_dir is None else _digests(pipe.components),
+            "networks": {} if work_dir is None else _digests(components_of(pipe) | _seen_through(pipe, source)),
+            "versions": versions(),
         }
         shared: dict[str, Any] = {
             "accelerator": accelerator,
@@ -444,9 +447,15 @@ def _classifiers(pipe: DiffusionPipeline, specs: Sequence[FeatureSpec]) -> dict[
     return {name: _name_of(getattr(pipe, name)) for name in sorted(used)}
 
 
-def _digests(parts: Mapping[Any, Any]) -> dict[str, str]:
-    """By which a pass knows its models again; random networks, which have no config, are known by their spec."""
-    return {str(name): model_sha256(part)[:16] for name, part in parts.items() if hasattr(part, "config")}
+def _seen_through(pipe: DiffusionPipeline, source: FeatureSource) -> dict[str, Any]:
+    """What every real image passes through on its way to features."""
+    networks: dict[str, Any] = {str(place): network for place, network in enumerate(source.networks)}
+    return networks | ({"vae": pipe.vae} if source.needs_latents else {})
+
+
+def _digests(parts: Mapping[str, Any]) -> dict[str, str]:
+    """By which a pass knows its models again."""
+    return {name: fingerprint(part)[:16] for name, part in parts.items() if part is not None}
 
 
 def _name_of(model: Any) -> str | None:

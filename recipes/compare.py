@@ -32,6 +32,7 @@ from dsco_hf.evaluators import (
     Protocol,
     get_protocol,
     herd_per_class,
+    job_identity,
     load_image_set,
     protocol_to_dict,
     run_jobs,
@@ -180,22 +181,21 @@ def main(arguments: list[str] | None = None) -> None:
             progress=accelerator.is_local_main_process,
         )
 
-    def settings(key: str) -> dict[str, Any]:
+    def made_with(key: str) -> dict[str, Any]:
         method, budget, network, seed = jobs[key]
-        images = training_set(method, budget, seed)
-        return settings_of(
-            protocol=protocol,
-            images=images.digest,
-            test_images=test.digest,
-            teacher=teacher,
-            model_options=recipe.model_options,
-            compile=recipe.compile,
-            mixed_precision=accelerator.mixed_precision,
+        return job_identity(
+            training_set(method, budget, seed),
+            test,
             architecture=network,
             seed=seed,
+            protocol=protocol,
+            teacher=teacher,
+            accelerator=accelerator,
+            compiled=recipe.compile,
+            overrides=options,
         )
 
-    finished = run_jobs(list(jobs), run, settings=settings, accelerator=accelerator, folder=output / "jobs")
+    finished = run_jobs(list(jobs), run, made_with=made_with, accelerator=accelerator, folder=output / "jobs")
     if not accelerator.is_main_process:
         return
     results = collect(recipe, finished, jobs, cells, {key: len(images.labels) for key, images in sets.items()}, real)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -32,11 +31,11 @@ from diffusers import AutoencoderTiny
 
 from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.data import load_splits
-from dsco_hf.failures import NonFiniteError
-from dsco_hf.files import read_json, write_atomically
+from dsco_hf.files import write_atomically
 from dsco_hf.folder import concentration_record, read_folder, save_dataset_folder, to_json
-from dsco_hf.generator_evaluation import GeneratorCheck, check_generator
 from dsco_hf.model_loading import load_classifier, load_model
+from dsco_hf.generator_evaluation import GeneratorCheck
+from dsco_hf.kept import kept_check, kept_targets, pipeline_identity
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
@@ -313,22 +312,22 @@ def real_images(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Any:
 
 
 def checked(recipe: ConcentrateRecipe, pipe: DsCoPipeline, real: Any, targets: Any) -> GeneratorCheck | None:
-    """What the classifier makes of plain samples, told before anything is drawn and kept for later sessions."""
-    path = Path(recipe.output_dir) / "generator_check.json"
-    if path.is_file():
-        return GeneratorCheck(**read_json(path, f"Remove {path}: the samples are then drawn again."))
-    labels = targets.class_labels if targets is not None else classes(recipe, pipe) or None
-    sampling = {"num_inference_steps": recipe.num_inference_steps, "guidance_scale": recipe.guidance_scale}
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
-    options = {"class_labels": labels, "images_per_class": recipe.check_images, **sampling, **columns}
-    try:
-        found = check_generator(pipe, real, **options) if recipe.check_images else None
-    except NonFiniteError:  # the run says which classes fail, and draws the others
-        found = None
+    """What the classifier makes of plain samples, told before anything is drawn."""
+    if not recipe.check_images:
+        return None
+    found = kept_check(
+        Path(recipe.output_dir) / "generator_check.json",
+        pipe,
+        real,
+        class_labels=targets.class_labels if targets is not None else classes(recipe, pipe) or None,
+        images_per_class=recipe.check_images,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.guidance_scale,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+    )
     if found is not None:
         print(found, flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(dataclasses.asdict(found), indent=2).encode())
     return found
 
 
@@ -357,44 +356,25 @@ def make_targets(
     else:
         names = ("image_column", "label_column", "on_error", "mapping", "seed")
     options |= {name: getattr(recipe, name) for name in names}
-    chosen = ("dataset", "dataset_name", "split", "test_split", "holdout", "revision", "data_free")
     if recipe.objective == "ridge":
         options["second_moment"] = True
-    request = {**options, **{name: getattr(recipe, name) for name in chosen}}
-    return kept_targets(Path(recipe.output_dir), request, dataset, pipe, options, accelerator)
+    chosen = ("dataset", "dataset_name", "split", "test_split", "holdout", "revision", "data_free", "dtype")
+    request = {**options, "mapping": mapping_told(recipe.mapping)} | {name: getattr(recipe, name) for name in chosen}
+
+    def make(**shared: Any) -> MatchingTargets:
+        shared["progress"] = accelerator.is_main_process
+        if dataset is None:
+            return MatchingTargets.from_generator(pipe, **options, **shared)
+        return MatchingTargets.from_dataset(dataset, pipe, **options, **shared)
+
+    made_with = pipeline_identity(pipe, dataset, draws=dataset is None, **request)
+    return kept_targets(Path(recipe.output_dir) / "targets", made_with, make, accelerator=accelerator)
 
 
-def kept_targets(
-    output: Path,
-    request: Mapping[str, Any],
-    dataset: Any,
-    pipe: DsCoPipeline,
-    options: Mapping[str, Any],
-    accelerator: Accelerator,
-) -> MatchingTargets:
-    """Targets of an earlier session, or new ones, which are then kept: a run goes on with those it began with."""
-    folder, path = output / "targets", output / "targets" / "request.json"
-    made = path.is_file()
-    accelerator.wait_for_everyone()  # nobody writes before all have looked
-    if made:
-        before = read_json(path, f"Remove {folder}: the targets are then made again.")
-        if differing := [name for name in request if before.get(name) != request[name]]:
-            values = "; ".join(f"{name}: {before.get(name)!r} there, {request[name]!r} now" for name in differing)
-            raise ValueError(
-                f"{folder} holds targets that were made otherwise ({values}). Remove it, or choose another folder."
-            )
-        return MatchingTargets.from_pretrained(folder)
-    shared = {"accelerator": accelerator, "work_dir": output / "targets-work", "progress": accelerator.is_main_process}
-    if dataset is None:
-        targets = MatchingTargets.from_generator(pipe, **options, **shared)
-    else:
-        targets = MatchingTargets.from_dataset(dataset, pipe, **options, **shared)
-    if accelerator.is_main_process:
-        targets.save_pretrained(folder)
-        write_atomically(path, json.dumps(request, indent=2).encode())
-        shutil.rmtree(output / "targets-work")
-    accelerator.wait_for_everyone()
-    return MatchingTargets.from_pretrained(folder)
+def mapping_told(mapping: str | None) -> str | None:
+    """A mapping as it decides something: a label set by its name, a file by what is in it."""
+    path = Path(mapping or "")
+    return path.read_text(encoding="utf-8") if mapping and path.is_file() else mapping
 
 
 def earlier_sizes(folder: Path, images: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -428,8 +408,9 @@ def finish(recipe: ConcentrateRecipe, job: Job, result: RunResult) -> str:
     record["environment"]["threads"] = result.settings["cpu_threads"]
     record["synthetic"] = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
     if job.check is not None:
-        told = dataclasses.asdict(job.check)
-        record["generator_check"] = {name: told[name] for name in told if name not in ("shares", "chance")}
+        record["generator_check"] = job.check.record()
+    if (measured := result.report.discrepancy) is not None:
+        record["discrepancy"] = {"set": measured, "as many random real images": result.report.random_discrepancy}
     configs, records = earlier_sizes(output / "dataset", images)
     save_dataset_folder(
         {**configs, f"ipc{images}": dataset},
@@ -447,6 +428,8 @@ def finish(recipe: ConcentrateRecipe, job: Job, result: RunResult) -> str:
         "session": result.session,
         "discrepancy": result.report.discrepancy,
         "discrepancy_by_class": result.report.discrepancy_by_class,
+        "random_discrepancy": result.report.random_discrepancy,
+        "random_discrepancy_by_class": result.report.random_discrepancy_by_class,
         "settings": result.settings,
         "versions": library_versions(),
     }

@@ -29,6 +29,7 @@ from dsco_hf.data import load_image_dataset, load_splits, load_test_split
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
 from dsco_hf.evaluators.checkpoints import settings_of
 from dsco_hf.evaluators.evaluation import (
+    job_identity,
     load_image_set,
     run_environment,
     run_jobs,
@@ -143,20 +144,25 @@ def main(arguments: list[str] | None = None) -> None:
             progress=accelerator.is_local_main_process,
         )
 
-    shared = settings_of(
-        protocol=protocol,
-        images=train.digest,
-        test_images=test.digest,
-        teacher=teacher,
-        model_options=recipe.model_options,
-        best=recipe.best,
-        compile=recipe.compile,
-        mixed_precision=accelerator.mixed_precision,
-    )
+    def made_with(key: str) -> dict[str, Any]:
+        architecture, seed = jobs[key]
+        return job_identity(
+            train,
+            test,
+            architecture=architecture,
+            seed=seed,
+            protocol=protocol,
+            teacher=teacher,
+            accelerator=accelerator,
+            compiled=recipe.compile,
+            overrides=model_options,
+            track_best=recipe.best,
+        ) | {"save_models": recipe.save_models}
+
     finished = run_jobs(
         list(jobs),
         run,
-        settings=lambda key: {**shared, "architecture": jobs[key][0], "seed": jobs[key][1]},
+        made_with=made_with,
         accelerator=accelerator,
         folder=output / "jobs",
     )

@@ -70,6 +70,7 @@ ORDER = [
     "generator_training",
     "generator_evaluation",
     "set_records",
+    "kept",
     "concentrate",
     "run_folder",
     "runs",

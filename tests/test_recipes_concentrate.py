@@ -199,7 +199,7 @@ def test_two_processes_that_are_refused_fail_and_go_on(work, real_images, monkey
     assert (
         MatchingTargets.from_pretrained(work / "failing" / "targets").provenance["images"] == 17
     )  # of 21: a fifth of each class is held out
-    with pytest.raises(ValueError, match="targets that were made otherwise .seed: 0 there, 2 now"):
+    with pytest.raises(ValueError, match="targets that were made otherwise .options.seed: 0 there, 2 now"):
         here("--output_dir", "failing", "--seed", "2")
     here("--output_dir", "alone")  # one process makes the same targets and images
     assert pixels(work / "alone") == pixels(work / "failing")

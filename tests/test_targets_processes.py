@@ -140,13 +140,13 @@ def test_a_generator_pass_continues(pipe, tmp_path):
 def test_a_folder_of_another_pass_is_refused_and_the_difference_named(pipe, make, tmp_path):
     made_from_dataset(pipe, work_dir=tmp_path)
     with pytest.raises(
-        ValueError, match=r"another pass; these differ: dataset_fingerprint .*Choose another `work_dir`"
+        ValueError, match=r"another pass; these differ: dataset_fingerprint: .*Choose another `work_dir`"
     ):
         MatchingTargets.from_dataset(make.images((3, 3, 3)), pipe, batch_size=2, work_dir=tmp_path, **SMALL)
     other = make.pipe(classifier=make.convnet(seed=5))
-    with pytest.raises(ValueError, match=r"differ: networks \(.* there, .* now\)"):
+    with pytest.raises(ValueError, match=r"differ: networks.0: .* there, .* now\."):
         made_from_dataset(other, work_dir=tmp_path)
-    with pytest.raises(ValueError, match="differ: .*population .*batch_size"):
+    with pytest.raises(ValueError, match="differ: population: .*batch_size: 2 there, 3 now"):
         MatchingTargets.from_generator(pipe, work_dir=tmp_path, **{**DRAWN, "batch_size": 3})
     (tmp_path / PASS_NAME).write_text("{")
     with pytest.raises(ValueError, match=f"{PASS_NAME} is damaged"):

@@ -2,7 +2,7 @@
 
 from .augmentation import Augmented, augment
 from .checks import check_same_classes, class_columns, model_classes
-from .evaluation import ImageSet, herd_per_class, load_image_set, run_job, run_jobs, summarise, train_job
+from .evaluation import ImageSet, herd_per_class, job_identity, load_image_set, run_job, run_jobs, summarise, train_job
 from .losses import accuracy
 from .models import (
     ARCHITECTURES,
@@ -39,6 +39,7 @@ __all__ = [
     "class_columns",
     "get_protocol",
     "herd_per_class",
+    "job_identity",
     "load_image_set",
     "model_classes",
     "predict_logits",

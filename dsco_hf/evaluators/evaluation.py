@@ -24,6 +24,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
+from ..digests import differences, fingerprint, identity, in_words, versions
 from ..features import features_and_logits
 from ..files import DamagedFileError, read_json, write_json
 from ..image_sizes import default_image_size
@@ -73,7 +74,7 @@ class ImageSet:
     @cached_property
     def digest(self) -> str:
         """A hash of the content."""
-        return content_hash(self.names, self.pixels, self.labels, self.soft_labels)
+        return fingerprint(self.names, self.pixels, self.labels, self.soft_labels)
 
 
 @plain_arguments()
@@ -280,7 +281,7 @@ def run_jobs(
     keys: Sequence[str],
     run: Callable[[str, Path], dict[str, Any]],
     *,
-    settings: Callable[[str], Mapping[str, Any]],
+    made_with: Callable[[str], Mapping[str, Any]],
     accelerator: Accelerator,
     folder: str | Path,
 ) -> dict[str, dict[str, Any]]:
@@ -289,7 +290,7 @@ def run_jobs(
     Args:
         keys (`Sequence[str]`): names of the jobs, fit for file names.
         run (`Callable`): does the job of that name, with a path for its checkpoint.
-        settings (`Callable`): all that decides the job's result, by name; see `checkpoints.settings_of`.
+        made_with (`Callable`): all that decides the job's result, by name; see [`job_identity`].
         accelerator (`Accelerator`): of the launch.
         folder (`str` or `Path`): shared by the processes; `<key>.json` are the results.
 
@@ -301,7 +302,7 @@ def run_jobs(
     """
     with accelerator.split_between_processes(list(keys)) as mine:
         for key in mine:
-            run_job(key, run, settings=settings, folder=folder)
+            run_job(key, run, made_with=made_with, folder=folder)
     accelerator.wait_for_everyone()
     return {key: read_job(Path(folder) / f"{key}.json") for key in keys}
 
@@ -310,28 +311,57 @@ def run_job(
     key: str,
     run: Callable[[str, Path], dict[str, Any]],
     *,
-    settings: Callable[[str], Mapping[str, Any]],
+    made_with: Callable[[str], Mapping[str, Any]],
     folder: str | Path,
 ) -> None:
     """Does one job unless its result is there; arguments as for [`run_jobs`]. Other processes may be at other jobs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, checkpoint, identity = folder / f"{key}.json", folder / f"{key}.safetensors", dict(settings(key))
+    path, checkpoint, wanted = folder / f"{key}.json", folder / f"{key}.safetensors", made_with(key)
     if path.exists():
         try:
             stored = read_job(path)
         except DamagedFileError as error:
             logger.warning("%s It is done again.", error)
         else:
-            if changed := differences(stored["settings"], identity):
+            if differing := differences(stored.get("made_with") or {}, wanted):
                 raise ValueError(
-                    f"{path} was made with other settings or data ({changed}). Set them as they were, remove "
-                    f"{folder}, or write to another folder."
+                    f"{path} was made with other settings or data ({in_words(differing)}). Remove {folder}, or write "
+                    "to another folder."
                 )
             return
-    result = {**run(key, checkpoint), "settings": identity}
+    result = {**run(key, checkpoint), "fingerprint": fingerprint(wanted), "made_with": wanted}
     write_json(path, plain(result))
     checkpoint.unlink(missing_ok=True)
+
+
+def job_identity(
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    architecture: str,
+    seed: int,
+    protocol: Protocol,
+    teacher: PreTrainedModel | None,
+    accelerator: Accelerator,
+    compiled: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    track_best: bool = False,
+) -> dict[str, Any]:
+    """All that decides what [`train_job`] returns, beside its times; arguments as there."""
+    return identity(
+        images=train.digest,
+        test_images=test.digest,
+        architecture=architecture,
+        options=overrides or {},
+        protocol=protocol,
+        seed=seed,
+        teacher=teacher,
+        mixed_precision=accelerator.mixed_precision,
+        compiled=compiled,
+        track_best=track_best,
+        versions=versions(),
+    )
 
 
 def read_job(path: Path) -> dict[str, Any]:

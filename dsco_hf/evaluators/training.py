@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..digests import fingerprint, versions
 from ..features import preprocess
 from ..files import remove_partials
 from ..pace import Pace
@@ -28,8 +29,7 @@ from .augmentation import Augmented, augment
 from .batches import epoch_batches as epoch_batches
 from .batches import epoch_seed, part_size, predict_logits
 from .batches import fast_layout as fast_layout
-from .checkpoints import content_hash as content_hash
-from .checkpoints import differences, read_checkpoint, settings_of, write_checkpoint
+from .checkpoints import read_checkpoint, write_checkpoint
 from .checks import check_images, check_label_source, class_columns, model_classes
 from .losses import hard_label_loss, soft_label_loss
 from .protocols import Protocol, by_budget, learning_rate_factor
@@ -116,6 +116,7 @@ class _Run:
         self.log_soft_labels = None if soft_labels is None else soft_labels.to(self.device).float().log()
         self.optimizer = make_optimizer(self.model, protocol)
         self.network = accelerator.prepare_model(self.model) if self.world > 1 else self.model
+        self.compiled = compiled
         if compiled:  # static shapes: which sizes came first must not decide the arithmetic
             self.network = torch.compile(self.network, dynamic=False)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=accelerator.mixed_precision == "fp16")
@@ -251,19 +252,25 @@ class _Run:
         every = max(1, int(every * self.epochs) if every < 1 else int(every))
         return self.epoch >= self.protocol.best_from * self.epochs and self.epoch % every == 0
 
-    def settings(self) -> dict[str, Any]:
-        """All that the weights at the end depend on."""
-        return settings_of(
+    def fingerprint(self, test: tuple[torch.Tensor, torch.Tensor] | None = None) -> str:
+        """All that decides how the training ends, to be asked for before it begins.
+
+        `test` counts where the best epoch is looked for on the way.
+        """
+        return fingerprint(
+            model=self.model,  # as it begins
             protocol=self.protocol,
-            network=self.model.config.to_diff_dict(),
             seed=self.seed,
-            images=self.pixels,
-            labels=self.labels,
-            soft_labels=self.log_soft_labels,
+            images=[self.pixels, self.labels, self.log_soft_labels],
             teacher=self.teacher,
+            columns=self.columns,
+            test=test,
+            precision=[self.accelerator.mixed_precision, self.compiled],
+            processes=self.world,
+            versions=versions(),
         )
 
-    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def save(self, path: Path, fingerprint: str) -> None:
         """Writes everything a resume needs into one safetensors file, which is whole or absent."""
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -277,8 +284,9 @@ class _Run:
         metadata, tensors = read_checkpoint(path)
         if changed := differences(metadata["settings"], settings):
             raise ValueError(
-                f"The checkpoint {path} belongs to another run ({changed}). Set them as they were to go on, delete it "
-                "to start anew, or write to another folder."
+                f"The checkpoint {path} belongs to another run: its protocol, seed, network, images, labels, teacher, "
+                "precision or versions of libraries differ from those of now. Delete it to start anew, or write to "
+                "another folder."
             )
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         states: dict[int, dict[str, torch.Tensor]] = {}
@@ -390,12 +398,12 @@ def _train(
     progress: bool,
 ) -> float:
     """Runs the epochs that are left, looking at `test` on the way if it is given; the mean loss of the last epoch."""
-    settings: dict[str, Any] = {}
+    identity = ""
     if checkpoint is not None:
-        settings = run.settings()
+        identity = run.fingerprint(test)
         remove_partials(checkpoint.parent, checkpoint.name)
         if checkpoint.exists():
-            run.load(checkpoint, settings)
+            run.load(checkpoint, identity)
     checked, saved = run.steps, time.perf_counter()
     if progress:
         run.pace = Pace(
@@ -417,7 +425,7 @@ def _train(
         if checkpoint is not None and due:
             run.check_weights(checkpoint)
             if run.world == 1 or run.accelerator.is_main_process:
-                run.save(checkpoint, settings)
+                run.save(checkpoint, identity)
             saved = time.perf_counter()
         if on_epoch is not None:
             on_epoch({**metrics, "loss": run.losses[start : run.steps].mean().item()})
