@@ -20,9 +20,9 @@ class Point:
 
 DIFFERENT = [
     None, False, True, 0, 1, 0.5, "1", "", b"1", [], [1], [[1]], [1, 2], [2, 1], ["ab", "c"], ["a", "bc"], {}, [None],
-    {"a": 1}, {"a": 2}, {"b": 1}, {1: 1}, {"1": 1}, {1, 2}, {1}, Point(), Point(x=2), torch.zeros(2), torch.zeros(2, 1),
+    {"a": 1}, {"a": 2}, {"b": 1}, {1: 1}, {"1": 1}, {1, 2}, {1}, Point(), Point(x=2), torch.zeros(2), np.zeros(2),
     torch.zeros(2, dtype=torch.float16), torch.zeros(2, dtype=torch.bfloat16), torch.ones(2), torch.zeros(()),
-    np.zeros(2), np.zeros(2, np.float32), torch.float16, torch.device("cpu"), [torch.zeros(2)], float("inf"),
+    torch.zeros(2, 1), np.zeros(2, np.float32), torch.float16, torch.device("cpu"), [torch.zeros(2)], float("inf"),
 ]  # fmt: skip
 
 

@@ -93,6 +93,8 @@ ORDER = [
     "figures",
     "feature_figures",
     "report",
+    "study_plans",
+    "studies",
 ]
 ORDER_OF_EVALUATORS = [
     "norms",

@@ -13,7 +13,7 @@ from conftest import NAMES, striped_images
 from dsco_hf import DsCoPipeline, build_evaluator, concentrate, measure_discrepancy
 from dsco_hf.configs import parse_config
 from dsco_hf.data import load_pixels
-from dsco_hf.set_records import record_of
+from dsco_hf.study_plans import FEATURES
 from dsco_hf.targets import MatchingTargets
 from launches import launch_command, launch_environment
 from recipes import concentrate as concentrate_recipe
@@ -67,7 +67,7 @@ def test_matched_features_are_of_the_chosen_networks(work):
     )
     options = ["--config", str(work / "tiny.yaml"), "--sets_dir", str(work / "sets")]
     networks, pixels = {}, {}
-    for features in experiment.FEATURES:
+    for features in FEATURES:
         experiment.main([*options, "--features", features, "--output_dir", str(work / features)])
         AcceleratorState._reset_state(), PartialState._reset_state()
         (new,) = set((work / "sets").iterdir()) - set(networks)  # sets of other features are kept apart
@@ -148,8 +148,8 @@ def test_objectives_by_budget_and_wider_features(work):
             rows = Dataset.from_parquet(str(folder / "sets" / f"{name}.parquet"), keep_in_memory=True)
             expected = concentrate(pipe, targets, budget, **chosen, **options)
             assert [image.tobytes() for image in rows["image"]] == [image.tobytes() for image in expected["image"]]
-            matching = json.loads((folder / "sets" / f"{name}.json").read_text())["matching"]
-            assert chosen.items() <= matching.items() and ("clearest_share" in matching) == (method == "nopt")
+            told = json.loads((folder / "sets" / f"{name}.json").read_text())
+            assert chosen.items() <= told["made_with"]["set"].items() and told["population"] == population
     with pytest.raises(ValueError, match=r"may hold \['rkhs', 'ridge'\], got 'ridg'. Nearest: 'ridge'"):
         experiment.ExperimentRecipe("a", "b", "c", objective=["ridg"])
 

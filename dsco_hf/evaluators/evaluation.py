@@ -66,6 +66,10 @@ class ImageSet:
         soft = None if self.soft_labels is None else self.soft_labels[rows]
         return ImageSet(self.pixels[rows], self.labels[rows], self.names, soft, self.fingerprint)
 
+    def first_of(self, labels: Sequence[int], count: int) -> torch.Tensor:
+        """The first images of each of these classes, `(K, n, C, H, W)`: `count`, or fewer if they all have fewer."""
+        return torch.stack([self.pixels[self.labels == label][:count] for label in labels])
+
     @property
     def images_per_class(self) -> float:
         """Mean number of images of the classes that have any."""
