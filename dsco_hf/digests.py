@@ -40,8 +40,8 @@ def fingerprint(*parts: Any, **named: Any) -> str:
     """SHA-256, in hexadecimal, of values of any kind: what a result that is kept depends on.
 
     Tensors and arrays count by type, shape and content; models, schedulers and pipelines by weights and configuration;
-    targets by content without provenance; dataclasses, mappings (in any order), sequences and plain values by what is
-    in them. A whole number is the same as an `int` and as a `float`.
+    targets by content without provenance; dataclasses by their public fields; mappings (in any order), sequences and
+    plain values by what is in them. A whole number is the same as an `int` and as a `float`.
 
     Raises:
         TypeError: for anything else, as it could not be told from another one of its kind.
@@ -142,7 +142,8 @@ def _take(digest: Any, value: Any) -> None:
         if hasattr(value, "provenance"):
             return digest.update(f"\0targets {targets_sha256(value)}".encode())
         digest.update(f"\0{type(value).__name__}".encode())
-        return _take(digest, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+        return _take(digest, {name: getattr(value, name) for name in names})
     if isinstance(value, Mapping):
         digest.update(f"\0mapping {len(value)}".encode())
         for key in sorted(value, key=lambda key: (str(key), type(key).__name__)):

@@ -29,8 +29,8 @@ from .evaluators import (
     train_job,
 )
 from .evaluators.evaluation import read_job
-from .pipeline import DsCoPipeline
 from .figures import sample_grid
+from .pipeline import DsCoPipeline
 from .study_plans import set_name, set_parts
 from .targets import MatchingTargets
 from .values import check_whole
@@ -141,6 +141,7 @@ def evaluate_sets(
         ValueError: for a kept result that was made with something else.
     """
     options = {"teacher": None, **options}
+    shown = options["accelerator"].is_main_process
     order = sorted(sets, key=lambda name: (-len(sets[name].labels), name))
     jobs = {f"{name}-run{seed}": (name, seed) for name in order for seed in range(training_seeds)}
 
@@ -152,7 +153,7 @@ def evaluate_sets(
         name, seed = jobs[key]
         return job_identity(sets[name], test, seed=seed, **options)
 
-    for key in tqdm(list(jobs)[rank::world], desc="Evaluators", unit="run", disable=rank > 0):
+    for key in tqdm(list(jobs)[rank::world], desc="Evaluators", unit="run", disable=not shown):
         if not clock.is_over():
             run_job(key, train, made_with=made_with, folder=folder)
     return {name: [Path(folder) / f"{key}.json" for key, (own, _) in jobs.items() if own == name] for name in sets}

@@ -33,9 +33,9 @@ from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_conf
 from dsco_hf.data import load_splits
 from dsco_hf.files import write_atomically
 from dsco_hf.folder import concentration_record, read_folder, save_dataset_folder, to_json
-from dsco_hf.model_loading import load_classifier, load_model
 from dsco_hf.generator_evaluation import GeneratorCheck
 from dsco_hf.kept import kept_check, kept_targets, pipeline_identity
+from dsco_hf.model_loading import load_classifier, load_model
 from dsco_hf.objectives import MATCHING
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets

@@ -11,10 +11,9 @@ nothing. `recipes/concentrate.py --from outputs/quickstart/dataset` draws the da
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,29 +36,38 @@ from dsco_hf import (
     dope,
     get_protocol,
     load_digits_dataset,
-    measure_discrepancy,
     train_evaluator,
 )
 from dsco_hf.cards import DatasetCardFields
 from dsco_hf.concentrate import embed_pixels
 from dsco_hf.configs import make_accelerator, parse_config
 from dsco_hf.data import select_per_class
-from dsco_hf.evaluators import herd_per_class, load_image_set, run_job, summarise, train_job
+from dsco_hf.digests import fingerprint, identity, versions
+from dsco_hf.evaluators import herd_per_class, load_image_set
 from dsco_hf.evaluators.augmentation import RandomShift
-from dsco_hf.evaluators.checkpoints import settings_of
-from dsco_hf.evaluators.evaluation import read_job, run_environment
+from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.feature_figures import feature_figure
-from dsco_hf.figures import accuracy_figure, sample_grid
-from dsco_hf.files import read_json, reading, whole, write_atomically, write_json
-from dsco_hf.folder import save_dataset_folder
+from dsco_hf.figures import accuracy_figure
+from dsco_hf.files import read_json, whole, write_atomically, write_json
+from dsco_hf.folder import concentration_record, save_dataset_folder
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.kept import DRAW_AGAIN, KeptSets, kept_targets, pipeline_identity
 from dsco_hf.model_loading import load_classifier
 from dsco_hf.report import results_table
-from dsco_hf.set_records import read_set, write_set
+from dsco_hf.shards import file_sha256
+from dsco_hf.studies import (
+    Clock,
+    draw_study_samples,
+    evaluate_sets,
+    full_row,
+    joined_records,
+    read_results,
+    result_rows,
+    study_discrepancies,
+)
 
 
-DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
 METHODS = ("plain", "nopt", "nopt-data-free", "nopt-classifier-only", "nopt-quantile")
 BUDGETS = (1, 3, 10)
 GUIDANCE = 1.0
@@ -73,6 +81,13 @@ EVALUATOR: dict[str, Any] = {"architecture": "convnet-2", "overrides": {"width":
 # led to better sets than the trained classifier's features (README). Its weights are of a seed that no evaluator has.
 FEATURES: dict[str, Any] = {"network": "classifier_2"}
 FEATURE_SEED = 1000
+GENERATOR: dict[str, Any] = {
+    "batch_size": 64,
+    "num_attention_heads": 3,
+    "activation_fn": "linear-silu",  # a step takes less time than with the usual GELU
+    "beta_schedule": "squaredcos_cap_v2",  # the linear one spends half of its steps on nearly pure noise
+}
+CLASSIFIER: dict[str, Any] = {"architecture": "convnet-2", "image_size": 8, "num_channels": 1, "width": 64}
 
 
 @dataclass(frozen=True)
@@ -133,20 +148,20 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator()
     datasets.disable_progress_bars()
     run = Run(recipe, accelerator)
-    run.say("digits: 1,437 training and 360 test images of 8x8 pixels")
+    run.clock.say("digits: 1,437 training and 360 test images of 8x8 pixels")
     pipe = train_models(run)
     targets = make_targets(run, pipe)
     sets = synthesise(run, pipe, targets)
     sets |= doped_sets(run, pipe, sets) | real_sets(run)
-    run.say("training evaluators")
+    run.clock.say("training evaluators")
     jobs = train_evaluators(run, sets, rank=accelerator.process_index, world=accelerator.num_processes)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         results = collect(run, pipe, targets["nopt"], sets, jobs)
         write_results(run, results)
         draw(run, pipe, targets["nopt"], sets, results)
-        write_dataset(run, targets, sets, results)
-        run.say(f"done: {run.output}")
+        write_dataset(run, pipe, targets, sets, results)
+        run.clock.say(f"done: {run.output}")
         print(f"\n{results_table(results)}")
     accelerator.end_training()
 
@@ -155,10 +170,19 @@ class Run:
     """What all stages share: the data, the folders and the clock."""
 
     def __init__(self, recipe: Quickstart, accelerator: Accelerator) -> None:
-        self.recipe, self.accelerator, self.start = recipe, accelerator, time.perf_counter()
+        self.recipe, self.accelerator, self.clock = recipe, accelerator, Clock(accelerator)
         self.output = Path(recipe.output_dir)
+        steps = ((10, 100), (None, 200)) if recipe.small else ((10, 400), (None, 1500))
+        self.protocol = get_protocol("quick", steps=steps, augmentation=(RandomShift(1),))
+        digits = load_digits_dataset()
+        self.real = digits["train"]
+        self.train = load_image_set(digits["train"], protocol=self.protocol, num_channels=1)
+        self.test = load_image_set(digits["test"], protocol=self.protocol, test_for=self.train, num_channels=1)
         settings = dataclasses.asdict(recipe) | {"output_dir": "", "fresh": False}
-        self.identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        constants = [GUIDANCE, INTERVAL, CONTRAST, DOPING, EVALUATOR, FEATURES, FEATURE_SEED, GENERATOR, CLASSIFIER]
+        self.identity = fingerprint(
+            settings, constants, self.protocol, self.train.digest, accelerator.mixed_precision, versions()
+        )[:8]
         self.work = self.output / "work" / self.identity
         if recipe.fresh and accelerator.is_main_process:
             shutil.rmtree(self.output, ignore_errors=True)
@@ -168,18 +192,7 @@ class Run:
             for partial in self.work.glob("**/*.partial"):  # of a run that was cut off
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         accelerator.wait_for_everyone()
-        steps = ((10, 100), (None, 200)) if recipe.small else ((10, 400), (None, 1500))
-        self.protocol = get_protocol("quick", steps=steps, augmentation=(RandomShift(1),))
-        digits = load_digits_dataset()
-        self.real = digits["train"]
-        self.train = load_image_set(digits["train"], protocol=self.protocol, num_channels=1)
-        self.test = load_image_set(digits["test"], protocol=self.protocol, test_for=self.train, num_channels=1)
-
-    def say(self, text: str) -> None:
-        """Prints a stage with the time since the start."""
-        if self.accelerator.is_main_process:
-            seconds = int(time.perf_counter() - self.start)
-            tqdm.write(f"[{seconds // 60}:{seconds % 60:02d}] {text}")
+        self.kept = KeptSets(self.work / "sets")
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -204,31 +217,6 @@ class Run:
         """Where the evaluators' results lie."""
         return self.work / "evaluators"
 
-    def _set_path(self, name: str) -> Path:
-        return self.work / "sets" / f"{name}.parquet"
-
-    def has_set(self, name: str) -> bool:
-        """Whether a set is finished: a file is whole or absent."""
-        return self._set_path(name).is_file()
-
-    def save_set(self, name: str, rows: Dataset, cost: dict[str, Any]) -> None:
-        """Keeps a finished set and what it cost."""
-        path = self._set_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path.with_suffix(".json"), cost)
-        write_set(rows, path)
-
-    def load_set(self, name: str) -> Dataset:
-        """A finished set."""
-        path = self._set_path(name)
-        with reading(path, DRAW_AGAIN):
-            return read_set(path)
-
-    def cost(self, name: str) -> dict[str, Any]:
-        """What a set cost; nothing for real images."""
-        path = self._set_path(name).with_suffix(".json")
-        return read_json(path, DRAW_AGAIN) if path.is_file() else {}
-
 
 def train_models(run: Run) -> DsCoPipeline:
     """The classifiers, and then the generator by the main process.
@@ -239,14 +227,8 @@ def train_models(run: Run) -> DsCoPipeline:
     train_classifiers(run)
     if not folder.is_dir():
         if accelerator.is_main_process:
-            run.say("training the generator" + "; real baselines meanwhile" * (accelerator.num_processes > 1))
-            config = GeneratorTrainingConfig(
-                train_steps=recipe.generator_steps,
-                batch_size=64,
-                num_attention_heads=3,
-                activation_fn="linear-silu",  # a step takes less time than with the usual GELU
-                beta_schedule="squaredcos_cap_v2",  # the linear one spends half of its steps on nearly pure noise
-            )
+            run.clock.say("training the generator" + "; real baselines meanwhile" * (accelerator.num_processes > 1))
+            config = GeneratorTrainingConfig(train_steps=recipe.generator_steps, **GENERATOR)
             trained = train_generator(
                 run.train.pixels, run.train.labels, config, num_classes=10, accelerator=accelerator, distributed=False
             )
@@ -270,7 +252,7 @@ def train_models(run: Run) -> DsCoPipeline:
 
 def train_classifiers(run: Run) -> None:
     """Trains the pipeline's classifier and others, each of which herds real images; every process does its share."""
-    run.say("training the classifiers")
+    run.clock.say("training the classifiers")
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     protocol = dataclasses.replace(run.protocol, steps=100 if run.recipe.small else 800, learning_rate=2e-3)
     for seed in range(run.recipe.herding_seeds)[rank::world]:
@@ -290,17 +272,12 @@ def train_classifiers(run: Run) -> None:
 
 def new_classifier(names: list[str], seed: int) -> PreTrainedModel:
     """A classifier before its training."""
-    return build_evaluator(
-        "convnet-2", class_names=names, image_size=8, num_channels=1, width=64, norm="batch", seed=seed
-    )
+    return build_evaluator(class_names=names, norm="batch", seed=seed, **CLASSIFIER)
 
 
 def untrained_network(names: list[str]) -> PreTrainedModel:
     """The network whose features are matched."""
-    network = build_evaluator(
-        "convnet-2", class_names=names, image_size=8, num_channels=1, width=64, seed=FEATURE_SEED
-    )
-    return network.eval()
+    return build_evaluator(class_names=names, seed=FEATURE_SEED, **CLASSIFIER).eval()
 
 
 def make_targets(run: Run, pipe: DsCoPipeline) -> dict[str, MatchingTargets]:
@@ -311,18 +288,25 @@ def make_targets(run: Run, pipe: DsCoPipeline) -> dict[str, MatchingTargets]:
             pipe, samples_per_class=run.recipe.templates_per_class, features=FEATURES, **run.sampling, **shared
         ),
     }
-    folders = {method: run.work / f"targets-{method}" for method in makers}
-    for method, make in makers.items():
-        if not folders[method].is_dir():
-            run.say(f"targets of {method}")
-            start = time.perf_counter()
-            targets = make(accelerator=run.accelerator)
-            targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
-            if run.accelerator.is_main_process:
-                with whole(folders[method]) as partial:
-                    targets.save_pretrained(partial)
-        run.accelerator.wait_for_everyone()
-    return {method: MatchingTargets.from_pretrained(folder) for method, folder in folders.items()}
+
+    def timed(method: str, **shared: Any) -> MatchingTargets:
+        run.clock.say(f"targets of {method}")
+        start = time.perf_counter()
+        targets = makers[method](**shared)
+        targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
+        return targets
+
+    made_with = pipeline_identity(pipe, run.real, templates=run.recipe.templates_per_class, **run.sampling)
+    return {
+        method: kept_targets(
+            run.work / f"targets-{method}",
+            {**made_with, "population": method},
+            functools.partial(timed, method),
+            accelerator=run.accelerator,
+            renew=True,
+        )  # fmt: skip
+        for method in makers
+    }
 
 
 def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]) -> dict[str, Dataset]:
@@ -330,10 +314,10 @@ def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]
     slow = [("nopt-quantile", budget, 0) for budget in BUDGETS]
     others = [(method, budget, seed) for budget in BUDGETS for seed in run.seeds(budget) for method in METHODS[:-1]]
     units: list[list[tuple[str, int, int]]] = [[slow[-1], slow[0]], slow[1:-1] + others]
-    run.say("synthesis: " + ", ".join(METHODS))
+    run.clock.say("synthesis: " + ", ".join(METHODS))
     quantile = QuantileTargets.from_dataset(run.real, pipe, draws=1, counts=BUDGETS, progress=False)
     options: dict[str, dict[str, Any]] = {
-        "plain": {"targets": None},
+        "plain": {"targets": None, "optimization_steps": 0},
         "nopt": {"targets": targets["nopt"], **INTERVAL},
         "nopt-data-free": {"targets": targets["nopt-data-free"], **INTERVAL},
         "nopt-classifier-only": {"targets": None, "objective": "classifier"},
@@ -345,18 +329,20 @@ def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]
         },
     }
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    models = pipeline_identity(pipe)
     mine = [key for unit in units[rank::world] for key in unit]
     for method, budget, seed in tqdm(mine, desc="Sets", disable=rank > 0):
         name = f"{method}-ipc{budget}-seed{seed}"
-        if not run.has_set(name):
-            choice: dict[str, Any] = {"images_per_class": budget, "seed": seed, "progress": False}
-            if method in targets:
-                choice["contrast"] = CONTRAST.get(budget, 0.0)
-            rows, report = concentrate_and_report(pipe, **options[method], **choice, **run.sampling)
-            run.save_set(name, rows, dataclasses.asdict(report))
+        choice: dict[str, Any] = {"images_per_class": budget, "seed": seed, **options[method], **run.sampling}
+        if method in targets:
+            choice["contrast"] = CONTRAST.get(budget, 0.0)
+        made_with = {**models, "set": identity(**choice)}
+        if not run.kept.is_made(name, made_with):
+            rows, report = concentrate_and_report(pipe, progress=False, **choice)
+            run.kept.save(name, rows, made_with, **dataclasses.asdict(report))
     run.accelerator.wait_for_everyone()
     names = [f"{method}-ipc{budget}-seed{seed}" for unit in units for method, budget, seed in unit]
-    return {name: run.load_set(name) for name in names}
+    return {name: run.kept.rows(name) for name in names}
 
 
 def real_sets(run: Run) -> dict[str, Dataset]:
@@ -374,72 +360,44 @@ def real_sets(run: Run) -> dict[str, Dataset]:
 
 def doped_sets(run: Run, pipe: DsCoPipeline, sets: dict[str, Dataset]) -> dict[str, Dataset]:
     """The largest synthetic sets with the real images of lowest clarity, by seed."""
-    run.say("doping")
+    run.clock.say("doping")
     names = {seed: f"nopt+doping-ipc{run.doped_per_class}-seed{seed}" for seed in run.seeds(run.doped_per_class)}
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     for seed in list(names)[rank::world]:
-        if not run.has_set(names[seed]):
+        base = f"nopt-ipc{BUDGETS[-1]}-seed{seed}"
+        options = {"total": run.doped_per_class * len(run.train.names), **DOPING, "protocol": run.protocol,
+                   "architecture": EVALUATOR["architecture"], "seed": seed}  # fmt: skip
+        made_with = pipeline_identity(pipe, run.real, base=file_sha256(run.kept.file(base)), **options)
+        if not run.kept.is_made(names[seed], made_with):
             start = time.perf_counter()
-            small = sets[f"nopt-ipc{BUDGETS[-1]}-seed{seed}"]
-            doped = dope(
-                small, run.real, pipe, total=run.doped_per_class * len(run.train.names), **DOPING,
-                protocol=run.protocol, architecture=EVALUATOR["architecture"], seed=seed, progress=False,
-            )  # fmt: skip
-            run.save_set(names[seed], doped, {"seconds": time.perf_counter() - start})
+            doped = dope(sets[base], run.real, pipe, progress=False, **options)
+            run.kept.save(names[seed], doped, made_with, seconds=time.perf_counter() - start)
     run.accelerator.wait_for_everyone()
-    return {name: run.load_set(name) for name in names.values()}
+    return {name: run.kept.rows(name) for name in names.values()}
 
 
-def train_evaluators(run: Run, sets: dict[str, Dataset], *, rank: int, world: int) -> dict[str, list[str]]:
+def train_evaluators(run: Run, sets: dict[str, Dataset], *, rank: int, world: int) -> dict[str, list[Path]]:
     """Trains evaluators from scratch on every set and on all data; this process does its share of the jobs.
 
     Returns:
-        `dict`: names of the jobs by set.
+        `dict`: files of the results by set.
     """
     images = {name: load_image_set(rows, protocol=run.protocol, num_channels=1) for name, rows in sets.items()}
-    images["full"] = run.train
-    jobs = {f"{name}-run{seed}": (name, seed) for name in images for seed in range(run.recipe.training_seeds)}
-
-    def train(key: str, checkpoint: Path) -> dict[str, Any]:
-        name, seed = jobs[key]
-        return train_job(
-            images[name], run.test, seed=seed, protocol=run.protocol, accelerator=run.accelerator, **EVALUATOR
-        )
-
-    def settings(key: str) -> dict[str, Any]:
-        name, seed = jobs[key]
-        digests = {"images": images[name].digest, "test_images": run.test.digest}
-        return settings_of(protocol=run.protocol, evaluator=EVALUATOR, seed=seed, **digests)
-
-    # The long ones first, dealt out like cards, so that the processes end together.
-    mine = sorted(jobs, key=lambda key: (-len(images[jobs[key][0]].labels), key))[rank::world]
-    for key in tqdm(mine, desc="Evaluators", unit="run", disable=not run.accelerator.is_main_process):
-        run_job(key, train, settings=settings, folder=run.evaluators)
-    return {name: [key for key, (owner, _) in jobs.items() if owner == name] for name in images}
+    return evaluate_sets(
+        images | {"full": run.train}, run.test, training_seeds=run.recipe.training_seeds, folder=run.evaluators,
+        clock=run.clock, rank=rank, world=world, protocol=run.protocol, accelerator=run.accelerator,
+        **EVALUATOR,
+    )  # fmt: skip
 
 
 def collect(
-    run: Run, pipe: DsCoPipeline, targets: MatchingTargets, sets: dict[str, Dataset], jobs: dict[str, list[str]]
+    run: Run, pipe: DsCoPipeline, targets: MatchingTargets, sets: dict[str, Dataset], jobs: dict[str, list[Path]]
 ) -> dict[str, Any]:
     """The content of results.json: one row per method and budget."""
-    done = {name: [read_job(run.evaluators / f"{key}.json") for key in keys] for name, keys in jobs.items()}
-    groups: dict[tuple[int, str], list[str]] = {}
-    for name in sets:
-        method, size, _ = name.rsplit("-", 2)
-        groups.setdefault((int(size.removeprefix("ipc")), method), []).append(name)
-    rows = []
-    for (budget, method), names in sorted(groups.items()):
-        costs = [run.cost(name) for name in names]
-        summary = summarise([job for name in names for job in done[name]])
-        rows.append(
-            {"method": method, "images_per_class": budget, "images": len(sets[names[0]])}
-            | {key: summary[key] for key in ("accuracy_mean", "accuracy_std", "accuracies")}
-            | {"synthesis_seeds": len(names), "training_seeds": run.recipe.training_seeds}
-            | {"discrepancy": statistics.fmean(discrepancy(run, sets[name], pipe, targets) for name in names)}
-            | {"seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in costs)}
-            | {key: costs[0].get(key, 0) for key in ("denoiser_calls", "decoder_calls", "classifier_calls")}
-        )
-    full = summarise(done["full"])
+    done = read_results(jobs)
+    images = {name: load_image_set(rows, protocol=run.protocol, num_channels=1) for name, rows in sets.items()}
+    discrepancies = study_discrepancies(images, pipe, targets)
+    sizes, costs = {name: len(rows) for name, rows in sets.items()}, {name: run.kept.told(name) for name in sets}
     return {
         "dataset": "digits",
         "classes": len(run.train.names),
@@ -453,18 +411,11 @@ def collect(
             "protocol": run.protocol.name,
             **EVALUATOR,
         },
-        "full": {key: full[key] for key in ("accuracy_mean", "accuracy_std", "accuracies")}
-        | {"seeds": run.recipe.training_seeds, "images": len(run.real)},
-        "rows": rows,
+        "full": full_row(done["full"], len(run.real)),
+        "rows": result_rows(sizes, done, discrepancies, costs),
         "environment": run_environment(run.accelerator),
-        "total_seconds": round(time.perf_counter() - run.start, 1),
+        "total_seconds": round(time.monotonic() - run.clock.start, 1),
     }
-
-
-def discrepancy(run: Run, rows: Dataset, pipe: DsCoPipeline, targets: MatchingTargets) -> float:
-    """MMD² of a set from the real classes, mean over classes."""
-    images = load_image_set(rows, protocol=run.protocol, num_channels=1)
-    return statistics.fmean(measure_discrepancy(images.pixels, images.labels, pipe, targets).values())
 
 
 def write_results(run: Run, results: dict[str, Any]) -> None:
@@ -486,14 +437,17 @@ def draw(
 ) -> None:
     """samples.png, accuracy.png and features.png."""
     largest = f"ipc{BUDGETS[-1]}-seed0"
-    grid, points = {}, {}
-    for method in ("random", "plain", "nopt", "nopt-data-free"):
-        name = "real" if method == "random" else method
-        images = load_image_set(sets[f"{method}-{largest}"], protocol=run.protocol, num_channels=1)
-        grid[name] = torch.stack([images.pixels[images.labels == c][:4] for c in range(len(images.names))])
-        if name in ("plain", "nopt"):
-            points[name] = (embed_pixels(images.pixels, pipe, targets), images.labels)
-    sample_grid(grid, run.train.names, run.output / "samples.png")
+    shown = {
+        name: load_image_set(rows, protocol=run.protocol, num_channels=1)
+        for name, rows in sets.items()
+        if name.endswith(largest)
+    }
+    draw_study_samples(shown, BUDGETS[-1], run.output / "samples.png")
+    points = {
+        method: (embed_pixels(images.pixels, pipe, targets), images.labels)
+        for method in ("plain", "nopt")
+        for images in [shown[f"{method}-{largest}"]]
+    }
     accuracy_figure(results, run.output / "accuracy.png")
     real = (embed_pixels(run.train.pixels, pipe, targets), run.train.labels)
     feature_figure(real=real, sets=points, class_names=run.train.names, path=run.output / "features.png")
@@ -505,9 +459,30 @@ def write_dataset(
     sets: dict[str, Dataset],
     results: dict[str, Any],
 ) -> None:
-    """dataset/: parquet and card, with the configs ipc1, ipc3, ipc10 (default) and doped; pipeline/: what drew it."""
-    keys = {f"ipc{budget}": f"nopt-ipc{budget}-seed0" for budget in BUDGETS}
-    keys["doped"] = f"nopt+doping-ipc{run.doped_per_class}-seed0"
+    """dataset/: parquet and card, with the configs ipc1, ipc3, ipc10 (default) and doped."""
+    doped = run.doped_per_class
+    keys = {f"ipc{budget}": ("nopt", f"nopt-ipc{budget}-seed0") for budget in BUDGETS}
+    keys["doped"] = ("nopt+doping", f"nopt+doping-ipc{doped}-seed0")
+    configs: dict[str, Dataset] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for name, (method, key) in keys.items():
+        configs[name] = sets[key]
+        report = {field.name: value for field in dataclasses.fields(ConcentrationReport)
+                  if (value := run.kept.told(key).get(field.name)) is not None}  # fmt: skip
+        parameters: dict[str, Any] = {
+            "images_per_class": int(name[3:]) if name.startswith("ipc") else BUDGETS[-1],
+            **run.sampling,
+            **INTERVAL,
+        }
+        parameters["contrast"] = CONTRAST.get(parameters["images_per_class"], 0.0)
+        if name == "doped":
+            parameters["doping"] = {**DOPING, "total": len(sets[key])}
+        records[name] = concentration_record(
+            pipe, targets["nopt"], ConcentrationReport(**report), method=method, seed=0, parameters=parameters,
+            source={"dataset": "scikit-learn digits", "split": "train"},
+        )  # fmt: skip
+        for model in ("generator", "classifier"):  # not a path of this machine, which would mean nothing elsewhere
+            records[name][model] = {"id": f"trained by recipes/quickstart.py ({model})"}
     save_dataset_folder(
         {name: sets[key] for name, key in keys.items()},
         run.output / "dataset",
@@ -516,8 +491,7 @@ def write_dataset(
             pretty_name="Digits, concentrated", source_license="cc-by-4.0", generator_license="cc-by-4.0"
         ),
         results=results,
-        concentration={"source": {"dataset": "scikit-learn digits", "split": "train"}},
-        targets=targets["nopt"],
+        concentration=joined_records(records),
         figures=[run.output / name for name in ("samples.png", "accuracy.png", "features.png")],
     )
     with whole(run.output / "pipeline") as partial:  # where `concentrate.py --from` finds it by its name

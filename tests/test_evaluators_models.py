@@ -127,7 +127,7 @@ def test_bad_classes_and_sizes():
     [
         ("models", ("ConvNetConfig", "ConvNetForImageClassification", "EvaluatorResNetConfig", "pooled_sizes")),
         ("protocols", ("Protocol", "Variant", "by_budget", "learning_rate_factor", "PROTOCOLS", "LABEL_TYPES")),
-        ("training", ("content_hash", "epoch_batches", "fast_layout", "part_size", "predict_logits")),
+        ("training", ("epoch_batches", "fast_layout", "part_size", "predict_logits")),
     ],
 )
 def test_names_stay_where_published_files_and_users_look_for_them(module, names):
