@@ -55,7 +55,7 @@ def identity(**parts: Any) -> dict[str, Any]:
     """All that decides a result, by name, to be kept beside it as JSON.
 
     Plain values stay as they are, so that a difference can be told in words; all else is its [`fingerprint`], of which
-    16 digits are kept. A pipeline becomes its components by name.
+    16 digits are kept. A pipeline becomes its components by name, a dataclass its fields.
     """
     return {str(name): _told(value) for name, value in parts.items()}
 
@@ -177,6 +177,8 @@ def _told(value: Any) -> Any:
     """A value of an identity as JSON."""
     if hasattr(value, "components") and hasattr(value, "save_pretrained"):
         value = components_of(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "provenance"):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.name[0] != "_"}
     if isinstance(value, Mapping):
         return {str(key): _told(item) for key, item in value.items()}
     value = value.item() if isinstance(value, np.generic) else value

@@ -149,13 +149,13 @@ def evaluate_sets(
         name, seed = jobs[key]
         return train_job(sets[name], test, seed=seed, checkpoint=checkpoint, **options)
 
-    def made_with(key: str) -> dict[str, Any]:
+    def settings(key: str) -> dict[str, Any]:
         name, seed = jobs[key]
         return job_identity(sets[name], test, seed=seed, **options)
 
     for key in tqdm(list(jobs)[rank::world], desc="Evaluators", unit="run", disable=not shown):
         if not clock.is_over():
-            run_job(key, train, made_with=made_with, folder=folder)
+            run_job(key, train, settings=settings, folder=folder)
     return {name: [Path(folder) / f"{key}.json" for key, (own, _) in jobs.items() if own == name] for name in sets}
 
 

@@ -39,7 +39,6 @@ from dsco_hf.evaluators import (
     summarise,
     train_job,
 )
-from dsco_hf.evaluators.checkpoints import settings_of
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.figures import accuracy_figure
 from dsco_hf.image_sizes import default_image_size, image_sizes
@@ -181,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress=accelerator.is_local_main_process,
         )
 
-    def made_with(key: str) -> dict[str, Any]:
+    def settings(key: str) -> dict[str, Any]:
         method, budget, network, seed = jobs[key]
         return job_identity(
             training_set(method, budget, seed),
@@ -195,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
             overrides=options,
         )
 
-    finished = run_jobs(list(jobs), run, made_with=made_with, accelerator=accelerator, folder=output / "jobs")
+    finished = run_jobs(list(jobs), run, settings=settings, accelerator=accelerator, folder=output / "jobs")
     if not accelerator.is_main_process:
         return
     results = collect(recipe, finished, jobs, cells, {key: len(images.labels) for key, images in sets.items()}, real)

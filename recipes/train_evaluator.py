@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from dsco_hf.configs import check_anew, make_accelerator, parse_config
 from dsco_hf.data import load_image_dataset, load_splits, load_test_split
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
-from dsco_hf.evaluators.checkpoints import settings_of
 from dsco_hf.evaluators.evaluation import (
     job_identity,
     load_image_set,
@@ -144,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress=accelerator.is_local_main_process,
         )
 
-    def made_with(key: str) -> dict[str, Any]:
+    def settings(key: str) -> dict[str, Any]:
         architecture, seed = jobs[key]
         return job_identity(
             train,
@@ -162,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     finished = run_jobs(
         list(jobs),
         run,
-        made_with=made_with,
+        settings=settings,
         accelerator=accelerator,
         folder=output / "jobs",
     )

@@ -119,7 +119,7 @@ def test_features_that_wait_on_the_disk(tmp_path):
 
 def test_results_of_jobs(tmp_path, caplog):
     def job(result):
-        run_job("a", lambda key, checkpoint: {"accuracy": result}, made_with=lambda key: {}, folder=tmp_path)
+        run_job("a", lambda key, checkpoint: {"accuracy": result}, settings=lambda key: {"seed": 1}, folder=tmp_path)
 
     job(0.5)
     all_named(tmp_path / "a.json", lambda: read_job(tmp_path / "a.json"))

@@ -109,15 +109,15 @@ def test_jobs_are_done_once_and_bound_to_their_settings(tmp_path):
             raise KeyboardInterrupt
         return {"value": key.upper()}
 
-    options = {"accelerator": Accelerator(), "folder": tmp_path, "made_with": lambda key: {"key": key}}
+    options = {"accelerator": Accelerator(), "folder": tmp_path, "settings": lambda key: {"seed": key, "steps": 5}}
     with pytest.raises(KeyboardInterrupt):
         run_jobs(["a", "b", "c"], run, **options)
     results = run_jobs(["a", "b", "c"], run, **options)
     assert done == ["a", "b", "b", "c"]
     assert [results[key]["value"] for key in "abc"] == ["A", "B", "C"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "c.json"]
-    with pytest.raises(ValueError, match="other settings or data .key: 'a' there, 'b' now."):
-        run_jobs(["a"], run, **{**options, "made_with": lambda key: {"key": "b"}})
+    with pytest.raises(ValueError, match=r"other settings or data \(steps: 5 there, 7 now\)\. Set them as they were"):
+        run_jobs(["a"], run, **{**options, "settings": lambda key: {"seed": key, "steps": 7}})
 
 
 def job(seed, accuracy, best=None):

@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(protocol=protocol, checkpoint=path, checkpoint_seconds=0)
     for changed, told in (
         ({"seed": 4}, "seed: 3 there, 4 now"),
-        ({"protocol": get_protocol("quick", epochs=4)}, "epochs: 3 there, 4 now"),
+        ({"protocol": get_protocol("quick", epochs=4)}, "protocol.epochs: 3 there, 4 now"),
         ({"data": toy(seed=1)}, "images: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now"),
     ):
         with pytest.raises(ValueError, match=rf"belongs to another run \({told}.*\)\. Set them as they were"):
@@ -254,7 +254,7 @@ def _good_checkpoint(path, protocol):
         accelerator=Accelerator(),
         distributed=False,
     )
-    run.save(path, run.fingerprint())
+    run.save(path, run.settings())
     return path
 
 

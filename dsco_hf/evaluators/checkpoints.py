@@ -21,7 +21,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], **metadata
     Raises:
         RunError: if it cannot be written.
     """
-    texts = {name: json.dumps(value) for name, value in metadata.items()}
+    texts = {name: json.dumps(plain(value)) for name, value in metadata.items()}
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:

@@ -30,7 +30,6 @@ from ..files import DamagedFileError, read_json, write_json
 from ..image_sizes import default_image_size
 from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
 from ..values import plain, plain_arguments
-from .checkpoints import content_hash, differences
 from .checks import class_columns
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
@@ -285,7 +284,7 @@ def run_jobs(
     keys: Sequence[str],
     run: Callable[[str, Path], dict[str, Any]],
     *,
-    made_with: Callable[[str], Mapping[str, Any]],
+    settings: Callable[[str], Mapping[str, Any]],
     accelerator: Accelerator,
     folder: str | Path,
 ) -> dict[str, dict[str, Any]]:
@@ -294,7 +293,7 @@ def run_jobs(
     Args:
         keys (`Sequence[str]`): names of the jobs, fit for file names.
         run (`Callable`): does the job of that name, with a path for its checkpoint.
-        made_with (`Callable`): all that decides the job's result, by name; see [`job_identity`].
+        settings (`Callable`): all that decides the job's result, by name; see [`job_identity`].
         accelerator (`Accelerator`): of the launch.
         folder (`str` or `Path`): shared by the processes; `<key>.json` are the results.
 
@@ -306,7 +305,7 @@ def run_jobs(
     """
     with accelerator.split_between_processes(list(keys)) as mine:
         for key in mine:
-            run_job(key, run, made_with=made_with, folder=folder)
+            run_job(key, run, settings=settings, folder=folder)
     accelerator.wait_for_everyone()
     return {key: read_job(Path(folder) / f"{key}.json") for key in keys}
 
@@ -315,26 +314,26 @@ def run_job(
     key: str,
     run: Callable[[str, Path], dict[str, Any]],
     *,
-    made_with: Callable[[str], Mapping[str, Any]],
+    settings: Callable[[str], Mapping[str, Any]],
     folder: str | Path,
 ) -> None:
     """Does one job unless its result is there; arguments as for [`run_jobs`]. Other processes may be at other jobs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, checkpoint, wanted = folder / f"{key}.json", folder / f"{key}.safetensors", made_with(key)
+    path, checkpoint, wanted = folder / f"{key}.json", folder / f"{key}.safetensors", settings(key)
     if path.exists():
         try:
             stored = read_job(path)
         except DamagedFileError as error:
             logger.warning("%s It is done again.", error)
         else:
-            if differing := differences(stored.get("made_with") or {}, wanted):
+            if differing := differences(stored["settings"], wanted):
                 raise ValueError(
-                    f"{path} was made with other settings or data ({in_words(differing)}). Remove {folder}, or write "
-                    "to another folder."
+                    f"{path} was made with other settings or data ({in_words(differing)}). Set them as they were, "
+                    f"remove {folder}, or write to another folder."
                 )
             return
-    result = {**run(key, checkpoint), "fingerprint": fingerprint(wanted), "made_with": wanted}
+    result = {**run(key, checkpoint), "settings": wanted}
     write_json(path, plain(result))
     checkpoint.unlink(missing_ok=True)
 

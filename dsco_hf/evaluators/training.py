@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..digests import fingerprint, versions
+from ..digests import differences, identity, in_words, versions
 from ..features import preprocess
 from ..files import remove_partials
 from ..pace import Pace
@@ -252,25 +252,29 @@ class _Run:
         every = max(1, int(every * self.epochs) if every < 1 else int(every))
         return self.epoch >= self.protocol.best_from * self.epochs and self.epoch % every == 0
 
-    def fingerprint(self, test: tuple[torch.Tensor, torch.Tensor] | None = None) -> str:
-        """All that decides how the training ends, to be asked for before it begins.
+    def settings(self, test: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict[str, Any]:
+        """All that the weights at the end depend on, to be asked for before the training begins.
 
         `test` counts where the best epoch is looked for on the way.
         """
-        return fingerprint(
-            model=self.model,  # as it begins
+        return identity(
             protocol=self.protocol,
             seed=self.seed,
-            images=[self.pixels, self.labels, self.log_soft_labels],
+            network=self.model.config.to_diff_dict(),
+            weights=self.model,
+            images=self.pixels,
+            labels=self.labels,
+            soft_labels=self.log_soft_labels,
             teacher=self.teacher,
-            columns=self.columns,
-            test=test,
-            precision=[self.accelerator.mixed_precision, self.compiled],
+            teacher_classes=self.columns,
+            test_images=test,
+            mixed_precision=self.accelerator.mixed_precision,
+            compiled=self.compiled,
             processes=self.world,
             versions=versions(),
         )
 
-    def save(self, path: Path, fingerprint: str) -> None:
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Writes everything a resume needs into one safetensors file, which is whole or absent."""
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -284,9 +288,8 @@ class _Run:
         metadata, tensors = read_checkpoint(path)
         if changed := differences(metadata["settings"], settings):
             raise ValueError(
-                f"The checkpoint {path} belongs to another run: its protocol, seed, network, images, labels, teacher, "
-                "precision or versions of libraries differ from those of now. Delete it to start anew, or write to "
-                "another folder."
+                f"The checkpoint {path} belongs to another run ({in_words(changed)}). Set them as they were to go on, "
+                "delete it to start anew, or write to another folder."
             )
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         states: dict[int, dict[str, torch.Tensor]] = {}
@@ -398,12 +401,12 @@ def _train(
     progress: bool,
 ) -> float:
     """Runs the epochs that are left, looking at `test` on the way if it is given; the mean loss of the last epoch."""
-    identity = ""
+    settings: dict[str, Any] = {}
     if checkpoint is not None:
-        identity = run.fingerprint(test)
+        settings = run.settings(test)
         remove_partials(checkpoint.parent, checkpoint.name)
         if checkpoint.exists():
-            run.load(checkpoint, identity)
+            run.load(checkpoint, settings)
     checked, saved = run.steps, time.perf_counter()
     if progress:
         run.pace = Pace(
@@ -425,7 +428,7 @@ def _train(
         if checkpoint is not None and due:
             run.check_weights(checkpoint)
             if run.world == 1 or run.accelerator.is_main_process:
-                run.save(checkpoint, identity)
+                run.save(checkpoint, settings)
             saved = time.perf_counter()
         if on_epoch is not None:
             on_epoch({**metrics, "loss": run.losses[start : run.steps].mean().item()})
