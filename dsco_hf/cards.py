@@ -89,7 +89,8 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
     Args:
         results: `{"full": {...}, "rows": [{"method", "images_per_class", "images", "accuracy_mean", "accuracy_std",
-            "synthesis_seeds", "training_seeds", "discrepancy", "seconds", ...}]}`; accuracies are fractions in [0, 1].
+            "synthesis_seeds", "training_seeds", "discrepancy", "random_discrepancy", "seconds", ...}]}`; accuracies
+            are fractions in [0, 1].
 
     Raises:
         ValueError: If an accuracy is not a fraction.
@@ -127,11 +128,20 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
                     mean / reference if mean is not None and reference else None, digits=1, scale=100
                 ),
                 "discrepancy": format_number(row.get("discrepancy"), digits=4),
+                "random_discrepancy": format_number(_random_beside(row, rows), digits=4),
                 "seconds": format_number(row.get("seconds"), digits=1),
                 "runs": format_number(runs) if runs else "–",
             }
         )
     return table
+
+
+def _random_beside(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The discrepancy of as many random real images: of the row itself, or of the row of those."""
+    if row.get("discrepancy") is None or row.get("random_discrepancy") is not None:
+        return row.get("random_discrepancy")
+    same = (other for other in rows if other.get("images_per_class") == row.get("images_per_class"))
+    return next((other.get("discrepancy") for other in same if other.get("method") == "random"), None)
 
 
 def _seeds_sentence(results: Mapping[str, Any] | None) -> str:

@@ -134,6 +134,7 @@ PARTS = {
     "environment": "computed on",
     "doping": "doping",
     "generator_check": "plain samples",
+    "discrepancy": "discrepancy",
 }
 NOT_RECORDED = "How its images were made is not recorded."
 
@@ -185,8 +186,19 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _short(value: Any) -> Any:
-    """Of something that has a name and many fields its name: all of them are in the records."""
-    return value["name"] if isinstance(value, Mapping) and value.get("name") else value
+    """What a card has room for, as all of it is in the records.
+
+    Of something that has a name and many fields its name; of numbers by class the five least.
+    """
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if not isinstance(value, Mapping):
+        return value
+    if value and all(isinstance(number, int | float) for number in value.values()):
+        least = sorted(value.items(), key=lambda item: item[1])
+        more = f", … ({len(least) - 5} more)" if len(least) > 5 else ""
+        return ", ".join(f"{str(name)[:20]} {number:.3g}" for name, number in least[:5]) + more
+    return value.get("name") or value
 
 
 def _common_rows(tables: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:

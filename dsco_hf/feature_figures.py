@@ -167,7 +167,7 @@ def _draw_class(
     center, directions, shares = _projection(_subsample(features, 2000))
     points = ((features - center) @ directions).cpu()
     _scatter(axes, _subsample(points, 1500), s=9, color="#c4c4c4", linewidths=0, zorder=1, label="real images")
-    numbers = []
+    numbers, counts = [], dict.fromkeys(int((own == label).sum()) for _, own in sets.values())
     for method, (theirs, own) in sets.items():
         style = find_method(method)
         chosen = theirs[own == label]
@@ -186,6 +186,10 @@ def _draw_class(
             zorder=5,
             label=f"{style.label}, mean",
         )
+    for count in counts:  # as many random real images beside them
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(label))[:count]
+        discrepancy = float((features[order].mean(dim=0) - features.mean(dim=0)).square().sum())
+        numbers.append(f"random real{f' ({count})' if len(counts) > 1 else ''} {discrepancy:.2g}")
     _scatter(
         axes, points.mean(dim=0), s=90, marker="x", color=INK, linewidths=2.2, zorder=6, label="target: real mean"
     )

@@ -20,9 +20,9 @@ from diffusers import DiffusionPipeline
 from .data import dataset_fingerprint
 from .digests import components_of, differences, fingerprint, identity, in_words, versions
 from .failures import NonFiniteError
-from .files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
+from .files import DamagedFileError, read_json, reading, remove_partials, write_json
 from .generator_evaluation import GeneratorCheck, check_generator
-from .set_records import record_of, with_record
+from .set_records import read_set, write_set
 from .targets import MatchingTargets
 
 
@@ -107,8 +107,8 @@ def kept_targets(
 class KeptSets:
     """Small sets in a folder, each with what it was made with, what it cost and how it was drawn.
 
-        <name>.parquet      the rows; whole or absent
-        <name>.json         `made_with`, `record` (see `dsco_hf.set_records`) and what else is told of it
+        <name>.parquet      the rows with their record, see `dsco_hf.set_records`; whole or absent
+        <name>.json         `made_with`, and what else is told of it
 
     Args:
         folder (`str` or `Path`): made if it is not there.
@@ -132,9 +132,8 @@ class KeptSets:
         """Keeps a set, in place of an earlier one of the name; `told` are JSON values."""
         self._rows(name).unlink(missing_ok=True)
         remove_partials(self.folder, self._rows(name).name)
-        write_json(self._notes(name), {**told, "made_with": made_with, "record": record_of(rows)})
-        with whole(self._rows(name)) as partial:
-            rows.to_parquet(partial)
+        write_json(self._notes(name), {**told, "made_with": made_with})
+        write_set(rows, self._rows(name))
 
     def rows(self, name: str) -> Dataset:
         """A finished set, with its record.
@@ -143,9 +142,7 @@ class KeptSets:
             DamagedFileError: if its file cannot be read.
         """
         with reading(self._rows(name), DRAW_AGAIN):
-            rows = Dataset.from_parquet(str(self._rows(name)), keep_in_memory=True)
-        record = self.told(name).get("record")
-        return rows if record is None else with_record(rows, record)
+            return read_set(self._rows(name))
 
     def told(self, name: str) -> dict[str, Any]:
         """What was told of a set; nothing of one that is not there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .feature_figures import feature_figure
@@ -30,9 +30,13 @@ def results_table(results: Mapping[str, Any]) -> str:
         "| method | " + " | ".join(f"{budget} per class" for budget in budgets) + " | synthesis |",
         "| --- |" + " --- |" * len(budgets) + " --- |",
     ]
+    told = {
+        row["images_per_class"] for row in rows if row["method"] == "random" and row.get("discrepancy") is not None
+    }
+    beside = {row["images_per_class"] for row in rows if row.get("random_discrepancy") is not None} - told
     for method in in_order(row["method"] for row in rows):
         own = {row["images_per_class"]: row for row in rows if row["method"] == method}
-        cells = [_cell(own[budget]) if budget in own else "–" for budget in budgets]
+        cells = [_cell(own[budget], beside) if budget in own else "–" for budget in budgets]
         label = find_method(method).label
         lines.append(
             f"| {f'**{label}**' if find_method(method).emphasis else label} | {' | '.join(cells)} | {_cost(own)} |"
@@ -54,12 +58,14 @@ def results_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: Mapping[str, Any]) -> str:
+def _cell(row: Mapping[str, Any], beside: Collection[int]) -> str:
+    """Accuracy and discrepancy; that of random real images with it, where no row of its own tells it."""
     text = f"{100 * row['accuracy_mean']:.2f}"
     if row.get("accuracy_std") is not None:
         text += f" ± {100 * row['accuracy_std']:.2f}"
     if row.get("discrepancy") is not None:
-        text += f" ({row['discrepancy']:.2g})"
+        random = f", random {row['random_discrepancy']:.2g}" if row["images_per_class"] in beside else ""
+        text += f" ({row['discrepancy']:.2g}{random})"
     return text
 
 

@@ -36,9 +36,6 @@ from .targets import MatchingTargets
 from .values import check_whole
 
 
-SHARED = ("source", "targets", "generator", "classifier", "versions", "environment", "generator_check")
-
-
 class Clock:
     """Tells the stages of a study with the time since its start, and when nothing new may be begun.
 
@@ -286,21 +283,3 @@ def full_row(jobs: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
     summary = summarise(jobs)
     known = {key: summary[key] for key in ("accuracy_mean", "accuracy_std", "accuracies")}
     return known | {"seeds": len(jobs), "images": images}
-
-
-def joined_records(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Records of several sets, by config, as those of one dataset: what all of them share stands above the configs.
-
-    Args:
-        records: see [`~dsco_hf.records.concentration_record`]; at least one.
-    """
-    first = next(iter(records.values()))
-    shared = {
-        key: first[key]
-        for key in SHARED
-        if key in first and all(one.get(key) == first[key] for one in records.values())
-    }
-    return {
-        **shared,
-        "configs": {name: {k: v for k, v in one.items() if k not in shared} for name, one in records.items()},
-    }

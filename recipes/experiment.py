@@ -30,7 +30,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 
 from dsco_hf.concentrate import concentrate_and_report
-from dsco_hf.configs import check_made, make_accelerator, parse_config
+from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.data import check_classes
 from dsco_hf.digests import fingerprint, identity
 from dsco_hf.doping import clearest, dope
@@ -44,14 +44,12 @@ from dsco_hf.model_loading import load_classifier
 from dsco_hf.pipeline import DsCoPipeline
 from dsco_hf.quantile import QuantileTargets
 from dsco_hf.report import results_table
-from dsco_hf.set_records import record_of
 from dsco_hf.shards import file_sha256
 from dsco_hf.studies import (
     Clock,
     draw_study_samples,
     evaluate_sets,
     full_row,
-    joined_records,
     load_study_images,
     random_beside,
     read_results,
@@ -362,26 +360,31 @@ class Experiment:
         method = next((name for name in PUBLISHED if name in self.recipe.methods), None)
         if method is None:
             return
-        chosen = {f"ipc{budget}": set_name(method, budget, 0) for budget in self.recipe.budgets}
-        chosen |= {f"doped{budget}": set_name("nopt+doping", budget, 0) for budget in self.recipe.doping_budgets}
-        sets = {config: self.kept.rows(name) for config, name in chosen.items()}
+        recipe, doped = self.recipe, self.recipe.doped_names()
+        chosen = {f"ipc{budget}": set_name(method, budget, 0) for budget in recipe.budgets}
+        drawn = dict(chosen)  # the set that was drawn, of doped ones, too
+        for budget in recipe.doping_budgets:
+            chosen[f"doped{budget}"] = set_name("nopt+doping", budget, 0)
+            drawn[f"doped{budget}"] = doped[chosen[f"doped{budget}"]]
+        matched = {config: self.kept.told(name).get("population") for config, name in drawn.items()}
+        source = {"dataset": recipe.dataset, "config": recipe.dataset_name, "revision": recipe.revision,
+                  "split": self.splits["train_split"]}  # fmt: skip
+        record: dict[str, Any] = {"source": {key: value for key, value in source.items() if value is not None}}
+        if self.check is not None:
+            record["generator_check"] = self.check
+        beside = random_beside(self.discrepancies)
+        record["configs"] = {
+            config: {"discrepancy": {"set": self.discrepancies[name], "as many random real images": beside[name]}}
+            for config, name in chosen.items()
+        }
         save_dataset_folder(
-            sets,
+            {config: self.kept.rows(name) for config, name in chosen.items()},
             self.output / "dataset",
             results=results,
-            concentration=joined_records({config: self.record(name, sets[config]) for config, name in chosen.items()}),
+            concentration=record,
+            targets={config: self.targets[name] for config, name in matched.items() if name in self.targets} or None,
             figures=[self.output / "samples.png", self.output / "accuracy.png"],
         )
-
-    def record(self, name: str, rows: Dataset) -> dict[str, Any]:
-        """How a set was made: what it says itself, where its data is from, and what was measured."""
-        recipe, record = self.recipe, dict(record_of(rows) or {})
-        source = {"dataset": recipe.dataset, "config": recipe.dataset_name, "revision": recipe.revision}
-        source |= {"split": self.splits["train_split"], "matched": self.kept.told(name).get("population")}
-        record["source"] = {**(record.get("source") or {}), **{k: v for k, v in source.items() if v is not None}}
-        beside = random_beside(self.discrepancies)[name]
-        record["discrepancy"] = {"set": self.discrepancies[name], "as many random real images": beside}
-        return record | ({} if self.check is None else {"generator_check": self.check})
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.feature_figures import feature_figure
 from dsco_hf.figures import accuracy_figure
 from dsco_hf.files import read_json, whole, write_atomically, write_json
-from dsco_hf.folder import concentration_record, save_dataset_folder
+from dsco_hf.folder import save_dataset_folder
 from dsco_hf.generator_training import train_generator
 from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.kept import DRAW_AGAIN, KeptSets, kept_targets, pipeline_identity
@@ -61,7 +61,6 @@ from dsco_hf.studies import (
     draw_study_samples,
     evaluate_sets,
     full_row,
-    joined_records,
     read_results,
     result_rows,
     study_discrepancies,
@@ -160,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = collect(run, pipe, targets["nopt"], sets, jobs)
         write_results(run, results)
         draw(run, pipe, targets["nopt"], sets, results)
-        write_dataset(run, pipe, targets, sets, results)
+        write_dataset(run, targets, sets, results)
         run.clock.say(f"done: {run.output}")
         print(f"\n{results_table(results)}")
     accelerator.end_training()
@@ -459,30 +458,9 @@ def write_dataset(
     sets: dict[str, Dataset],
     results: dict[str, Any],
 ) -> None:
-    """dataset/: parquet and card, with the configs ipc1, ipc3, ipc10 (default) and doped."""
-    doped = run.doped_per_class
-    keys = {f"ipc{budget}": ("nopt", f"nopt-ipc{budget}-seed0") for budget in BUDGETS}
-    keys["doped"] = ("nopt+doping", f"nopt+doping-ipc{doped}-seed0")
-    configs: dict[str, Dataset] = {}
-    records: dict[str, dict[str, Any]] = {}
-    for name, (method, key) in keys.items():
-        configs[name] = sets[key]
-        report = {field.name: value for field in dataclasses.fields(ConcentrationReport)
-                  if (value := run.kept.told(key).get(field.name)) is not None}  # fmt: skip
-        parameters: dict[str, Any] = {
-            "images_per_class": int(name[3:]) if name.startswith("ipc") else BUDGETS[-1],
-            **run.sampling,
-            **INTERVAL,
-        }
-        parameters["contrast"] = CONTRAST.get(parameters["images_per_class"], 0.0)
-        if name == "doped":
-            parameters["doping"] = {**DOPING, "total": len(sets[key])}
-        records[name] = concentration_record(
-            pipe, targets["nopt"], ConcentrationReport(**report), method=method, seed=0, parameters=parameters,
-            source={"dataset": "scikit-learn digits", "split": "train"},
-        )  # fmt: skip
-        for model in ("generator", "classifier"):  # not a path of this machine, which would mean nothing elsewhere
-            records[name][model] = {"id": f"trained by recipes/quickstart.py ({model})"}
+    """dataset/: parquet and card, with the configs ipc1, ipc3, ipc10 (default) and doped; pipeline/: what drew it."""
+    keys = {f"ipc{budget}": f"nopt-ipc{budget}-seed0" for budget in BUDGETS}
+    keys["doped"] = f"nopt+doping-ipc{run.doped_per_class}-seed0"
     save_dataset_folder(
         {name: sets[key] for name, key in keys.items()},
         run.output / "dataset",
@@ -491,7 +469,8 @@ def write_dataset(
             pretty_name="Digits, concentrated", source_license="cc-by-4.0", generator_license="cc-by-4.0"
         ),
         results=results,
-        concentration=joined_records(records),
+        concentration={"source": {"dataset": "scikit-learn digits", "split": "train"}},
+        targets=targets["nopt"],
         figures=[run.output / name for name in ("samples.png", "accuracy.png", "features.png")],
     )
     with whole(run.output / "pipeline") as partial:  # where `concentrate.py --from` finds it by its name

@@ -14,6 +14,7 @@ from dsco_hf.cards import (
     render_dataset_card,
     size_category,
 )
+from dsco_hf.generator_evaluation import GeneratorCheck
 from dsco_hf.samples import draw_samples
 from hub.cards import validate_card
 from hub.golden import check_golden
@@ -183,3 +184,29 @@ def test_sample_grids():
     assert draw_samples(tiny_dataset([3, 0, 1], ["a", "b", "c"])).size == (3 * 50 - 2, 2 * 50 - 2)
     assert draw_samples(tiny_dataset(1, side=200, mode="RGB")).size == (96, 2 * 98 - 2)
     assert draw_samples(tiny_dataset(20, list("abcdefghijklmno"))).size == (498, 498)
+
+
+def test_random_real_images_stand_beside_every_discrepancy():
+    told = {"images_per_class": 1, "images": 10, "accuracy_mean": 0.5}
+    rows = [{"method": "nopt", "discrepancy": 0.2, **told}, {"method": "random", "discrepancy": 0.6, **told}]
+    beside = [{**rows[0], "random_discrepancy": 0.7}]
+    assert [row["random_discrepancy"] for row in accuracy_table({"rows": rows})] == ["0.6000", "0.6000"]
+    assert accuracy_table({"rows": beside})[0]["random_discrepancy"] == "0.7000"
+    assert accuracy_table({"rows": rows[:1]})[0]["random_discrepancy"] == "–"
+
+
+def test_the_check_of_the_generator_stands_on_the_card():
+    concentration = record(ipc1=tiny_dataset(1))
+    shares = {f"class {index:02d}": index / 20 for index in range(12)}
+    check = GeneratorCheck(0.5, 0.9, shares, 12.5, 40, 0.1).record()
+    concentration |= {"generator_check": check, "discrepancy": {"set": 0.25, "as many random real images": 0.5}}
+    card = " ".join(render_dataset_card(concentration).split())
+    for told in (
+        "accuracy | 0.5 |",
+        "accuracy_real | 0.9 |",
+        "class 00 0, class 01 0.05,",
+        "(7 more)",
+        "level | 0.5 |",
+    ):
+        assert told in card.replace("\\", "")
+    assert "discrepancy: set | 0.25" in card and "discrepancy: as many random real images | 0.5" in card

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import statistics
 
 import numpy as np
@@ -14,7 +15,7 @@ from dsco_hf import (
     concentrate_to_folder,
     measure_discrepancy,
 )
-from dsco_hf.concentrate import PreviousBlocks, embed_pixels, pixels_from_images, plan_units
+from dsco_hf.concentrate import PreviousBlocks, embed_pixels, pixels_from_images, plan_units, random_discrepancy
 from dsco_hf.data import images_from_pixels, load_pixels
 from dsco_hf.feature_spec import FeatureSource
 from dsco_hf.kernels import mmd2
@@ -306,3 +307,22 @@ def test_two_classes_cannot_share_one_of_the_generator(pipe, targets):
     shared = dataclasses.replace(targets, class_labels=[0, 0, 2])
     with pytest.raises(ValueError, match=r"drawn from the same class\(es\) \[0\] of the generator"):
         concentrate(pipe, shared, 1, **OPTIONS)
+
+
+def test_what_random_real_images_have_on_average(pipe, targets, real_images):
+    """The closed form is the mean over all choices of two images of a class, measured with the same function."""
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    found = random_discrepancy(targets, {"circle": 2, "square": 7, "triangle": 9})
+    circles = pixels[labels == 0]
+    pairs = list(itertools.combinations(range(len(circles)), 2))
+    measured = [
+        measure_discrepancy(circles[list(pair)], torch.zeros(2, dtype=torch.int64), pipe, targets)["circle"]
+        for pair in pairs
+    ]
+    assert len(pairs) == 36 and found["circle"] == pytest.approx(sum(measured) / 36, rel=1e-3)
+    assert found["square"] == found["triangle"] == 0  # all there are
+    samples = dataclasses.replace(targets, provenance={"population": "generator"})
+    assert random_discrepancy(samples, {"circle": 2}) == {}
+    report = concentrate_and_report(pipe, targets, 2, num_inference_steps=2, guidance_scale=1.0, progress=False)[1]
+    assert report.random_discrepancy_by_class["circle"] == pytest.approx(found["circle"])
+    assert report.random_discrepancy == pytest.approx(sum(report.random_discrepancy_by_class.values()) / 3)

@@ -13,6 +13,7 @@ from conftest import NAMES, striped_images
 from dsco_hf import DsCoPipeline, build_evaluator, concentrate, measure_discrepancy
 from dsco_hf.configs import parse_config
 from dsco_hf.data import load_pixels
+from dsco_hf.set_records import record_of
 from dsco_hf.study_plans import FEATURES
 from dsco_hf.targets import MatchingTargets
 from launches import launch_command, launch_environment
@@ -246,6 +247,16 @@ def test_a_folder_of_photographs_needs_no_other_option(make, tmp_path, monkeypat
     assert told["generator"]["folder"] == "generator" and told["classifier"]["folder"] == "classifier"
     assert told["source"]["dataset"] == "photos" and "less 20 %" in told["source"]["split"]
     assert (told["seed"], told["parameters"]["num_inference_steps"], told["cost"]["images"]) == (0, 2, 3)
+    # the check of the generator, and random real images beside every discrepancy, also on the card
+    check = results["generator_check"]
+    assert set(check["shares"]) == set(NAMES) and check["accuracy_real"] is not None and check["samples"] == 12
+    configs, card = json.loads(record)["configs"], Path("outputs/experiment/dataset/README.md").read_text()
+    assert (configs["doped2"] | json.loads(record))["generator_check"] == check
+    assert "plain samples: accuracy" in card and "as many random real images" in card
+    by_row = {(row["method"], row["images_per_class"]): row for row in results["rows"]}
+    for (_, budget), row in by_row.items():
+        assert row["random_discrepancy"] == by_row["random", budget]["discrepancy"]
+    assert configs["ipc1"]["discrepancy"]["as many random real images"] == by_row["random", 1]["discrepancy"]
     AcceleratorState._reset_state(), PartialState._reset_state()
     again = ["--from", "outputs/experiment/dataset", "--from_config", "doped2", "--output_dir", "again"]
     concentrate_recipe.main(again)

@@ -296,3 +296,11 @@ def test_the_tables_shown_are_those_recorded(page, name, folder):
     results = ROOT / "recipes" / "results" / folder / "results.json"
     options = ["--results", str(results), "--readme", str(ROOT / page), "--name", name, "--check"]
     assert readme_table.main(options) == 0
+
+
+def test_random_real_images_stand_beside_every_discrepancy():
+    """In a row of their own, or in the cell where there is none."""
+    rows = [row("nopt", 1, 0.5, discrepancy=0.2, random_discrepancy=0.6)]
+    assert "| 50.00 ± 1.00 (0.2, random 0.6) |" in report.results_table({"rows": rows})
+    rows.append(row("random", 1, 0.4, discrepancy=0.6, random_discrepancy=0.6))
+    assert "| 50.00 ± 1.00 (0.2) |" in report.results_table({"rows": rows})
