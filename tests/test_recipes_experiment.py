@@ -1,12 +1,15 @@
 import json
+import shutil
 import statistics
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from diffusers import DDIMScheduler
 from transformers import AutoModelForImageClassification
 
 from conftest import NAMES, striped_images
@@ -288,3 +291,54 @@ def test_missing_models_are_told_with_their_commands(tmp_path, monkeypatch):
         FileNotFoundError, match=r"outputs/generator(?s:.)*train_generator\.py .*--dataset path/to/images"
     ):
         experiment.main(["--dataset", "photos"])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["nothing", "test images", "evaluators", "image", "split", "holdout", "denoiser", "scheduler", "classifier",
+     "preprocessing", "features", "steps", "regularised", "versions"],
+)  # fmt: skip
+def test_the_folder_of_targets_and_sets_is_named_by_all_that_decides_them(changed, work, make, monkeypatch):
+    """Of single sets the options of their budget decide, too: see the tests above."""
+
+    def folder(**options):
+        given = {"dataset": str(work / "data"), "generator": str(work / "pipe"), "budgets": [1], "steps": 2}
+        given |= {"classifier": str(work / "classifier"), "sets_dir": str(work / "sets"), "architecture": "convnet-2"}
+        return experiment.Experiment(experiment.ExperimentRecipe(**{**given, **options}), Accelerator()).work
+
+    base, options = folder(), {}
+    if changed == "test images":
+        options = {"test_split": "train[:10]"}
+    elif changed == "evaluators":
+        options = {"steps": 3, "architecture": "convnet-3", "training_seeds": 1}
+    elif changed == "image":
+        rows = load_from_disk(str(work / "data"))
+        first = rows["train"].map(lambda one, row: {"image": one["image"].rotate(90 * (row == 3))}, with_indices=True)
+        DatasetDict(train=first, test=rows["test"]).save_to_disk(str(work / "other"))
+        shutil.rmtree(work / "data")
+        (work / "other").rename(work / "data")
+    elif changed == "split":
+        options = {"train_split": "train[:20]"}
+    elif changed == "holdout":
+        rows = load_from_disk(str(work / "data"))["train"]
+        shutil.rmtree(work / "data")
+        rows.save_to_disk(str(work / "data"))
+        base, options = folder(), {"holdout": 0.3}
+    elif changed == "denoiser":
+        make.pipe(seed=4).save_pretrained(work / "pipe")
+    elif changed == "scheduler":
+        DDIMScheduler(clip_sample=False).save_pretrained(work / "pipe" / "scheduler")
+    elif changed == "classifier":
+        make.convnet(seed=4).save_pretrained(work / "classifier")
+    elif changed == "preprocessing":
+        model = make.convnet()
+        model.config.image_mean = [0.3]
+        model.save_pretrained(work / "classifier")
+    elif changed == "versions":
+        monkeypatch.setattr("dsco_hf.kept.versions", lambda: {"torch": "0.0"})
+    elif changed != "nothing":
+        options = {
+            "features": {"features": "untrained"}, "steps": {"num_inference_steps": 3},
+            "regularised": {"objective": ["ridge"]},
+        }[changed]  # fmt: skip
+    assert (folder(**options) == base) == (changed in ("nothing", "test images", "evaluators"))
