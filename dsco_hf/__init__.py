@@ -1,21 +1,21 @@
 """dsco_hf: concentrates image-classification datasets with class-conditional diffusion models."""
 
-from .cards import DatasetCardFields
-from .concentrate import ConcentrationReport, concentrate, concentrate_and_report, measure_discrepancy
-from .data import load_digits_dataset, load_image_dataset
-from .doping import clearest, dope
+from .concentration.concentrate import ConcentrationReport, concentrate, concentrate_and_report, measure_discrepancy
+from .concentration.doping import clearest, dope
+from .concentration.records import concentration_record
+from .concentration.runs import concentrate_to_folder
+from .data.datasets import load_digits_dataset, load_image_dataset
 from .evaluators import ConvNetConfig, ConvNetForImageClassification, build_evaluator, get_protocol, train_evaluator
-from .failures import NonFiniteError
-from .feature_spec import FeatureSpec
-from .generator_evaluation import GeneratorCheck, check_generator
-from .hub import publish, publish_evaluator, publish_pipeline, read_concentration, save_dataset_folder, verify
-from .objectives import ClassifierObjective
-from .pipeline import DsCoPipeline, DsCoPipelineOutput
-from .quantile import QuantileTargets
-from .records import concentration_record
-from .remake import load_recorded
-from .runs import concentrate_to_folder
-from .targets import MatchingTargets
+from .generators.failures import NonFiniteError
+from .hub.cards import DatasetCardFields
+from .hub.publish import publish, publish_evaluator, publish_pipeline, read_concentration, save_dataset_folder, verify
+from .hub.remake import load_recorded
+from .matching.feature_spec import FeatureSpec
+from .matching.objectives import ClassifierObjective
+from .matching.targets import MatchingTargets
+from .sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
+from .sampling.released import QuantileTargets
+from .studies.generator_check import GeneratorCheck, check_generator
 
 
 __version__ = "0.1.0"

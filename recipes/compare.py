@@ -25,8 +25,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf.configs import check_anew, make_accelerator, parse_config
-from dsco_hf.data import find_columns, load_image_dataset, load_splits, select_per_class
+from dsco_hf.concentration.methods import chance_level, dataset_title, network_title
+from dsco_hf.data.datasets import find_columns, load_image_dataset, load_splits, select_per_class
+from dsco_hf.data.pixels import default_image_size, image_sizes
 from dsco_hf.evaluators import (
     ImageSet,
     Protocol,
@@ -40,11 +41,10 @@ from dsco_hf.evaluators import (
     train_job,
 )
 from dsco_hf.evaluators.evaluation import run_environment
-from dsco_hf.figures import accuracy_figure
-from dsco_hf.image_sizes import default_image_size, image_sizes
-from dsco_hf.methods import chance_level, dataset_title, network_title
-from dsco_hf.metrics import LEAST_SEEDS, paired_difference
-from dsco_hf.model_loading import load_classifier
+from dsco_hf.sampling.models import load_classifier
+from dsco_hf.studies.stages.figures import accuracy_figure
+from dsco_hf.studies.stages.metrics import LEAST_SEEDS, paired_difference
+from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
 
 
 BASELINES = {"random": "random real", "herding": "herded real"}

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
-from dsco_hf.data import load_splits
+from dsco_hf.data.datasets import load_splits
 from dsco_hf.evaluators.evaluation import run_environment
-from dsco_hf.files import write_atomically
-from dsco_hf.model_loading import load_classifier
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.targets import MatchingTargets
-from dsco_hf.team import RunError
+from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.models import load_classifier
+from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
+from dsco_hf.utils.files import write_atomically
+from dsco_hf.utils.processes import RunError
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class TargetsRecipe:
         generator, generator_revision: pipeline folder or Hub id; it gives the image size and the classes.
         classifier, classifier_revision: folder or Hub id; that of the pipeline if none.
         dtype: "float32", "bfloat16" or "float16".
-        features: what to match, as JSON; see `dsco_hf.feature_spec`.
+        features: what to match, as JSON; see `dsco_hf.matching.feature_spec`.
         embedding_dim, bandwidth, second_moment, seed: see `MatchingTargets.from_dataset`; another choice of them needs
             no new pass as long as the work folder is there (`keep_work`). The "ridge" objective needs `second_moment`.
         batch_size: images at a time.
-        dataset, dataset_name, split, revision: what to match; see `dsco_hf.data.load_image_dataset`.
+        dataset, dataset_name, split, revision: what to match; see `dsco_hf.data.datasets.load_image_dataset`.
         test_split, holdout: what is not matched, see recipes/train_classifier.py.
         streaming: read the dataset row by row, without downloading or converting the whole.
         on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.

@@ -29,22 +29,22 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderTiny
 
-from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
-from dsco_hf.data import load_splits
-from dsco_hf.files import write_atomically
-from dsco_hf.folder import concentration_record, read_folder, save_dataset_folder, to_json
-from dsco_hf.generator_evaluation import GeneratorCheck
-from dsco_hf.kept import kept_check, kept_targets, pipeline_identity
-from dsco_hf.model_loading import load_classifier, load_model
-from dsco_hf.objectives import MATCHING
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.quantile import QuantileTargets
-from dsco_hf.records import config_record, library_versions, record_parameters
-from dsco_hf.remake import load_recorded, read_concentration, recorded_rows
-from dsco_hf.runs import RunResult, concentrate_to_folder
-from dsco_hf.shards import rows_sha256
-from dsco_hf.targets import MatchingTargets
-from dsco_hf.team import RunError
+from dsco_hf.concentration.records import config_record, library_versions, record_parameters
+from dsco_hf.concentration.runs import RunResult, concentrate_to_folder
+from dsco_hf.data.datasets import load_splits
+from dsco_hf.data.shards import rows_sha256
+from dsco_hf.hub.folder import concentration_record, read_folder, save_dataset_folder, to_json
+from dsco_hf.hub.remake import load_recorded, read_concentration, recorded_rows
+from dsco_hf.matching.objectives import MATCHING
+from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.models import load_classifier, load_model
+from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.sampling.released import QuantileTargets
+from dsco_hf.studies.stages.generator_check import GeneratorCheck
+from dsco_hf.studies.stages.kept import kept_check, kept_targets, pipeline_identity
+from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
+from dsco_hf.utils.files import write_atomically
+from dsco_hf.utils.processes import RunError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ConcentrateRecipe:
         on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
         data_free, samples_per_class, weighting: match samples of the generator instead, and read no real image.
         class_labels: the generator's classes, for data-free and plain sets; all if none.
-        features: what to match, as JSON; see `dsco_hf.feature_spec`.
+        features: what to match, as JSON; see `dsco_hf.matching.feature_spec`.
         draws: of objective "quantile".
         test_split, holdout: what is not matched, see recipes/train_classifier.py.
         images_per_class: more of them, by whole blocks, extend a finished run.

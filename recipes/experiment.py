@@ -29,23 +29,21 @@ import datasets
 from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 
-from dsco_hf.concentrate import concentrate_and_report
-from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
-from dsco_hf.data import check_classes
-from dsco_hf.digests import fingerprint, identity
-from dsco_hf.doping import clearest, dope
+from dsco_hf.concentration.concentrate import concentrate_and_report
+from dsco_hf.concentration.doping import clearest, dope
+from dsco_hf.data.datasets import check_classes
+from dsco_hf.data.shards import file_sha256
 from dsco_hf.evaluators import ImageSet, get_protocol, load_image_set
 from dsco_hf.evaluators.evaluation import run_environment
-from dsco_hf.figures import accuracy_figure
-from dsco_hf.files import write_atomically, write_json
-from dsco_hf.folder import save_dataset_folder
-from dsco_hf.kept import KeptSets, kept_check, kept_targets, pipeline_identity
-from dsco_hf.model_loading import load_classifier
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.quantile import QuantileTargets
-from dsco_hf.report import results_table
-from dsco_hf.shards import file_sha256
-from dsco_hf.studies import (
+from dsco_hf.hub.folder import save_dataset_folder
+from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.models import load_classifier
+from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.sampling.released import QuantileTargets
+from dsco_hf.studies.stages.figures import accuracy_figure
+from dsco_hf.studies.stages.kept import KeptSets, kept_check, kept_targets, pipeline_identity
+from dsco_hf.studies.stages.plans import StudyPlan, clear_name, set_name, set_parts
+from dsco_hf.studies.stages.stages import (
     Clock,
     draw_study_samples,
     evaluate_sets,
@@ -58,8 +56,10 @@ from dsco_hf.studies import (
     study_discrepancies,
     untrained_network,
 )
-from dsco_hf.study_plans import StudyPlan, clear_name, set_name, set_parts
-from dsco_hf.targets import MatchingTargets
+from dsco_hf.studies.stages.tables import results_table
+from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
+from dsco_hf.utils.files import write_atomically, write_json
+from dsco_hf.utils.origins import fingerprint, identity
 
 
 PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 
-from dsco_hf.concentrate import plan_units
-from dsco_hf.configs import check_made, parse_config, read_config
-from dsco_hf.costs import (
+from dsco_hf.concentration.concentrate import plan_units
+from dsco_hf.costs.passes import (
     PassCost,
     Prediction,
     assumed_seconds,
@@ -34,14 +33,14 @@ from dsco_hf.costs import (
     predict,
     weight_bytes,
 )
-from dsco_hf.labels import PRESETS as LABEL_SETS
-from dsco_hf.labels import label_set
-from dsco_hf.model_loading import load_classifier, load_model
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.probe import probe_seconds
-from dsco_hf.schema import nearest
-from dsco_hf.shapes import imagenet_pipeline
-from dsco_hf.values import LARGEST_SET
+from dsco_hf.costs.probe import imagenet_pipeline, probe_seconds
+from dsco_hf.data.labels import PRESETS as LABEL_SETS
+from dsco_hf.data.labels import label_set
+from dsco_hf.data.schema import nearest
+from dsco_hf.sampling.models import load_classifier, load_model
+from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.utils.configs import check_made, parse_config, read_config
+from dsco_hf.utils.values import LARGEST_SET
 
 
 # TFLOP/s of dense bfloat16 matrix multiplications and GiB of memory, as the vendor's data sheets have them
@@ -71,7 +70,7 @@ class PlanRecipe:
         generator: a pipeline's folder or Hub id, instead.
         classifier, preview_vae: folders or Hub ids; those of the pipeline if none.
         generator_revision, classifier_revision, preview_vae_revision: of those on the Hub.
-        features: what the targets match, as YAML or JSON, see `dsco_hf.feature_spec`.
+        features: what the targets match, as YAML or JSON, see `dsco_hf.matching.feature_spec`.
         run_config: a YAML file of `recipes/concentrate.py`; options that both recipes have are taken from it.
         num_classes: classes to draw; by default the preset's, or all that the pipeline has.
         population: real images per class, which pass through the classifier once, for the targets.

@@ -15,10 +15,10 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dsco_hf.cards import DatasetCardFields
-from dsco_hf.configs import parse_config
-from dsco_hf.folder import CONCENTRATION
-from dsco_hf.hub import PublishResult, publish, publish_evaluator, publish_pipeline
+from dsco_hf.hub.cards import DatasetCardFields
+from dsco_hf.hub.folder import CONCENTRATION
+from dsco_hf.hub.publish import PublishResult, publish, publish_evaluator, publish_pipeline
+from dsco_hf.utils.configs import parse_config
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PublishRecipe:
         targets: for a pipeline, a folder of targets to send along.
         dataset_id: dataset that a pipeline or an evaluator was made with.
         dataset_config, dataset_revision, test_dataset, accuracy, seed: for an evaluator; see
-            `dsco_hf.hub.publish_evaluator`.
+            `dsco_hf.hub.publish.publish_evaluator`.
     """
 
     folder: str
@@ -81,15 +81,15 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
         )
     options |= {"license": recipe.license, "dataset_id": recipe.dataset_id}
     if (folder / "model_index.json").is_file():
-        from dsco_hf.pipeline import DsCoPipeline
-        from dsco_hf.targets import MatchingTargets
+        from dsco_hf.matching.targets import MatchingTargets
+        from dsco_hf.sampling.pipeline import DsCoPipeline
 
         targets = MatchingTargets.from_pretrained(recipe.targets) if recipe.targets else None
         return publish_pipeline(DsCoPipeline.from_pretrained(folder), recipe.repo_id, targets=targets, **options)
     if (folder / "config.json").is_file():
         from transformers import AutoModelForImageClassification
 
-        from dsco_hf.model_loading import load_model
+        from dsco_hf.sampling.models import load_model
 
         if not recipe.dataset_id:
             raise ValueError(

@@ -38,25 +38,21 @@ from dsco_hf import (
     load_digits_dataset,
     train_evaluator,
 )
-from dsco_hf.cards import DatasetCardFields
-from dsco_hf.concentrate import embed_pixels
-from dsco_hf.configs import make_accelerator, parse_config
-from dsco_hf.data import select_per_class
-from dsco_hf.digests import fingerprint, identity, versions
+from dsco_hf.concentration.concentrate import embed_pixels
+from dsco_hf.data.datasets import select_per_class
+from dsco_hf.data.shards import file_sha256
 from dsco_hf.evaluators import herd_per_class, load_image_set
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.evaluators.evaluation import run_environment
-from dsco_hf.feature_figures import feature_figure
-from dsco_hf.figures import accuracy_figure
-from dsco_hf.files import read_json, whole, write_atomically, write_json
-from dsco_hf.folder import save_dataset_folder
-from dsco_hf.generator_training import train_generator
-from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
-from dsco_hf.kept import DRAW_AGAIN, KeptSets, kept_targets, pipeline_identity
-from dsco_hf.model_loading import load_classifier
-from dsco_hf.report import results_table
-from dsco_hf.shards import file_sha256
-from dsco_hf.studies import (
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.generators.training import train_generator
+from dsco_hf.hub.cards import DatasetCardFields
+from dsco_hf.hub.folder import save_dataset_folder
+from dsco_hf.sampling.models import load_classifier
+from dsco_hf.studies.stages.feature_figures import feature_figure
+from dsco_hf.studies.stages.figures import accuracy_figure
+from dsco_hf.studies.stages.kept import DRAW_AGAIN, KeptSets, kept_targets, pipeline_identity
+from dsco_hf.studies.stages.stages import (
     Clock,
     draw_study_samples,
     evaluate_sets,
@@ -65,6 +61,10 @@ from dsco_hf.studies import (
     result_rows,
     study_discrepancies,
 )
+from dsco_hf.studies.stages.tables import results_table
+from dsco_hf.utils.configs import make_accelerator, parse_config
+from dsco_hf.utils.files import read_json, whole, write_atomically, write_json
+from dsco_hf.utils.origins import fingerprint, identity, versions
 
 
 METHODS = ("plain", "nopt", "nopt-data-free", "nopt-classifier-only", "nopt-quantile")

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from dsco_hf.configs import check_anew, make_accelerator, parse_config
-from dsco_hf.data import load_splits
+from dsco_hf.data.datasets import load_splits
+from dsco_hf.data.pixels import default_image_size
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, load_image_set, protocol_to_dict, train_evaluator
 from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
 from dsco_hf.evaluators.models import is_own_architecture
-from dsco_hf.image_sizes import default_image_size
+from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ClassifierRecipe:
     """Options of this recipe.
 
     Attributes:
-        dataset, dataset_name, train_split, revision: what to train on; see `dsco_hf.data.load_image_dataset`.
+        dataset, dataset_name, train_split, revision: what to train on; see `dsco_hf.data.datasets.load_image_dataset`.
         test_split: what to test on: a split, "none", or "auto": the test split, else the validation split, else the
             share `holdout` of every class of the training images, the same ones in every recipe.
         holdout: see `test_split`.

@@ -24,19 +24,12 @@ from accelerate.utils import is_tensorboard_available, is_trackio_available
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf.configs import check_anew, make_accelerator, parse_config
-from dsco_hf.data import load_image_dataset, load_splits, load_test_split
+from dsco_hf.data.datasets import load_image_dataset, load_splits, load_test_split
+from dsco_hf.data.schema import nearest
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
-from dsco_hf.evaluators.evaluation import (
-    job_identity,
-    load_image_set,
-    run_environment,
-    run_jobs,
-    summarise,
-    train_job,
-)
-from dsco_hf.model_loading import load_classifier
-from dsco_hf.schema import nearest
+from dsco_hf.evaluators.evaluation import job_identity, load_image_set, run_environment, run_jobs, summarise, train_job
+from dsco_hf.sampling.models import load_classifier
+from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class EvaluatorRecipe:
     """Options of this recipe.
 
     Attributes:
-        dataset, dataset_name, split, revision: the small dataset; see `dsco_hf.data.load_image_dataset`.
+        dataset, dataset_name, split, revision: the small dataset; see `dsco_hf.data.datasets.load_image_dataset`.
         test_dataset, test_name, test_revision: the real dataset to test on; the same one by default.
         test_split, holdout: of it, as in recipes/train_classifier.py; what is held out there is held out here.
         image_column, label_column, soft_label_column: for datasets with several of them.

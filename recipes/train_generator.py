@@ -26,17 +26,17 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import AutoencoderKL
 
-from dsco_hf.configs import check_anew, check_made, make_accelerator, parse_config
-from dsco_hf.data import dataset_fingerprint, load_pixels, load_splits, present_classes
-from dsco_hf.figures import sample_grid
-from dsco_hf.fine_tuning import adapt_denoiser, with_schedule_of
-from dsco_hf.generator_evaluation import GeneratorScore
-from dsco_hf.generator_training import GeneratorTrainingResult, train_generator
-from dsco_hf.generators import Denoiser, GeneratorTrainingConfig, build_scheduler, component_name
-from dsco_hf.image_sizes import default_image_size
-from dsco_hf.model_loading import load_classifier, load_model
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.schema import nearest
+from dsco_hf.data.datasets import dataset_fingerprint, load_pixels, load_splits, present_classes
+from dsco_hf.data.pixels import default_image_size
+from dsco_hf.data.schema import nearest
+from dsco_hf.generators.denoisers import Denoiser, GeneratorTrainingConfig, build_scheduler, component_name
+from dsco_hf.generators.fine_tuning import adapt_denoiser, with_schedule_of
+from dsco_hf.generators.training import GeneratorTrainingResult, train_generator
+from dsco_hf.sampling.models import load_classifier, load_model
+from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.studies.stages.figures import sample_grid
+from dsco_hf.studies.stages.generator_check import GeneratorScore
+from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GeneratorRecipe(GeneratorTrainingConfig):
     """Options of this recipe; those of the training itself are inherited.
 
     Attributes:
-        dataset, dataset_name, train_split, revision: what to train on; see `dsco_hf.data.load_image_dataset`.
+        dataset, dataset_name, train_split, revision: what to train on; see `dsco_hf.data.datasets.load_image_dataset`.
         test_split, holdout: what is not trained on, as in recipes/train_classifier.py: without a test split, the share
             `holdout` of every class.
         image_column, label_column: for datasets with several of them.

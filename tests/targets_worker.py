@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conftest import NAMES, pixel_pipeline, striped_images, tiny_convnet
 from dsco_hf import MatchingTargets
-from dsco_hf.configs import make_accelerator
+from dsco_hf.utils.configs import make_accelerator
 
 
 SMALL = {"embedding_dim": 64, "second_moment": True, "progress": False}

@@ -27,7 +27,7 @@ from pathlib import Path
 from conftest import tiny_resnet, tiny_transformer, tiny_vae
 from diffusers import DDIMScheduler, DiTPipeline
 from dsco_hf import DsCoPipeline
-from dsco_hf.labels import label_set
+from dsco_hf.data.labels import label_set
 
 def images(names):
     pixels = numpy.random.default_rng(0).integers(0, 256, (8 * len(names), 16, 16, 3), dtype=numpy.uint8)
@@ -82,7 +82,7 @@ for title, block in blocks:
     exec(compile(block, title, "exec"), scope)
     start = start or dict(scope)
     if "small" in scope and not Path("outputs/quickstart").exists():
-        from dsco_hf.folder import save_dataset_folder
+        from dsco_hf.hub.folder import save_dataset_folder
         save_dataset_folder({"ipc10": scope["small"]}, "outputs/quickstart/dataset")
 names = {key: start[key].features["label"].names for key in ("small", "real")}
 return {**names, "zoo": scope["zoo"].features["label"].names, "stored": start["mixed"].column_names}

@@ -1,9 +1,9 @@
 """Evaluators: networks, protocols and the training loop that tell how good a small dataset is."""
 
 from .augmentation import Augmented, augment
+from .batches import accuracy
 from .checks import check_same_classes, class_columns, model_classes
 from .evaluation import ImageSet, herd_per_class, job_identity, load_image_set, run_job, run_jobs, summarise, train_job
-from .losses import accuracy
 from .models import (
     ARCHITECTURES,
     ConvNetConfig,

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..values import check_real, plain, plain_fields
+from ..utils.values import check_real, plain, plain_fields
 
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

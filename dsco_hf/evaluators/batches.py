@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..features import preprocess
-from ..values import plain_arguments
+from ..matching.features import preprocess
+from ..utils.files import explained, reading, whole
+from ..utils.values import plain, plain_arguments
 
 
 # On a CPU a batch passes through the network in parts of this many pixels (32 images of 32 px), twice as many in half
@@ -76,3 +85,70 @@ def epoch_batches(
 def part_size(image_size: int, mixed_precision: str) -> int:
     """Images that pass through the network at once on a CPU; at least two."""
     return max(2, CPU_PIXELS * (2 if mixed_precision in ("bf16", "fp16") else 1) // image_size**2)
+
+
+def hard_label_loss(
+    logits: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, *, weight: float = 1.0
+) -> torch.Tensor:
+    """Cross entropy; where images were mixed, the same mixture of the cross entropies of both labels.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): of the student.
+        labels (`torch.Tensor` of shape `(B,)`): class indices.
+        others (`torch.Tensor` of shape `(B,)`): classes of the images that were mixed in.
+        weight (`float`): share of `labels` in [0, 1]; at 1 the others are not looked at.
+    """
+    loss = F.cross_entropy(logits, labels)
+    return loss if weight == 1.0 else weight * loss + (1 - weight) * F.cross_entropy(logits, others)
+
+
+def soft_label_loss(logits: torch.Tensor, targets: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """KL divergence of the softened student from given probabilities, mean over the batch, without a factor T².
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): of the student.
+        targets (`torch.Tensor` of shape `(B, K)`): probabilities, softened already.
+        temperature (`float`): T of the student's softmax.
+    """
+    return F.kl_div((logits / temperature).log_softmax(1), targets, reduction="batchmean")
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of images whose largest logit is their label's.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): B at least 1.
+        labels (`torch.Tensor` of shape `(B,)`): class indices.
+
+    Returns:
+        `float`: in [0, 1]; higher is better.
+    """
+    return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], **metadata: Any) -> None:
+    """Writes tensors and JSON values, the settings of the run among them, into a file, whose folder is made.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    texts = {name: json.dumps(plain(value)) for name, value in metadata.items()}
+    with explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial:
+            # clone: safetensors refuses tensors that share memory, such as tied weights.
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, texts)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Metadata (`settings`, `progress`, `scaler`) and tensors of a checkpoint.
+
+    Raises:
+        DamagedFileError: if it is truncated, or something else.
+    """
+    remedy = "No training can go on from it: delete it to start anew, or write to another file."
+    with reading(path, remedy), safe_open(path, framework="pt") as file:
+        texts = dict(file.metadata() or {})
+        metadata = {name: json.loads(texts[name]) for name in ("settings", "progress", "scaler")}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    return metadata, tensors

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..names import find_classes, nearest
+from ..utils.names import find_classes, nearest
 from .protocol_fields import CHANGED
 from .protocols import Protocol
 
@@ -78,7 +78,7 @@ def class_columns(names: Sequence[str], others: Sequence[str], *, what: str) -> 
         what (`str`): how the message calls it, e.g. `"the teacher"`.
 
     Returns:
-        `list[int]`: for each of `names` its place in `others`, by [`~dsco_hf.names.find_classes`].
+        `list[int]`: for each of `names` its place in `others`, by [`~dsco_hf.utils.names.find_classes`].
 
     Raises:
         ValueError: for classes that are not there.

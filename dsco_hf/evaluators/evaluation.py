@@ -23,13 +23,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..data import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
-from ..digests import differences, fingerprint, identity, in_words, versions
-from ..features import features_and_logits
-from ..files import DamagedFileError, read_json, write_json
-from ..image_sizes import default_image_size
-from ..kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
-from ..values import plain, plain_arguments
+from ..data.datasets import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
+from ..data.pixels import default_image_size
+from ..matching.features import features_and_logits
+from ..matching.kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
+from ..utils.files import DamagedFileError, read_json, write_json
+from ..utils.origins import differences, fingerprint, identity, in_words, versions
+from ..utils.values import plain, plain_arguments
 from .checks import class_columns
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
@@ -368,7 +368,7 @@ def job_identity(
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """The stored result of a job; [`~dsco_hf.files.DamagedFileError`] if it is damaged."""
+    """The stored result of a job; [`~dsco_hf.utils.files.DamagedFileError`] if it is damaged."""
     remedy = "Delete it, and run the same command again: that job is done again."
     result = read_json(path, remedy)
     if not isinstance(result.get("settings"), dict):

@@ -2,7 +2,7 @@
 
 The ConvNet and the ResNets of the dataset-distillation literature as `PreTrainedModel`s, and any other
 `AutoModelForImageClassification` architecture through `build_evaluator`. All store `image_size`, `num_channels`,
-`image_mean` and `image_std` in their config, so that `dsco_hf.features.preprocess` knows what they expect.
+`image_mean` and `image_std` in their config, so that `dsco_hf.matching.features.preprocess` knows what they expect.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from ..schema import nearest
-from ..values import plain, plain_arguments
-from .configurations import ConvNetConfig, EvaluatorResNetConfig, pooled_sizes
-from .norms import make_norm
+from ..data.schema import nearest
+from ..utils.values import plain, plain_arguments
+from .configurations import ConvNetConfig, EvaluatorResNetConfig, make_norm, pooled_sizes
 
 
 # Sizes that the peers use; anything else of `transformers` goes by its model type and `overrides`.

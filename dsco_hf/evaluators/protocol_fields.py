@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..values import check_real, check_whole, plain, plain_fields
+from ..utils.values import check_real, check_whole, plain, plain_fields
 from .augmentation import CutMix, Transform
-from .norms import check_norm
+from .configurations import check_norm
 
 
 ByBudget = int | tuple[tuple[int | None, int], ...]

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from ..files import reading
-from ..names import RENAMED, nearest
+from ..utils.files import reading
+from ..utils.names import RENAMED, nearest
 from .augmentation import (
     AUGMENTATIONS,
     CIFAR_MEAN,
@@ -30,29 +30,13 @@ from .augmentation import (
     RandomResizedCrop,
     ShufflePatches,
 )
-from .protocol_fields import (
-    CHANGED,
-    Protocol,
-    Variant,
-)
-from .protocol_fields import (
-    LABEL_TYPES as LABEL_TYPES,
-)
-from .protocol_fields import (
-    OPTIMIZERS as OPTIMIZERS,
-)
-from .protocol_fields import (
-    SCHEDULES as SCHEDULES,
-)
-from .protocol_fields import (
-    ByBudget as ByBudget,
-)
-from .protocol_fields import (
-    by_budget as by_budget,
-)
-from .protocol_fields import (
-    learning_rate_factor as learning_rate_factor,
-)
+from .protocol_fields import CHANGED, Protocol, Variant
+from .protocol_fields import LABEL_TYPES as LABEL_TYPES
+from .protocol_fields import OPTIMIZERS as OPTIMIZERS
+from .protocol_fields import SCHEDULES as SCHEDULES
+from .protocol_fields import ByBudget as ByBudget
+from .protocol_fields import by_budget as by_budget
+from .protocol_fields import learning_rate_factor as learning_rate_factor
 
 
 _CLASSES_100 = (100, 100)

@@ -20,18 +20,24 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..digests import differences, identity, in_words, versions
-from ..features import preprocess
-from ..files import remove_partials
-from ..pace import Pace
-from ..values import plain_arguments
+from ..matching.features import preprocess
+from ..utils.files import remove_partials
+from ..utils.origins import differences, identity, in_words, versions
+from ..utils.progress import Pace
+from ..utils.values import plain_arguments
 from .augmentation import Augmented, augment
 from .batches import epoch_batches as epoch_batches
-from .batches import epoch_seed, part_size, predict_logits
+from .batches import (
+    epoch_seed,
+    hard_label_loss,
+    part_size,
+    predict_logits,
+    read_checkpoint,
+    soft_label_loss,
+    write_checkpoint,
+)
 from .batches import fast_layout as fast_layout
-from .checkpoints import read_checkpoint, write_checkpoint
 from .checks import check_images, check_label_source, class_columns, model_classes
-from .losses import hard_label_loss, soft_label_loss
 from .protocols import Protocol, by_budget, learning_rate_factor
 
 

@@ -50,13 +50,13 @@ from dsco_hf import (
     save_dataset_folder,
     verify,
 )
-from dsco_hf.configs import parse_config
-from dsco_hf.data import class_mapping, load_pixels, select_per_class, stratified_split
+from dsco_hf.concentration.set_records import record_of
+from dsco_hf.data.datasets import class_mapping, load_pixels, select_per_class, stratified_split
 from dsco_hf.evaluators import get_protocol, load_image_set, protocol_from_dict
 from dsco_hf.evaluators.checks import check_same_classes
-from dsco_hf.generators import GeneratorTrainingConfig
-from dsco_hf.set_records import record_of
-from dsco_hf.team import RunError
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig
+from dsco_hf.utils.configs import parse_config
+from dsco_hf.utils.processes import RunError
 
 
 # what the package raises on purpose; anything else has escaped it

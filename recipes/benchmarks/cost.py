@@ -41,13 +41,12 @@ from typing import Any
 
 import torch
 
-from dsco_hf import memory
-from dsco_hf.costs import calls, count_passes, pass_costs, predict_memory
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.plan import optimized_steps
-from dsco_hf.probe import median_seconds, probe_seconds, stand_in_targets, synchronize
-from dsco_hf.quantile import QuantileTargets
-from dsco_hf.shapes import imagenet_pipeline
+from dsco_hf.costs.passes import calls, count_passes, pass_costs, predict_memory
+from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds, stand_in_targets, synchronize
+from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.sampling.plan import optimized_steps
+from dsco_hf.sampling.released import QuantileTargets
+from dsco_hf.utils import progress as memory
 
 
 METHODS = ("plain", "nopt", "nopt_every_step_full", "quantile")

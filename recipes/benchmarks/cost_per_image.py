@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf.concentrate import Unit, UnitSampler, plan_units
-from dsco_hf.data import load_digits_dataset
+from dsco_hf.concentration.concentrate import Unit, UnitSampler, plan_units
+from dsco_hf.concentration.run_folder import RunFolder, unit_name
+from dsco_hf.concentration.runs import concentrate_to_folder
+from dsco_hf.data.datasets import load_digits_dataset
 from dsco_hf.evaluators import build_evaluator
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.run_folder import RunFolder, unit_name
-from dsco_hf.runs import concentrate_to_folder
-from dsco_hf.targets import MatchingTargets
+from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.pipeline import DsCoPipeline
 
 
 NAMES = [str(digit) for digit in range(10)]

@@ -43,12 +43,12 @@ from datasets import disable_progress_bars
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dsco_hf.configs import make_accelerator
-from dsco_hf.data import load_image_dataset, select_per_class
+from dsco_hf.data.datasets import load_image_dataset, select_per_class
 from dsco_hf.evaluators import build_evaluator, get_protocol, load_image_set, train_evaluator
 from dsco_hf.evaluators.augmentation import IMAGENET_MEAN, IMAGENET_STD, LUMA
-from dsco_hf.evaluators.norms import InstanceNorm
+from dsco_hf.evaluators.configurations import InstanceNorm
 from dsco_hf.evaluators.training import fast_layout, make_optimizer, part_size
+from dsco_hf.utils.configs import make_accelerator
 
 
 NAMES = [str(digit) for digit in range(10)]

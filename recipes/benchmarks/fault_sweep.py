@@ -37,11 +37,11 @@ from datasets import load_dataset
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from transformers import AutoModelForImageClassification
 
-from dsco_hf.data import load_digits_dataset
+from dsco_hf.concentration.run_folder import RunFolder
+from dsco_hf.data.datasets import load_digits_dataset
 from dsco_hf.evaluators import build_evaluator
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.run_folder import RunFolder
-from dsco_hf.targets import MatchingTargets
+from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.pipeline import DsCoPipeline
 
 
 RECIPE = Path(__file__).parents[1] / "concentrate.py"

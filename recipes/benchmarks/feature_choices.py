@@ -39,14 +39,14 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from dsco_hf import DsCoPipeline, MatchingTargets, build_evaluator, clearest, concentrate, load_digits_dataset
-from dsco_hf.concentrate import measure_discrepancy
-from dsco_hf.data import load_pixels, select_per_class
+from dsco_hf.concentration.concentrate import measure_discrepancy
+from dsco_hf.data.datasets import load_pixels, select_per_class
 from dsco_hf.evaluators import get_protocol, load_image_set, predict_logits, train_evaluator, train_job
 from dsco_hf.evaluators.augmentation import RandomShift
-from dsco_hf.feature_spec import FeatureSource, feature_specs, layer_weights
-from dsco_hf.generator_training import train_generator
-from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
-from dsco_hf.kernels import draw_frequencies, fourier_embedding, median_bandwidth
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.generators.training import train_generator
+from dsco_hf.matching.feature_spec import FeatureSource, feature_specs, layer_weights
+from dsco_hf.matching.kernels import draw_frequencies, fourier_embedding, median_bandwidth
 
 
 FIRST, LAST = "convnet.blocks.3", "convnet.blocks.7"  # what leaves the two blocks: 4x4 and 2x2 positions

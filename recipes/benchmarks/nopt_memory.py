@@ -24,8 +24,9 @@ import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, load_image_dataset, memory
+from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, load_image_dataset
 from dsco_hf.evaluators import build_evaluator
+from dsco_hf.utils import progress as memory
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -23,9 +23,9 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from dsco_hf import ConvNetConfig, ConvNetForImageClassification, DsCoPipeline, concentrate_and_report
-from dsco_hf.concentrate import plan_units
-from dsco_hf.costs import pass_costs, predict
-from dsco_hf.probe import probe_seconds, stand_in_targets
+from dsco_hf.concentration.concentrate import plan_units
+from dsco_hf.costs.passes import pass_costs, predict
+from dsco_hf.costs.probe import probe_seconds, stand_in_targets
 
 
 # by name: (optimised or not, images per class by those of the command line, options)

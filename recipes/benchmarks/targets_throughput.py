@@ -31,11 +31,12 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, disable_progress_bars
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, load_image_dataset, memory
-from dsco_hf.data import class_names
+from dsco_hf import DsCoPipeline, MatchingTargets, load_image_dataset
+from dsco_hf.data.datasets import class_names
+from dsco_hf.data.pixels import default_threads, iterate_pixels
+from dsco_hf.data.schema import find_columns
 from dsco_hf.evaluators import build_evaluator
-from dsco_hf.pixels import default_threads, iterate_pixels
-from dsco_hf.schema import find_columns
+from dsco_hf.utils import progress as memory
 
 
 SIZE = 32

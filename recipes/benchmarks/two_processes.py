@@ -32,10 +32,10 @@ import torch
 from datasets import load_dataset
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf.data import load_digits_dataset
+from dsco_hf.data.datasets import load_digits_dataset
 from dsco_hf.evaluators import build_evaluator
-from dsco_hf.pipeline import DsCoPipeline
-from dsco_hf.targets import MatchingTargets
+from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.pipeline import DsCoPipeline
 
 
 RECIPE = Path(__file__).parents[1] / "concentrate.py"

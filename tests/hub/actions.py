@@ -11,9 +11,9 @@ from .samples import tiny_dataset
 
 def publish_tiny(repo_id: str, configs: dict[str, dict[str, Any]], **options: Any) -> dict[str, Any]:
     """Publishes tiny datasets, described by the arguments of `tiny_dataset`, and returns what was done."""
-    from dsco_hf import push
-    from dsco_hf.cards import DatasetCardFields
-    from dsco_hf.hub import publish
+    from dsco_hf.hub import push
+    from dsco_hf.hub.cards import DatasetCardFields
+    from dsco_hf.hub.publish import publish
 
     push.FIRST_WAIT = 0.02
     if "card" in options:
@@ -41,6 +41,6 @@ def load(repo_id: str, *args: Any, **options: Any) -> dict[str, Any]:
 
 def verify(repo_id: str, **options: Any) -> list[str]:
     """Verifies a published dataset; returns the names of its configs."""
-    from dsco_hf.hub import verify as verify_published
+    from dsco_hf.hub.publish import verify as verify_published
 
     return list(verify_published(repo_id, **options)["configs"])

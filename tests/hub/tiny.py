@@ -16,7 +16,7 @@ NAMES = ["cat", "dog"]
 
 def tiny_pipeline(*, own_classifier: bool = False) -> Any:
     """A one-layer DiT on 8×8 pixels and a two-stage ResNet or our own ConvNet, of fixed random weights."""
-    from dsco_hf.pipeline import DsCoPipeline
+    from dsco_hf.sampling.pipeline import DsCoPipeline
 
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
@@ -52,7 +52,7 @@ def tiny_pipeline(*, own_classifier: bool = False) -> Any:
 
 def tiny_targets(pipe: Any) -> Any:
     """Targets of a tiny dataset."""
-    from dsco_hf.targets import MatchingTargets
+    from dsco_hf.matching.targets import MatchingTargets
 
     dataset = tiny_dataset(4, NAMES).select_columns(["image", "label"])
     return MatchingTargets.from_dataset(dataset, pipe, embedding_dim=16, progress=False)
@@ -69,7 +69,7 @@ def publish_tiny_pipeline(
     repo_id: str, *, with_targets: bool = True, own_classifier: bool = False, **options: Any
 ) -> dict[str, Any]:
     """Publishes the tiny pipeline and returns what was done, and what the pipeline draws."""
-    from dsco_hf.hub import publish_pipeline
+    from dsco_hf.hub.publish import publish_pipeline
 
     pipe = tiny_pipeline(own_classifier=own_classifier)
     result = publish_pipeline(pipe, repo_id, targets=tiny_targets(pipe) if with_targets else None, **options)
@@ -80,9 +80,9 @@ def train_tiny_pipeline() -> Any:
     """The tiny pipeline with a generator trained for a few steps."""
     from accelerate import Accelerator
 
-    from dsco_hf.data import load_pixels
-    from dsco_hf.generator_training import train_generator
-    from dsco_hf.generators import GeneratorTrainingConfig
+    from dsco_hf.data.datasets import load_pixels
+    from dsco_hf.generators.denoisers import GeneratorTrainingConfig
+    from dsco_hf.generators.training import train_generator
 
     pipe = tiny_pipeline()
     dataset = tiny_dataset(4, NAMES).select_columns(["image", "label"])

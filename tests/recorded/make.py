@@ -27,9 +27,9 @@ from dsco_hf import (
     save_dataset_folder,
     train_evaluator,
 )
-from dsco_hf.data import load_pixels
-from dsco_hf.generator_training import train_generator
-from dsco_hf.generators import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.data.datasets import load_pixels
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
+from dsco_hf.generators.training import train_generator
 
 
 def main() -> None:

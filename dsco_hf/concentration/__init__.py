@@ -1,0 +1,1 @@
+"""Small datasets: drawn, in memory or in the folder of a run, mixed with real images, and recorded."""

@@ -1,0 +1,483 @@
+"""Concentration: pipeline + targets + plan → a small `datasets.Dataset`, by blocks of images per class."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from tqdm.auto import tqdm
+
+from ..data.images import images_from_pixels, pixels_from_images
+from ..data.schema import image_seed, nearest
+from ..generators.failures import NonFiniteError
+from ..matching.feature_spec import FeatureSource
+from ..matching.kernels import mmd2
+from ..matching.objectives import MATCHING, ClassifierObjective, class_means
+from ..matching.targets import MatchingTargets
+from ..sampling.made_targets import Targets, check_targets, make_targets
+from ..sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
+from ..sampling.released import QuantileTargets
+from ..utils.progress import peak_bytes
+from ..utils.values import LARGEST_SET, plain, plain_arguments
+from .set_records import drawn_record, with_record
+
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("synthetic", "real")
+COSTS = ("images", "seconds", "denoiser_calls", "decoder_calls", "classifier_calls", "peak_memory_bytes")
+# arguments of a pipeline call that are no options of a run: it sets them itself, image by image
+_SET_BY_RUN = {"self", "class_labels", "targets", "previous", "generator", "latents", "output_type", "return_dict"}
+_CALLBACKS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+
+
+def row_features(class_names: Sequence[str]) -> Features:
+    """Columns of a concentrated dataset: the image, its label, and where it comes from."""
+    return Features(
+        {
+            "image": Image(),
+            "label": ClassLabel(names=list(class_names)),
+            "source": ClassLabel(names=list(SOURCES)),
+            "seed": Value("int64"),
+            "block": Value("int32"),
+            "real_index": Value("int64"),
+        }
+    )
+
+
+@dataclasses.dataclass
+class ConcentrationReport:
+    """What a concentration cost and reached.
+
+    Attributes:
+        images (`int`): images drawn.
+        seconds (`float`): time of sampling, without loading or targets; of several processes, the sum of theirs.
+        denoiser_calls, decoder_calls, classifier_calls (`int`): images that passed through each model.
+        peak_memory_bytes (`int`): the most memory that a process held: of the accelerator, or else of the whole
+            process.
+        discrepancy (`float`, *optional*): MMD² of the finished images, mean over classes; None without targets to
+            measure by.
+        discrepancy_by_class (`dict[str, float]`): the same per class.
+        random_discrepancy (`float`, *optional*): what as many random real images have on average, see
+            [`random_discrepancy`]; None where the targets are not those of real images.
+        random_discrepancy_by_class (`dict[str, float]`): the same per class.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    denoiser_calls: int = 0
+    decoder_calls: int = 0
+    classifier_calls: int = 0
+    peak_memory_bytes: int = 0
+    discrepancy: float | None = None
+    discrepancy_by_class: dict[str, float] = dataclasses.field(default_factory=dict)
+    random_discrepancy: float | None = None
+    random_discrepancy_by_class: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def measured(self, by_class: Mapping[str, float], random_by_class: Mapping[str, float]) -> None:
+        """Takes the discrepancies of the classes, and those of as many random real images if they are known."""
+        self.discrepancy_by_class, self.random_discrepancy_by_class = dict(by_class), dict(random_by_class)
+        self.discrepancy = statistics.fmean(by_class.values()) if by_class else None
+        self.random_discrepancy = statistics.fmean(random_by_class.values()) if random_by_class else None
+
+    @property
+    def images_per_second(self) -> float:
+        """Images by seconds of sampling."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unit:
+    """What is drawn in one call and never divided: one block of images of each class of a group.
+
+    Attributes:
+        group, block (`int`): its place; the blocks of a group are drawn one after the other.
+        rows (`range`): the group's classes, by their label in the dataset.
+        indices (`range`): the block's images of every class.
+    """
+
+    group: int
+    block: int
+    rows: range
+    indices: range
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.rows) * len(self.indices)
+
+
+@plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
+def plan_units(
+    num_classes: int, images_per_class: int, *, block_size: int = 10, images_per_call: int = 128
+) -> list[Unit]:
+    """Divides a run into units, block after block.
+
+    The units depend on nothing else, so that a run on any number of processes makes the same calls. Groups are of
+    nearly the same size, at most `images_per_call` images a call, but never less than one class.
+
+    Raises:
+        ValueError: for a number below 1, or more than `values.LARGEST_SET` images.
+    """
+    if num_classes * images_per_class > LARGEST_SET:
+        raise ValueError(
+            f"`images_per_class={images_per_class}` of {num_classes} classes are {num_classes * images_per_class:,} "
+            f"images, and a set has at most {LARGEST_SET:,}: ask for at most {LARGEST_SET // num_classes} per class."
+        )
+    classes = max(1, images_per_call // min(block_size, images_per_class))
+    groups = -(-num_classes // classes)
+    return [
+        Unit(
+            group,
+            block,
+            range(num_classes * group // groups, num_classes * (group + 1) // groups),
+            range(first, min(first + block_size, images_per_class)),
+        )
+        for block, first in enumerate(range(0, images_per_class, block_size))
+        for group in range(groups)
+    ]
+
+
+def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of [`DsCoPipeline.__call__`] that shape the images, defaults filled in, as plain JSON values.
+
+    Raises:
+        TypeError: for an option that a pipeline call does not have, or one that cannot be recorded.
+    """
+    check_options(options)
+    if given := _CALLBACKS & options.keys():
+        raise TypeError(f"{sorted(given)} cannot be recorded, and so not be given to a run that is continued.")
+    known = {name: default for name, default in _call_defaults().items() if name not in _CALLBACKS}
+    values = {**known, **options}
+    if values["optimization_steps"] is None:
+        values["optimization_steps"] = 200 if values["objective"] == "quantile" else 1
+    if values["objective"] != "ridge":
+        values.pop("regularization")
+    if values["objective"] != "classifier":
+        values.pop("classifier_objective")
+    elif not isinstance(values["classifier_objective"], Mapping):
+        weights = values["classifier_objective"] or ClassifierObjective()
+        values["classifier_objective"] = dataclasses.asdict(weights)
+    return {name: plain(value) for name, value in values.items()}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises TypeError for an option that [`DsCoPipeline.__call__`] does not have; the nearest are suggested."""
+    known = _call_defaults()
+    for name in options:
+        if name not in known:
+            raise TypeError(f"There is no option `{name}`.{nearest(name, known)} The options are {list(known)}.")
+
+
+def _call_defaults() -> dict[str, Any]:
+    parameters = inspect.signature(DsCoPipeline.__call__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in _SET_BY_RUN}
+
+
+class UnitSampler:
+    """Draws the units of one run: what all of them share, and what is finished of each class.
+
+    Args:
+        pipe (`DsCoPipeline`): the generator, and the classifier that the targets were made with.
+        targets (`MatchingTargets`, `QuantileTargets` or None): what to match.
+        seed (`int`): of the run.
+        class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes.
+        options: of [`DsCoPipeline.__call__`].
+    """
+
+    def __init__(
+        self,
+        pipe: DsCoPipeline,
+        targets: Targets | None,
+        *,
+        seed: int = 0,
+        class_labels: Sequence[int | str] | None = None,
+        **options: Any,
+    ) -> None:
+        check_options(options)
+        check_targets(targets)
+        if isinstance(weights := options.get("classifier_objective"), Mapping):
+            options["classifier_objective"] = ClassifierObjective(**weights)
+        if targets is None and options.get("objective") != "classifier" and options.get("optimization_steps") != 0:
+            logger.warning(
+                "There are no targets, so nothing is optimised: plain samples are drawn. Pass targets, such as "
+                "`MatchingTargets.from_generator(pipe)`, or `optimization_steps=0` to say that this is meant."
+            )
+        self.pipe, self.targets, self.seed, self.options = pipe, targets, seed, options
+        self.class_labels, self.class_names = _classes(pipe, targets, class_labels)
+        objective = options.get("objective", "rkhs")
+        self.previous: PreviousBlocks | None = None
+        if isinstance(targets, MatchingTargets) and objective in MATCHING:
+            self.previous = PreviousBlocks(targets, each=objective == "ridge")
+
+    def draw(self, unit: Unit) -> tuple[list[dict[str, Any]], DsCoPipelineOutput]:
+        """Draws a unit; all earlier blocks of its classes must have been given to `add`.
+
+        Returns:
+            `tuple`: rows by class and index (`image`, `label`, `seed`, `block`), and what the pipeline returned.
+
+        Raises:
+            NonFiniteError: if an image or a gradient is not finite; classes, block and step are named.
+        """
+        batch = [(row, index) for row in unit.rows for index in unit.indices]
+        seeds = [image_seed(self.seed, self.class_labels[row], index) for row, index in batch]
+        options = dict(self.options)
+        if unit.block and self.previous is not None:
+            device = self.pipe._execution_device  # where the images are; the targets may lie elsewhere
+            options["previous"] = tuple(tensor.to(device) for tensor in self.previous.statistics(unit.rows))
+        labels = [self.class_labels[row] for row, _ in batch]
+        try:
+            output = self.pipe.sample(labels, self.targets, seeds=seeds, **options)
+        except NonFiniteError as error:
+            names = [self.class_names[row] for row in unit.rows if self.class_labels[row] in error.class_labels]
+            where = f"Class(es) {names[:10]}, block {unit.block}, step {error.step}"
+            raise NonFiniteError(f"{where}: {error}", step=error.step, class_labels=error.class_labels) from error
+        images = images_from_pixels(output.images * 2 - 1)
+        rows = [
+            {"image": image, "label": row, "seed": drawn_from, "block": unit.block}
+            for (row, _), drawn_from, image in zip(batch, seeds, images, strict=True)
+        ]
+        return rows, output
+
+    def add(self, unit: Unit, images: Sequence[PIL.Image.Image]) -> None:
+        """Takes a unit's finished images, drawn or stored, into account for the later blocks of its classes."""
+        if self.previous is not None:
+            self.previous.add(images, [row for row in unit.rows for _ in unit.indices], self.pipe)
+
+
+def concentrate(
+    pipe: DsCoPipeline,
+    targets: Targets | Dataset | IterableDataset | str | Sequence[int | str] | None,
+    images_per_class: int,
+    **options: Any,
+) -> Dataset:
+    """Draws a small dataset whose class means match the targets: [`concentrate_and_report`] without its report."""
+    return concentrate_and_report(pipe, targets, images_per_class, **options)[0]
+
+
+@plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
+def concentrate_and_report(
+    pipe: DsCoPipeline,
+    targets: Targets | Dataset | IterableDataset | str | Sequence[int | str] | None,
+    images_per_class: int,
+    *,
+    seed: int = 0,
+    class_labels: Sequence[int | str] | None = None,
+    block_size: int = 10,
+    images_per_call: int = 128,
+    measure_by: MatchingTargets | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Dataset, ConcentrationReport]:
+    """Draws a small dataset whose class means match the targets, in memory and by this process alone.
+
+    The images of a class are drawn in blocks; a block is optimised jointly, and matches what the finished blocks of
+    its class leave unmatched. So the first k blocks are a good smaller set, and a set can be extended. Block and seed
+    fix an image: with the same `block_size` and `images_per_call` on the same kind of device, a run gives the same
+    images. `concentrate_to_folder` does the same with any number of processes, and survives being killed.
+
+    Args:
+        pipe (`DsCoPipeline`): the generator, and the classifier that the targets were made with.
+        targets: what to match: targets, or what they are then made of, a dataset of real images or, data-free, a label
+            set's name or the generator's classes. None draws plain samples, or optimises `objective="classifier"`.
+        images_per_class (`int`): at least 1.
+        seed (`int`): with the class and the index it fixes an image's noise.
+        class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes to draw; all if
+            None.
+        block_size (`int`): images of a class that are optimised jointly.
+        images_per_call (`int`): several small classes are drawn in one call of at most this many images.
+        measure_by (`MatchingTargets`, *optional*): targets to measure the discrepancy by; `targets` if None.
+        progress (`bool`): show a progress bar.
+        options: of [`DsCoPipeline.__call__`], such as `guidance_scale`, `num_inference_steps`, `objective`.
+
+    Returns:
+        `tuple[Dataset, ConcentrationReport]`: rows by class and index; columns `image`, `label`, `source`, `seed`,
+            `block`, `real_index` (-1).
+
+    Raises:
+        TypeError: for an option that the pipeline does not have.
+        ValueError: for a number of images below 1, or anything that the pipeline refuses.
+        NonFiniteError: if an image or a gradient is not finite.
+    """
+    check_options(options)
+    targets = make_targets(pipe, targets, options, seed=seed, progress=progress)
+    sampler = UnitSampler(pipe, targets, seed=seed, class_labels=class_labels, **options)
+    units = plan_units(
+        len(sampler.class_names), images_per_class, block_size=block_size, images_per_call=images_per_call
+    )
+    finished: list[dict[str, Any]] = []
+    report = ConcentrationReport()
+    start = time.perf_counter()
+    total = images_per_class * len(sampler.class_names)
+    with tqdm(total=total, desc="Concentrating", unit="img", disable=not progress) as bar:
+        for unit in units:
+            rows, output = sampler.draw(unit)
+            if unit.block < units[-1].block:
+                sampler.add(unit, [row["image"] for row in rows])
+            count_calls(report, output)
+            finished += rows
+            bar.update(unit.images)
+    report.seconds = time.perf_counter() - start
+    report.peak_memory_bytes = peak_memory_bytes(pipe)
+    finished.sort(key=lambda row: row["label"])  # stable: within a class they come block after block
+    judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)
+    if judge is not None:
+        pixels, labels = pixels_from_images([row["image"] for row in finished]), [row["label"] for row in finished]
+        found = measure_discrepancy(pixels, torch.tensor(labels), pipe, judge)
+        report.measured(found, random_discrepancy(judge, dict.fromkeys(found, images_per_class)))
+    parameters = {
+        "images_per_class": images_per_class,
+        "class_labels": class_labels,
+        "block_size": block_size,
+        "images_per_call": images_per_call,
+        **sampling_options({name: value for name, value in options.items() if name not in _CALLBACKS}),
+    }
+    cost = {name: value for name in COSTS if (value := getattr(report, name)) is not None}
+    record = drawn_record(
+        pipe, targets, method=method_of(targets, options), seed=seed, parameters=parameters, cost=cost
+    )
+    return with_record(to_dataset(finished, sampler.class_names), record), report
+
+
+def method_of(targets: Any, options: Mapping[str, Any]) -> str:
+    """What results call a set that was drawn for these targets, with these options of a pipeline call."""
+    if options.get("objective") == "classifier":
+        return "nopt-classifier-only"
+    if targets is None or options.get("optimization_steps") == 0:
+        return "plain"
+    if isinstance(targets, QuantileTargets):
+        return "nopt-quantile"
+    return "nopt" if targets.provenance.get("population") == "data" else "nopt-data-free"
+
+
+class PreviousBlocks:
+    """Embedding sums and counts of the finished images by row of the targets; if wanted, `each` embedding, too."""
+
+    def __init__(self, targets: MatchingTargets, *, each: bool = False) -> None:
+        self.targets = targets
+        self.sums = torch.zeros_like(targets.embeddings)
+        self.counts = torch.zeros(targets.num_classes, device=targets.embeddings.device)
+        self.each: dict[int, list[torch.Tensor]] | None = {} if each else None
+
+    def statistics(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a call for these classes takes as `previous`.
+
+        Sums `(C, D)` and counts `(C,)`; of each image, embeddings `(n, D)` and rows `(n,)`.
+        """
+        if self.each is None:
+            return self.sums.clone(), self.counts.clone()
+        found = [(row, psi) for row in rows for psi in self.each[row]]
+        return torch.stack([psi for _, psi in found]), torch.tensor([row for row, _ in found])
+
+    def add(self, images: Sequence[PIL.Image.Image], rows: Sequence[int], pipe: DsCoPipeline) -> None:
+        """Takes finished images as they are stored, so that a run can go on from stored images."""
+        psi = embed_pixels(pixels_from_images(images), pipe, self.targets)
+        index = torch.tensor(rows, device=psi.device)
+        self.sums.index_add_(0, index, psi)
+        self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
+        if self.each is not None:
+            for row, embedding in zip(rows, psi, strict=True):
+                self.each.setdefault(row, []).append(embedding)
+
+    def discrepancies(self, rows: Sequence[int]) -> list[float]:
+        """MMD² of the images so far from the targets, for each of these classes."""
+        index = torch.tensor(rows, device=self.sums.device)
+        means = self.sums[index] / self.counts[index, None]
+        return mmd2(means, self.targets.embeddings[index]).tolist()
+
+
+@torch.no_grad()
+def embed_pixels(pixels: torch.Tensor, pipe: DsCoPipeline, targets: MatchingTargets) -> torch.Tensor:
+    """ψ(φ(x)) `(B, D)` of pixels `(B, C, H, W)` in [-1, 1], on the device of the targets."""
+    device, source = targets.embeddings.device, FeatureSource(pipe, targets.features)
+    # few at a time: a classifier's activations at 256 images can be more than all of the noise optimisation takes
+    return torch.cat([targets.embed(source.of_pixels(part).features.to(device)) for part in pixels.split(32)])
+
+
+def measure_discrepancy(
+    pixels: torch.Tensor, rows: torch.Tensor, pipe: DsCoPipeline, targets: MatchingTargets
+) -> dict[str, float]:
+    """MMD² of a set of images from the targets, per class name. Lower is better.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): the images.
+        rows (`torch.Tensor` of shape `(N,)`): their row of the targets; every class that occurs is measured.
+        pipe (`DsCoPipeline`): has the classifier that the targets were made with.
+        targets (`MatchingTargets`): the class means.
+    """
+    targets.check_pipeline(pipe)
+    psi = embed_pixels(pixels, pipe, targets)
+    present, index = rows.to(psi.device).unique(return_inverse=True)
+    values = mmd2(class_means(psi, index, len(present)), targets.embeddings[present])
+    return {targets.class_names[row]: value for row, value in zip(present.tolist(), values.tolist(), strict=True)}
+
+
+def random_discrepancy(targets: MatchingTargets, images: Mapping[str, int]) -> dict[str, float]:
+    """MMD² that as many random real images of each class have on average: what a discrepancy is to be held against.
+
+    Means of n images that are drawn from the N of a class without putting back are (1 - ‖μ‖²) / n · (N - n) / (N - 1)
+    away from its own on average, as ‖ψ‖ = 1: no image has to be read for it.
+
+    Args:
+        targets (`MatchingTargets`): of real images.
+        images (mapping of `str` to `int`): images of each class, by its name in the targets; at least 1.
+
+    Returns:
+        `dict[str, float]`: by class; empty for targets of a generator's samples, which know no real image.
+    """
+    if targets.provenance.get("population") != "data":
+        return {}
+    found = {}
+    for name, count in images.items():
+        row = targets.class_names.index(name)
+        whole, spread = float(targets.counts[row]), 1 - float(targets.embeddings[row].double().square().sum())
+        found[name] = max(0.0, spread) / count * max(0.0, whole - count) / max(whole - 1, 1)
+    return found
+
+
+def _classes(
+    pipe: DsCoPipeline, targets: Targets | None, class_labels: Sequence[int | str] | None
+) -> tuple[list[int], list[str]]:
+    """The generator's classes to draw, and their names in the dataset."""
+    if targets is None:
+        labels = pipe.get_label_ids(range(pipe.num_classes) if class_labels is None else class_labels)
+        return labels, [pipe.id2label.get(label, str(label)) for label in labels]
+    if class_labels is not None:
+        raise ValueError("The targets name the classes: leave `class_labels` out, or make targets of those classes.")
+    labels = list(targets.class_labels)
+    if shared := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(
+            f"Several classes would be drawn from the same class(es) {shared[:10]} of the generator, with the same "
+            "noise and target: give each dataset class a generator class of its own (`mapping=`), or merge them first."
+        )
+    return labels, list(targets.class_names)
+
+
+def count_calls(report: ConcentrationReport, output: DsCoPipelineOutput) -> None:
+    """Adds what one call of the pipeline cost."""
+    report.images += len(output.class_labels)
+    for name in ("denoiser_calls", "decoder_calls", "classifier_calls"):
+        setattr(report, name, getattr(report, name) + getattr(output, name))
+
+
+def peak_memory_bytes(pipe: DsCoPipeline) -> int:
+    """The most memory held so far: of the pipeline's GPU, or else of this process."""
+    if pipe.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(pipe.device)
+    return peak_bytes()
+
+
+def to_dataset(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:
+    """Rows that were drawn (`image`, `label`, `seed`, `block`) as a concentrated dataset."""
+    columns = {name: [row[name] for row in rows] for name in ("image", "label", "seed", "block")}
+    columns |= {"source": [SOURCES.index("synthetic")] * len(rows), "real_index": [-1] * len(rows)}
+    features = row_features(names)
+    return Dataset.from_dict({name: columns[name] for name in features}, features=features)

@@ -1,0 +1,1 @@
+"""What concentration costs, known before it runs."""

@@ -1,0 +1,177 @@
+"""Image-classification datasets: opened wherever they are, split, chosen from, fingerprinted.
+
+Any dataset that `datasets` can read (Hub id, local folder, parquet, streamed or not) becomes batches of pixels in
+[-1, 1] with integer labels (`dsco_hf.data.pixels`), and its class names are matched to the classes of a generator
+(`dsco_hf.data.schema`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
+
+from ..utils.origins import fingerprint
+from ..utils.values import plain_arguments
+from .images import images_from_pixels as images_from_pixels
+from .labels import class_mapping as class_mapping
+from .opening import load_digits_dataset as load_digits_dataset
+from .opening import load_image_dataset as load_image_dataset
+from .opening import load_splits as load_splits
+from .opening import load_test_split as load_test_split
+from .pixels import PixelBatch as PixelBatch
+from .pixels import encoded_columns
+from .pixels import iterate_pixels as iterate_pixels
+from .pixels import load_pixels as load_pixels
+from .schema import AnyDataset, features_of, find_column
+from .schema import class_names as class_names
+from .schema import find_columns as find_columns
+from .splits import stratified_indices
+
+
+logger = logging.getLogger(__name__)
+
+_FINGERPRINT_ROWS = 1024
+_FINGERPRINT_BYTES = 2**29
+
+
+@plain_arguments()
+def stratified_split(
+    dataset: Dataset, *, test_size: int | float, seed: int, label_column: str | None = None
+) -> DatasetDict:
+    """Splits a dataset so that both parts have the classes in the same proportions.
+
+    Args:
+        dataset (`Dataset`): rows in memory or on disk; a stream cannot be split.
+        test_size (`int` or `float`): number of rows of the test part, or a fraction in (0, 1).
+        seed (`int`): the same seed gives the same split.
+        label_column (`str`, *optional*): see [`find_columns`].
+
+    Returns:
+        `DatasetDict`: `train` and `test`, each in the order of `dataset`.
+
+    Raises:
+        ValueError: if a class has fewer than two images, or `test_size` leaves a part without some class.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise TypeError("A streamed dataset cannot be split; load it without `streaming`, or use its own splits.")
+    features = features_of(dataset)
+    column = find_column(features, "label_column", label_column, ClassLabel)
+    labels = np.asarray(dataset.with_format(None)[column][:], dtype=np.int64)
+    present = np.unique(labels)  # a dataset that was filtered to some classes keeps the names of the others
+    check_classes(
+        torch.from_numpy(np.searchsorted(present, labels)),
+        [features[column].names[i] for i in present],
+        images_per_class=2,
+    )
+    train, test = stratified_indices(labels, test_size, seed)
+    return DatasetDict(train=dataset.select(train), test=dataset.select(test))
+
+
+def check_classes(labels: torch.Tensor, names: Sequence[str], *, images_per_class: int = 1) -> None:
+    """Makes sure that every class has enough images.
+
+    Args:
+        labels (`torch.Tensor` of shape `(N,)`, int64): labels in [0, len(names)).
+        names (sequence of `str`): all classes, by label.
+        images_per_class (`int`): how many images each class must have.
+
+    Raises:
+        ValueError: naming the classes that have fewer.
+    """
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    lacking = [f"{name!r} has {count}" for name, count in zip(names, counts, strict=False) if count < images_per_class]
+    if lacking:
+        raise ValueError(
+            f"Every class needs at least {images_per_class} image{'s' * (images_per_class > 1)}, but "
+            f"{', '.join(lacking[:10])}{', …' * (len(lacking) > 10)}. Add images, ask for fewer per class, or leave "
+            "the class out: remove its rows with `dataset.filter`."
+        )
+
+
+def present_classes(dataset: AnyDataset, *, label_column: str | None = None) -> list[str]:
+    """The names of the classes that have an image, in the order of their labels.
+
+    A dataset that was filtered to some classes keeps the names of all of them; those without an image are left out,
+    and said in the log. Of a stream all names are taken, as its rows are not known.
+    """
+    names = class_names(dataset, label_column=label_column)
+    if not isinstance(dataset, Dataset):
+        return names
+    column = find_column(features_of(dataset), "label_column", label_column, ClassLabel)
+    used = set(dataset.with_format(None)[column][:])
+    present = [name for label, name in enumerate(names) if label in used]
+    if present and len(present) < len(names):
+        absent = [name for name in names if name not in set(present)]
+        logger.warning("%d classes have no image and are left out: %s", len(absent), absent[:20])
+    return present or names  # without a single label, reading says which row has none
+
+
+@plain_arguments(images_per_class=1)
+def select_per_class(
+    labels: torch.Tensor, images_per_class: int, *, seed: int, names: Sequence[str] | None = None
+) -> torch.Tensor:
+    """Draws the same number of rows from every class: the random-real baseline.
+
+    The choice for a class depends on the seed and that class only, and a smaller choice is part of a larger one.
+
+    Args:
+        labels (`torch.Tensor` of shape `(N,)`, int64): labels of the rows.
+        images_per_class (`int`): rows to draw from each class, at least 1.
+        seed (`int`): the same seed gives the same rows.
+        names (sequence of `str`, *optional*): all classes, by label. Without it, classes are 0 to the largest label.
+
+    Returns:
+        `torch.Tensor` of shape `(classes * images_per_class,)`, int64: rows, class by class.
+
+    Raises:
+        ValueError: if a class has fewer rows, or none.
+    """
+    if len(labels) == 0:
+        raise ValueError("There are no labels to choose from: the dataset is empty.")
+    labels = labels.cpu()
+    names = names or [str(label) for label in range(int(labels.max()) + 1)]
+    check_classes(labels, names, images_per_class=images_per_class)
+    chosen = []
+    for label in range(len(names)):
+        rows = torch.nonzero(labels == label).flatten()
+        order = np.random.default_rng([seed, label]).permutation(len(rows))
+        chosen.append(rows[torch.from_numpy(order[:images_per_class])])
+    return torch.cat(chosen)
+
+
+def dataset_fingerprint(
+    dataset: AnyDataset, *, image_column: str | None = None, label_column: str | None = None
+) -> str:
+    """A short hash of a dataset's content: class names, number of rows, all labels, and the images as they are stored.
+
+    Every image is read where they have about 512 MiB or less together, such as those of CIFAR-10; of larger datasets
+    1,024 of them, spread over the rows. The same on every machine, unlike the fingerprint that `datasets` keeps for
+    its cache. Of a stream, the first 64 rows are read.
+    """
+    image_column, label_column = find_columns(dataset, image_column=image_column, label_column=label_column)
+    names = class_names(dataset, label_column=label_column)
+    encoded = encoded_columns(dataset, image_column, label_column)
+    if not isinstance(encoded, Dataset):
+        rows = list(encoded.take(64))
+        return fingerprint(names, [[row[label_column], _stored(row[image_column])] for row in rows])[:16]
+    spread = np.unique(np.linspace(0, max(len(encoded) - 1, 0), min(len(encoded), _FINGERPRINT_ROWS)).astype(np.int64))
+    images = [_stored(value) for value in encoded.select(spread)[image_column]]
+    size = sum(len(image) for image in images if image is not None) * len(encoded) / max(len(images), 1)
+    if len(images) < len(encoded) and size <= _FINGERPRINT_BYTES:
+        images = [hashlib.sha256(_stored(row[image_column]) or b"").digest() for row in encoded]
+    return fingerprint(names, encoded[label_column][:], images)[:16]
+
+
+def _stored(value: dict[str, Any] | None) -> bytes | None:
+    """An image as it is stored: the bytes of its file, or the name of one that is not there; None for no image."""
+    content, path = (value or {}).get("bytes"), (value or {}).get("path")
+    if content is None and path is not None:
+        return Path(path).read_bytes() if Path(path).is_file() else str(path).encode()
+    return content

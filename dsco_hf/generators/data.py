@@ -1,0 +1,136 @@
+"""What a generator learns from: clean images or latents in memory, and the batch of every training step.
+
+All randomness of step i comes from (seed, i): nothing has to be remembered to resume a training, and the number of
+processes only changes how a batch is split.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from tqdm.auto import tqdm
+
+from ..utils.origins import fingerprint
+from .denoisers import GeneratorTrainingConfig
+from .latents import scale_of, scaled
+
+
+@torch.no_grad()
+def encode_latents(
+    pixels: torch.Tensor, vae: AutoencoderKL, *, batch_size: int = 32, progress: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the scaled latents of images, on the CPU.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, 3, H, W)`, range [-1, 1]): the images.
+        vae (`AutoencoderKL`): on the device to use; frozen.
+        batch_size (`int`): images encoded at once.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        `tuple`: two tensors of shape `(N, latent channels, H / f, W / f)`.
+    """
+    means, stds = [], []
+    for part in tqdm(pixels.split(batch_size), desc="Encoding images", unit="batch", disable=not progress):
+        posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
+        means.append(scaled(vae, posterior.mean.float()).cpu())
+        stds.append(posterior.std.float().cpu() * scale_of(vae))
+    return torch.cat(means), torch.cat(stds)
+
+
+@dataclass
+class TrainingData:
+    """The samples in memory: clean images, or latent means with their deviations; mirrored copies for latents."""
+
+    clean: torch.Tensor  # (N, C, H, W)
+    labels: torch.Tensor  # (N,)
+    std: torch.Tensor | None = None
+    mirrored: TrainingData | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that is learned from: images or latents, their deviations, mirrored copies and labels."""
+        return fingerprint(self.clean, self.labels, self.std, self.mirrored)[:16]
+
+
+@dataclass
+class Batch:
+    """What the loss of one step needs, on the device."""
+
+    clean: torch.Tensor
+    labels: torch.Tensor
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+
+def draw_batch(
+    data: TrainingData,
+    step: int,
+    config: GeneratorTrainingConfig,
+    null_class: int,
+    accelerator: Accelerator,
+    *,
+    distributed: bool = True,
+) -> Batch:
+    """This process's part of the batch of a step.
+
+    Every process draws the randomness of the whole batch and takes its own rows of it; all rows if not `distributed`.
+    """
+    size, device = config.batch_size, accelerator.device
+    rows = _rows_of_step(step, len(data.labels), config)
+    host = _generator("cpu", config.seed, "levels", step)
+    local = _generator(device, config.seed, "noise", step)
+    if config.timestep_sampling == "stratified":
+        levels = (torch.arange(size) + torch.rand(size, generator=host)) / size
+    else:
+        levels = torch.rand(size, generator=host)
+    timesteps = (levels * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)
+    timesteps = timesteps[torch.randperm(size, generator=host)]
+    dropped = torch.rand(size, generator=host) < config.class_dropout_prob
+    flipped = torch.rand(size, generator=host) < (0.5 if config.horizontal_flip else 0.0)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes) if distributed else slice(None)
+    shape = (size, *data.clean.shape[1:])
+    noise = torch.randn(shape, generator=local, device=device)[mine]
+    clean = _select(data, rows[mine], flipped[mine]).to(device)
+    if data.std is not None:
+        source = data.mirrored if data.mirrored is not None else data
+        other = data.std if source.std is None else source.std
+        std = torch.where(flipped[mine, None, None, None], other[rows[mine]], data.std[rows[mine]])
+        clean = clean + std.to(device) * torch.randn(shape, generator=local, device=device)[mine]
+    labels = torch.where(dropped, null_class, data.labels[rows])[mine]
+    return Batch(clean, labels.to(device), timesteps[mine].to(device), noise)
+
+
+def _select(data: TrainingData, rows: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    clean = data.clean[rows]
+    if not flipped.any():
+        return clean
+    mirrored = data.mirrored.clean[rows] if data.mirrored is not None else clean.flip(-1)
+    return torch.where(flipped[:, None, None, None], mirrored, clean)
+
+
+def _rows_of_step(step: int, rows: int, config: GeneratorTrainingConfig) -> torch.Tensor:
+    """Rows of a step's batch: consecutive places in an endless sequence of shuffled epochs."""
+    places = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+    epochs = torch.div(places, rows, rounding_mode="floor")
+    chosen = torch.empty_like(places)
+    for epoch in epochs.unique().tolist():
+        inside = epochs == epoch
+        chosen[inside] = _order_of_epoch(config.seed, epoch, rows)[places[inside] % rows]
+    return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _order_of_epoch(seed: int, epoch: int, rows: int) -> torch.Tensor:
+    return torch.randperm(rows, generator=_generator("cpu", seed, "order", epoch))
+
+
+def _generator(device: torch.device | str, *key: int | str) -> torch.Generator:
+    """A generator for one purpose; hashing its key keeps the streams of neighbouring seeds and steps apart."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,418 @@
+"""Trains a class-conditional DiT or UNet on the user's own images, in pixels or in the latents of an autoencoder.
+
+The training follows DiT (Peebles and Xie, https://arxiv.org/abs/2212.09748): noise or velocity prediction, label
+dropout for classifier-free guidance, averaged weights. A resumed run ends with the weights of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from diffusers import AutoencoderKL, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..data.datasets import check_classes
+from ..utils.origins import fingerprint, versions
+from ..utils.progress import Pace
+from ..utils.values import plain_arguments
+from .checkpoints import Checkpoints, Progress
+from .data import TrainingData, draw_batch, encode_latents
+from .denoisers import (
+    Denoiser,
+    GeneratorTrainingConfig,
+    build_denoiser,
+    build_scheduler,
+    component_name,
+    denoising_loss,
+    learning_rate_at,
+    null_class,
+)
+from .fine_tuning import set_trainable
+
+
+logger = logging.getLogger(__name__)
+
+FIRST_CHECKPOINT, CHECKPOINTS = 60.0, 600.0  # seconds until the first one, and between them
+
+
+@dataclass
+class GeneratorTrainingResult:
+    """What [`train_generator`] gives back.
+
+    Attributes:
+        denoiser (`DiTTransformer2DModel` or `UNet2DModel`): the averaged weights, in float32 and eval mode, on the
+            CPU.
+        finished (`bool`): False if the time limit came first; resume from the checkpoint then.
+        step (`int`): optimiser steps taken, those before a resume included.
+        seconds (`float`): training time, that before a resume included.
+        losses (`list[dict]`): mean loss of every logging interval: `{"step", "loss", "learning_rate"}`.
+        evaluations (`list[dict]`): `{"step", ...}` with what `evaluate` returned.
+    """
+
+    denoiser: Denoiser
+    finished: bool
+    step: int
+    seconds: float
+    losses: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def components(self) -> dict[str, Denoiser]:
+        """The denoiser under the name that a pipeline gives it: `DsCoPipeline(**result.components, scheduler=...)`."""
+        return {component_name(self.denoiser): self.denoiser}
+
+
+@plain_arguments(num_classes=1, checkpoint_every=1, log_every=1, evaluate_every=1, max_minutes=0)
+def train_generator(
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    config: GeneratorTrainingConfig | None = None,
+    *,
+    num_classes: int,
+    accelerator: Accelerator | None = None,
+    vae: AutoencoderKL | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    log_every: int = 20,
+    distributed: bool = True,
+    progress: bool = True,
+    denoiser: Denoiser | None = None,
+    evaluate: Callable[[int, Denoiser], dict[str, Any]] | None = None,
+    evaluate_every: int = 1000,
+) -> GeneratorTrainingResult:
+    """Trains a class-conditional denoiser on images; source: https://arxiv.org/abs/2212.09748.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, C, H, H)`, range [-1, 1]): the images, the same on every process.
+        labels (`torch.Tensor` of shape `(N,)`, int64): classes in [0, num_classes).
+        config (`GeneratorTrainingConfig`, *optional*): model and training; the defaults fit the digits.
+        num_classes (`int`): number of classes; each needs at least one image.
+        accelerator (`Accelerator`, *optional*): device, precision and processes. What is prepared with it is released
+            at the end.
+        vae (`AutoencoderKL`, *optional*): train in its latents instead of in pixels. Images are encoded once.
+        checkpoint_dir (`str` or `Path`, *optional*): save checkpoints here: after about a minute, then every
+            `checkpoint_every` steps, at the time limit and at the end.
+        checkpoint_every (`int`, *optional*): steps between checkpoints; as many as take ten minutes if None.
+        resume (`bool`): continue from the checkpoint in `checkpoint_dir`, if there is one.
+        max_minutes (`float`, *optional*): stop after this time, for machines that are lent in slices.
+        log_every (`int`): steps between looks at the loss and the clock.
+        distributed (`bool`): all processes train this one model together; otherwise the calling process trains it
+            alone, while others may do something else. No checkpoints then.
+        progress (`bool`): show a progress bar, and say what is trained and when it will end.
+        denoiser (`DiTTransformer2DModel` or `UNet2DModel`, *optional*): what to train further, in place; a new one of
+            the configured architecture otherwise. `adapt_transformer` fits one to new classes.
+        evaluate (`Callable`, *optional*): called by the main process as `f(step, averaged)` with the averaged
+            denoiser, on the device and in eval mode; what it returns is kept with the step.
+        evaluate_every (`int`): steps between calls of `evaluate`, which is also called at the end.
+
+    Raises:
+        ValueError: for shapes, labels or batch sizes that do not fit, a class without images, or a checkpoint of
+            another run.
+        FileExistsError: if there is a checkpoint and `resume` is False.
+        FloatingPointError: if the loss is not finite; the step is named.
+    """
+    config = config or GeneratorTrainingConfig()
+    accelerator = accelerator or Accelerator()
+    _check_training_inputs(pixels, labels, num_classes, config, accelerator.num_processes if distributed else 1)
+    if checkpoint_dir is not None and not distributed:
+        raise ValueError("`distributed=False` keeps no checkpoints: leave `checkpoint_dir` out, or train together.")
+    if max_minutes is not None and checkpoint_dir is None:
+        raise ValueError(
+            "`max_minutes` needs a `checkpoint_dir` to continue from; without one the work would be lost."
+        )
+    data = _prepare_data(pixels, labels, config, vae, progress=progress and accelerator.is_local_main_process)
+    identity = dataclasses.asdict(config) | {
+        "data": data.fingerprint,
+        "mixed_precision": accelerator.mixed_precision,
+        "denoiser": None if denoiser is None else fingerprint(denoiser)[:16],
+        "versions": versions(),
+    }
+    if denoiser is None:
+        if config.trainable != "all":
+            raise ValueError(f"`trainable={config.trainable!r}` is for fine-tuning: a new model learns all weights.")
+        denoiser = build_denoiser(
+            config, num_classes=num_classes, sample_size=data.clean.shape[-1], num_channels=data.clean.shape[1]
+        )
+    _check_denoiser(denoiser, data, num_classes)
+    checkpoints = None
+    if checkpoint_dir is not None:
+        checkpoints = Checkpoints(Path(checkpoint_dir), accelerator, identity)
+        if not resume and (found := checkpoints.complete()):
+            raise FileExistsError(
+                f"There is a checkpoint, {found[0]}. Pass `resume=True` (`--resume`) to continue it, or delete it."
+            )
+    try:
+        trainer = _Trainer(
+            denoiser, data, config, accelerator, checkpoints, latents=vae is not None, distributed=distributed
+        )
+        trainer.evaluate, trainer.evaluate_every = evaluate, evaluate_every
+        return trainer.run(
+            checkpoint_every=checkpoint_every, max_minutes=max_minutes, log_every=log_every, progress=progress
+        )
+    finally:
+        accelerator.free_memory()
+
+
+def _check_denoiser(denoiser: Denoiser, data: TrainingData, num_classes: int) -> None:
+    expected = (data.clean.shape[1], data.clean.shape[2], num_classes)
+    found = (denoiser.config.in_channels, denoiser.config.sample_size, null_class(denoiser))
+    if found != expected:
+        raise ValueError(
+            f"The denoiser takes (channels, size, classes) = {found}, the data has {expected}. "
+            "`adapt_denoiser` changes classes and size; or bring the images to the size with `image_size`."
+        )
+
+
+def _check_training_inputs(
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    config: GeneratorTrainingConfig,
+    num_processes: int,
+) -> None:
+    if pixels.ndim != 4 or pixels.shape[-1] != pixels.shape[-2]:
+        raise ValueError(
+            f"Expected square images of shape (N, C, H, H), got {tuple(pixels.shape)}. `load_pixels(image_size=...)` "
+            "crops them."
+        )
+    if labels.shape != pixels.shape[:1]:
+        raise ValueError(
+            f"Got {len(pixels)} images but labels of shape {tuple(labels.shape)}; one per image is needed."
+        )
+    if len(labels) == 0:
+        raise ValueError("There are no images to train on.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"Labels must be in 0..{num_classes - 1} (`num_classes={num_classes}`), got {int(labels.min())} to "
+            f"{int(labels.max())}."
+        )
+    check_classes(labels, [str(label) for label in range(num_classes)])
+    bad = torch.nonzero(~torch.isfinite(pixels).flatten(1).all(dim=1)).flatten()
+    if len(bad):
+        raise ValueError(f"The pixels of image {int(bad[0])} are not finite ({len(bad)} such images).")
+    if config.batch_size % num_processes:
+        raise ValueError(
+            f"`batch_size={config.batch_size}` cannot be split evenly over {num_processes} processes. "
+            "It is the size over all processes; choose a multiple of their number."
+        )
+
+
+def _prepare_data(
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    config: GeneratorTrainingConfig,
+    vae: AutoencoderKL | None,
+    *,
+    progress: bool,
+) -> TrainingData:
+    pixels, labels = pixels.detach().cpu().float(), labels.detach().cpu()
+    if vae is None:
+        return TrainingData(pixels, labels)
+    vae.eval()
+    mean, std = encode_latents(pixels, vae, progress=progress)
+    mirrored = None
+    if config.horizontal_flip:  # the latents of a mirrored image are not the mirrored latents
+        mirrored_mean, mirrored_std = encode_latents(pixels.flip(-1), vae, progress=progress)
+        mirrored = TrainingData(mirrored_mean, labels, mirrored_std)
+    return TrainingData(mean, labels, std, mirrored)
+
+
+class _Trainer:
+    """One training run: model, averaged weights, optimiser and the loop."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        data: TrainingData,
+        config: GeneratorTrainingConfig,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints | None,
+        *,
+        latents: bool,
+        distributed: bool,
+    ) -> None:
+        self.data, self.config, self.accelerator, self.checkpoints = data, config, accelerator, checkpoints
+        self.distributed = distributed
+        self.scheduler = build_scheduler(config, latents=latents)
+        # For convolutions on a GPU; on a CPU, group norms of this layout in bf16 cost more than the convolutions gain.
+        fast = isinstance(denoiser, UNet2DModel) and accelerator.device.type == "cuda"
+        self.memory_format = torch.channels_last if fast else torch.contiguous_format
+        set_trainable(denoiser, config.trainable)
+        denoiser.to(accelerator.device, memory_format=self.memory_format).train()
+        for module in denoiser.modules():
+            # In train mode every block of diffusers' DiT drops labels on its own, so that hardly ever the whole model
+            # is unconditional. We drop them for all blocks at once instead, as DiT does.
+            if isinstance(module, LabelEmbedding):
+                module.eval()
+        self.denoiser, self.null_class = denoiser, null_class(denoiser)
+        self.names = [name for name, _ in denoiser.named_parameters()]
+        self.ema = EMAModel(
+            denoiser.parameters(),
+            decay=config.ema_decay,
+            use_ema_warmup=True,
+            power=config.ema_power,
+            foreach=True,
+        )
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in denoiser.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        # evaluation_mode keeps the precision but does not tie the processes together
+        self.model = accelerator.prepare_model(denoiser, evaluation_mode=not distributed)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.progress = Progress()
+        self.unlogged: list[torch.Tensor] = []
+        self.evaluate: Callable[[int, Denoiser], dict[str, Any]] | None = None
+        self.evaluate_every = 1000
+
+    def run(
+        self, *, checkpoint_every: int | None, max_minutes: float | None, log_every: int, progress: bool
+    ) -> GeneratorTrainingResult:
+        self._resume()
+        started, before = time.monotonic(), self.progress.seconds
+        progress = progress and self.accelerator.is_local_main_process
+        pace = Pace(
+            self.denoiser, total=self.config.train_steps, done=self.progress.step, accelerator=self.accelerator,
+            processes=self.accelerator.num_processes if self.distributed else 1, shown=progress,
+        )  # fmt: skip
+        early = 0  # the step of the first checkpoint, if it is not that of `checkpoint_every`
+        bar = tqdm(
+            total=self.config.train_steps,
+            initial=self.progress.step,
+            desc="Training generator",
+            unit="step",
+            disable=not progress,
+        )
+        out_of_time = False
+        with bar:
+            while self.progress.step < self.config.train_steps and not out_of_time:
+                self._step()
+                bar.update()
+                step = self.progress.step
+                last = step == self.config.train_steps
+                if pace(step) and self.checkpoints is not None:
+                    early, regular = self._by_the_clock(pace, step, log_every)
+                    checkpoint_every = checkpoint_every or regular
+                due = self.checkpoints is not None and (
+                    step == early or (checkpoint_every is not None and step % checkpoint_every == 0)
+                )
+                if step % log_every == 0 or last or due:
+                    bar.set_postfix(loss=f"{self._log():.4f}")
+                    self.progress.seconds = before + time.monotonic() - started
+                    out_of_time = self._is_out_of_time(started, max_minutes) and not last
+                if self.evaluate is not None and (last or step % self.evaluate_every == 0):
+                    self._evaluate(self.evaluate)
+                if self.checkpoints is not None and (due or last or out_of_time):
+                    self.checkpoints.save(self.progress, self._ema_state())
+        return self._result()
+
+    def _by_the_clock(self, pace: Pace, step: int, log_every: int) -> tuple[int, int]:
+        """The step of the first checkpoint and the steps between the later ones, at those that are logged anyway."""
+        steps = [step + pace.steps_in(FIRST_CHECKPOINT), pace.steps_in(CHECKPOINTS)]
+        rounded = torch.tensor([-(-count // log_every) * log_every for count in steps], device=self.accelerator.device)
+        if self.distributed:
+            rounded = broadcast(rounded)  # one clock decides for all processes
+        first, between = rounded.tolist()
+        return first, between
+
+    def _step(self) -> None:
+        step = self.progress.step
+        batch = draw_batch(
+            self.data, step, self.config, self.null_class, self.accelerator, distributed=self.distributed
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.config)
+        loss = denoising_loss(
+            self.model,
+            self.scheduler,
+            batch.clean.contiguous(memory_format=self.memory_format),
+            batch.labels,
+            batch.timesteps,
+            batch.noise.contiguous(memory_format=self.memory_format),
+            min_snr_gamma=self.config.min_snr_gamma,
+        )
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.denoiser.parameters())
+        self.unlogged.append(loss.detach())
+        self.progress.step += 1
+
+    def _log(self) -> float:
+        """Mean loss since the last log. Looking at it rarely keeps the device busy; no step is left unchecked."""
+        if not self.unlogged:
+            return self.progress.losses[-1]["loss"]
+        losses = torch.stack(self.unlogged)
+        if self.distributed:
+            losses = self.accelerator.reduce(losses, reduction="mean")
+        first = self.progress.step - len(self.unlogged)
+        self.unlogged.clear()
+        bad = torch.nonzero(~torch.isfinite(losses)).flatten()
+        if len(bad):
+            step = first + int(bad[0])
+            raise FloatingPointError(
+                f"The loss is {float(losses[bad[0]])} at step {step} (learning rate "
+                f"{learning_rate_at(step, self.config):.2g}, precision {self.accelerator.mixed_precision!r}). Likely "
+                "fixes: a smaller `learning_rate`, more `warmup_steps`, bf16 or no mixed precision instead of "
+                "fp16; and check the images for NaN."
+            )
+        mean = float(losses.mean())
+        rate = learning_rate_at(self.progress.step - 1, self.config)
+        self.progress.losses.append({"step": self.progress.step, "loss": mean, "learning_rate": rate})
+        return mean
+
+    def _is_out_of_time(self, started: float, max_minutes: float | None) -> bool:
+        if max_minutes is None:
+            return False
+        over = torch.tensor([time.monotonic() - started >= 60 * max_minutes], device=self.accelerator.device)
+        return bool(broadcast(over.int()).item())  # one clock decides for all processes
+
+    def _resume(self) -> None:
+        found = None if self.checkpoints is None else self.checkpoints.load_newest()
+        if found is None:
+            return
+        newest, self.progress, averaged = found
+        self.ema.shadow_params = [averaged[name].to(self.accelerator.device) for name in self.names]
+        self.ema.optimization_step = self.progress.step
+        logger.info("Resumed from %s", newest)
+
+    def _ema_state(self) -> dict[str, torch.Tensor]:
+        return {name: value.cpu().contiguous() for name, value in zip(self.names, self.ema.shadow_params, strict=True)}
+
+    def _averaged(self) -> Denoiser:
+        averaged = type(self.denoiser).from_config(self.denoiser.config)
+        self.ema.copy_to(averaged.parameters())
+        return averaged.eval()
+
+    def _evaluate(self, evaluate: Callable[[int, Denoiser], dict[str, Any]]) -> None:
+        step = self.progress.step
+        if self.accelerator.is_main_process and all(entry["step"] != step for entry in self.progress.evaluations):
+            averaged = self._averaged().to(self.accelerator.device)
+            self.progress.evaluations.append({"step": step, **evaluate(step, averaged)})
+
+    def _result(self) -> GeneratorTrainingResult:
+        return GeneratorTrainingResult(
+            denoiser=self._averaged(),
+            finished=self.progress.step >= self.config.train_steps,
+            step=self.progress.step,
+            seconds=self.progress.seconds,
+            losses=self.progress.losses,
+            evaluations=self.progress.evaluations,
+        )

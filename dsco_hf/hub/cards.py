@@ -1,0 +1,407 @@
+"""The card (README.md) of a published dataset: generated from what was recorded, never typed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from datasets import ClassLabel, Features, Image
+from datasets.info import DatasetInfo, DatasetInfosDict
+from datasets.splits import SplitDict, SplitInfo
+from datasets.utils.metadata import MetadataConfigs
+
+from ..concentration.config_records import (
+    REPOSITORY,
+    as_description,
+    by_config,
+    can_be_remade,
+    how_made,
+    method_label,
+    shared,
+    ways,
+)
+from ..concentration.methods import find_method, in_order
+from ..utils.markdown import (
+    BEGIN_MARK,
+    END_MARK,
+    Trusted,
+    escape_id,
+    escape_markdown,
+    format_number,
+    join_card,
+    last_part,
+    parameter_rows,
+    render,
+)
+
+
+TAGS = ("dataset-concentration", "dataset-distillation", "synthetic", "dsco_hf")
+# What their model cards on the Hub say; others are asked for, or warned about.
+KNOWN_GENERATOR_LICENSES = {"facebook/DiT-XL-2-256": "cc-by-nc-4.0", "facebook/DiT-XL-2-512": "cc-by-nc-4.0"}
+DIT_WARNING = (
+    "Many class-conditional generators derive from DiT weights (`facebook/DiT-XL-2-256`, `-512`), which are "
+    "CC-BY-NC-4.0: not for commercial use, nor is what is made with them."
+)
+COLUMNS = {
+    "image": "the image",
+    "label": "the class, with the source dataset's names and order",
+    "source": "`synthetic` (drawn by the generator) or `real` (an unaltered image of the source dataset)",
+    "seed": "seed of the image's noise: with the class and the block it fixes the image",
+    "block": "block of images optimised jointly: the first k blocks are themselves a smaller set",
+    "real_index": "row of the image in the source dataset; -1 for a synthetic image",
+    "soft_label": "class probabilities of the teacher",
+}
+CAPTIONS = {
+    "samples": "Samples",
+    "accuracy": "Test accuracy against images per class",
+    "features": "Features of the whole class and of the concentrated images",
+    "cost": "Synthesis cost against images per class",
+}
+
+
+@dataclass
+class DatasetCardFields:
+    """What a person can say about a published dataset; all else on its card is filled in from the records.
+
+    Args:
+        pretty_name: Title of the card. Made from the source dataset's name if `None`.
+        repo_id: `"user/name"`, for the loading examples. A placeholder for a local folder if `None`.
+        license: Licence identifier of the result (`"cc-by-4.0"`, ...). Derived from the two below if `None`.
+        source_license: Licence identifier of the source data.
+        generator_license: Licence identifier of the generator's weights.
+        description: A paragraph in your own words, printed as plain text.
+        language: Language codes of the class names, such as `["en"]`.
+        tags: Tags beside our own.
+    """
+
+    pretty_name: str | None = None
+    repo_id: str | None = None
+    license: str | None = None
+    source_license: str | None = None
+    generator_license: str | None = None
+    description: str | None = None
+    language: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+
+
+def _finite(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Makes the rows of the accuracy table from a `results.json` dictionary.
+
+    Args:
+        results: `{"full": {...}, "rows": [{"method", "images_per_class", "images", "accuracy_mean", "accuracy_std",
+            "synthesis_seeds", "training_seeds", "discrepancy", "random_discrepancy", "seconds", ...}]}`; accuracies
+            are fractions in [0, 1].
+
+    Raises:
+        ValueError: If an accuracy is not a fraction.
+    """
+    if not results:
+        return []
+    full = results.get("full") or {}
+    order = in_order(str(row.get("method")) for row in results.get("rows") or [])
+    rows = sorted(
+        results.get("rows") or [],
+        key=lambda row: (
+            row.get("images_per_class") or 0,
+            row.get("images") or 0,
+            order.index(str(row.get("method"))),
+        ),
+    )
+    if full:
+        rows = [*rows, {"method": "all real data", "training_seeds": full.get("seeds"), **full}]
+    table = []
+    for row in rows:
+        mean, reference = _finite(row.get("accuracy_mean")), _finite(full.get("accuracy_mean"))
+        if mean is not None and not 0 <= mean <= 1:
+            raise ValueError(
+                f"accuracy_mean of method {row.get('method')!r} is {mean}, but accuracies in results are fractions "
+                "in [0, 1]. Divide percentages by 100."
+            )
+        runs = (row.get("synthesis_seeds") or 1) * (row.get("training_seeds") or 0)
+        table.append(
+            {
+                "method": find_method(str(row.get("method"))).label,
+                "images_per_class": format_number(row.get("images_per_class")),
+                "images": format_number(row.get("images")),
+                "accuracy": f"{format_number(mean, scale=100)} ± {format_number(row.get('accuracy_std'), scale=100)}",
+                "retention": format_number(
+                    mean / reference if mean is not None and reference else None, digits=1, scale=100
+                ),
+                "discrepancy": format_number(row.get("discrepancy"), digits=4),
+                "random_discrepancy": format_number(_random_beside(row, rows), digits=4),
+                "seconds": format_number(row.get("seconds"), digits=1),
+                "runs": format_number(runs) if runs else "–",
+            }
+        )
+    return table
+
+
+def _random_beside(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The discrepancy of as many random real images: of the row itself, or of the row of those."""
+    if row.get("discrepancy") is None or row.get("random_discrepancy") is not None:
+        return row.get("random_discrepancy")
+    same = (other for other in rows if other.get("images_per_class") == row.get("images_per_class"))
+    return next((other.get("discrepancy") for other in same if other.get("method") == "random"), None)
+
+
+def _seeds_sentence(results: Mapping[str, Any] | None) -> str:
+    counts = {(row.get("synthesis_seeds"), row.get("training_seeds")) for row in (results or {}).get("rows") or []}
+    if len(counts) != 1 or None in (pair := counts.pop()):
+        return ""
+    return f" ({pair[0]} synthesis × {pair[1]} training seeds)"
+
+
+def is_non_commercial(license: str | None) -> bool:
+    """Whether a licence identifier forbids commercial use, as far as its name tells."""
+    parts = re.split(r"[-_ ]", (license or "").lower())
+    return "nc" in parts or "noncommercial" in parts or "non" in parts or "research" in parts
+
+
+def combined_license(source: str | None, generator: str | None) -> dict[str, str]:
+    """Derives the licence metadata of a result from those of its data and its generator."""
+    known = {license for license in (source, generator) if license}
+    if not source or not generator or "unknown" in known:
+        return {"license": "unknown"}
+    if len(known) == 1:
+        return {"license": source}
+    return {"license": "other", "license_name": f"{source}-and-{generator}"}
+
+
+def _shared(records: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """What is recorded alike for all configs of their source or generator."""
+    found = shared(record.get(key) for record in records.values())
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _licenses(
+    records: Mapping[str, Mapping[str, Any]], fields: DatasetCardFields
+) -> tuple[str | None, str | None, dict[str, str]]:
+    generator = _shared(records, "generator")
+    source_license = fields.source_license or _shared(records, "source").get("license")
+    generator_license = (
+        fields.generator_license or generator.get("license") or KNOWN_GENERATOR_LICENSES.get(str(generator.get("id")))
+    )
+    result = {"license": fields.license} if fields.license else combined_license(source_license, generator_license)
+    return source_license, generator_license, result
+
+
+def _license_warnings(source_license: str | None, generator_license: str | None) -> list[Trusted]:
+    warnings = []
+    for what, license in (("generator's weights", generator_license), ("source data", source_license)):
+        if not license or license in ("unknown", "other"):
+            warning = f"**Licence of the {what} not known.** Find it out before you use this dataset or pass it on."
+            if what == "generator's weights":
+                warning += f" {DIT_WARNING}"
+            warnings.append(warning)
+        elif is_non_commercial(license):
+            warnings.append(
+                f"**Not for commercial use.** The licence of the {what} ({escape_markdown(license)}) does not allow "
+                f"it, and "
+                "what is made from them is bound by it."
+            )
+    return [Trusted(warning) for warning in warnings]
+
+
+def size_category(rows: int) -> str:
+    """Returns the Hub's `size_categories` value for a number of rows."""
+    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
+        if rows < limit:
+            return name
+    return "1M<n<10M"
+
+
+def dataset_metadata(
+    concentration: Mapping[str, Any], *, fields: DatasetCardFields | None = None, default_config: str | None = None
+) -> dict[str, Any]:
+    """Makes the YAML metadata of a dataset card: configs, features and sizes for `datasets`, tags and licence.
+
+    Args:
+        concentration: Content of `concentration.json`, with `configs` filled in (see `dsco_hf.hub.folder`).
+        fields: What a person says about it.
+        default_config: Name of the config that `load_dataset(repo)` loads; the recorded one if `None`.
+    """
+    fields = fields or DatasetCardFields()
+    default_config = default_config or concentration.get("default_config")
+    infos: dict[str, DatasetInfo] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    total = 0
+    for name, entry in sorted(concentration["configs"].items()):
+        splits = entry["splits"]
+        total += sum(split["rows"] for split in splits.values())
+        infos[name] = DatasetInfo(
+            features=Features.from_dict(entry["features"]),
+            splits=SplitDict(
+                {s: SplitInfo(name=s, num_bytes=v["bytes"], num_examples=v["rows"]) for s, v in splits.items()}
+            ),
+            download_size=sum(file["size"] for split in splits.values() for file in split["files"]),
+            dataset_size=sum(split["bytes"] for split in splits.values()),
+        )
+        configs[name] = {"data_files": [{"split": split, "path": f"data/{name}/{split}-*"} for split in splits]}
+        if name == default_config:
+            configs[name]["default"] = True
+    records = by_config(concentration)
+    source = _shared(records, "source").get("dataset")
+    license = _licenses(records, fields)[2]
+    data = huggingface_hub.DatasetCardData(
+        license=license["license"],
+        license_name=license.get("license_name"),
+        language=fields.language or None,
+        pretty_name=" ".join((fields.pretty_name or _pretty_name(source)).split())[:120],
+        task_categories=["image-classification"],
+        size_categories=[size_category(total)],
+        tags=sorted({*TAGS, *fields.tags}),
+        source_datasets=[source] if source and REPOSITORY.fullmatch(str(source)) else None,
+    )
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    MetadataConfigs(configs).to_dataset_card_data(data)
+    metadata = {key: value for key, value in data.to_dict().items() if value is not None}
+    # `datasets` reads a description from here as well, so that a set that is loaded says what it was drawn with.
+    entries = metadata["dataset_info"] if len(infos) > 1 else [metadata["dataset_info"]]
+    for entry in entries:
+        if record := records[entry.get("config_name", "default")]:
+            entry["description"] = as_description(record)
+    return metadata
+
+
+def _pretty_name(source: Any) -> str:
+    return f"{last_part(str(source or 'An image dataset'))}, concentrated"
+
+
+def _column_rows(features: Features) -> list[tuple[Trusted, Trusted]]:
+    rows = []
+    for name, feature in features.items():
+        kind = {Image: "image", ClassLabel: "class"}.get(type(feature)) or getattr(
+            feature, "dtype", type(feature).__name__
+        )
+        meaning = COLUMNS.get(name, "")
+        rows.append(
+            (Trusted(escape_markdown(name)), Trusted(f"{escape_markdown(kind)}{': ' if meaning else ''}{meaning}"))
+        )
+    return rows
+
+
+def _soft_label_help(features: Features) -> Trusted | None:
+    if "soft_label" not in features:
+        return None
+    if isinstance(features["soft_label"], dict):
+        return Trusted(
+            "`soft_label` holds the teacher's most probable classes only, as `indices` and half-precision "
+            "`probabilities`. "
+            "The missing mass belongs to the other classes:\n\n```python\nimport numpy as np\n\n"
+            f"def dense(soft_label, num_classes={len(features['label'].names)}):\n"
+            '    rest = max(0.0, 1.0 - float(np.sum(soft_label["probabilities"], dtype="float64")))\n'
+            '    dense = np.full(num_classes, rest / max(1, num_classes - len(soft_label["indices"])))\n'
+            '    dense[soft_label["indices"]] = soft_label["probabilities"]\n    return dense\n```'
+        )
+    kind = str(getattr(getattr(features["soft_label"], "feature", None), "dtype", "a list"))
+    if kind == "float16":
+        kind = "half precision (relative error below 0.05 % for all above 0.0001): convert to float32 and"
+    return Trusted(
+        f"`soft_label` holds one probability per class, stored in {kind}"
+        f"{'' if kind.endswith('and') else ':'} divide by the sum before use."
+    )
+
+
+def _template_values(
+    concentration: Mapping[str, Any],
+    fields: DatasetCardFields,
+    results: Mapping[str, Any] | None,
+    figures: Sequence[str],
+) -> dict[str, Any]:
+    configs, records = concentration["configs"], by_config(concentration)
+    default = concentration.get("default_config") or next(iter(configs))
+    source, generator = _shared(records, "source"), _shared(records, "generator")
+    source_license, generator_license, license = _licenses(records, fields)
+    features = Features.from_dict(configs[default]["features"])
+    names = features["label"].names
+    shown = ", ".join(escape_markdown(name, max_length=60) for name in names[:100])
+    config_rows = []
+    for name, entry in configs.items():
+        for split, info in entry["splits"].items():
+            counts = info["rows_per_class"]
+            config_rows.append(
+                {
+                    "config": Trusted(name),
+                    "method": method_label(records[name]),
+                    "split": Trusted(split),
+                    "default": name == default,
+                    "rows": info["rows"],
+                    "synthetic": info["sources"].get("synthetic", 0) if info["sources"] else "–",
+                    "real": info["sources"].get("real", 0) if info["sources"] else "–",
+                    "per_class": min(counts) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}",
+                }
+            )
+    source_name = escape_id(source.get("dataset") or "not recorded")
+    rows = f"the {format_number(source['rows'])} images of " if isinstance(source.get("rows"), int) else ""
+    return {
+        "pretty_name": fields.pretty_name or _pretty_name(source.get("dataset")),
+        "description": fields.description,
+        "summary": Trusted(_summary(configs, default, len(names))),
+        "how_sentence": Trusted(how_made(records)),
+        "source_sentence": Trusted(f"{rows}{source_name}" if source.get("dataset") else "its much larger source"),
+        "warnings": _license_warnings(source_license, generator_license),
+        "load_path": Trusted(fields.repo_id or "path/to/this/folder"),
+        "default_split": Trusted(next(iter(configs[default]["splits"]))),
+        "other_configs": [(Trusted(n), Trusted(next(iter(e["splits"])))) for n, e in configs.items() if n != default],
+        "config_rows": config_rows,
+        "columns": _column_rows(features),
+        "classes": names,
+        "class_list": Trusted(shown + (f", … ({len(names) - 100} more)" if len(names) > 100 else "")),
+        "soft_label_help": _soft_label_help(features),
+        "figures": [(Trusted(path), _caption(path)) for path in figures],
+        "accuracy_rows": accuracy_table(results),
+        "seeds_sentence": Trusted(_seeds_sentence(results)),
+        "protocol": parameter_rows((results or {}).get("config")),
+        **ways(records),
+        "can_be_remade": can_be_remade(records[default]),
+        "changed": any(record.get("changed") for record in records.values()),
+        "has_real": any(
+            (info["sources"] or {}).get("real") for e in configs.values() for info in e["splits"].values()
+        ),
+        "source_name": Trusted(source_name),
+        "generator_name": Trusted(escape_id(generator.get("id") or "not recorded")),
+        "source_license": source_license or "not known",
+        "generator_license": generator_license or "not known",
+        "license": license.get("license_name") or license["license"],
+    }
+
+
+def _summary(configs: Mapping[str, Any], default: str, num_classes: int) -> str:
+    rows = next(iter(configs[default]["splits"].values()))["rows"]
+    others = f"; {len(configs)} sizes to choose from" if len(configs) > 1 else ""
+    return f"{format_number(rows)} images of {num_classes} classes{others}"
+
+
+def _caption(path: str) -> str:
+    stem = Path(path).stem
+    return CAPTIONS.get(stem, stem.replace("_", " "))
+
+
+def render_dataset_card(
+    concentration: Mapping[str, Any],
+    *,
+    fields: DatasetCardFields | None = None,
+    results: Mapping[str, Any] | None = None,
+    figures: Iterable[str] = (),
+) -> str:
+    """Renders the README.md of a concentrated dataset, from its metadata block to the citation.
+
+    Args:
+        concentration: Content of `concentration.json`, with `configs` filled in (see `dsco_hf.hub.folder`).
+        fields: What a person says about it; licences left out here are looked up or warned about.
+        results: Content of `results.json`, the source of the accuracy table.
+        figures: Paths of images inside the repository, in the order shown.
+    """
+    fields = fields or DatasetCardFields()
+    metadata = dataset_metadata(concentration, fields=fields)
+    body = render("dataset_card.md.jinja", **_template_values(concentration, fields, results, list(figures)))
+    return join_card(metadata, f"{BEGIN_MARK}\n\n{body}\n{END_MARK}\n")

@@ -1,0 +1,224 @@
+"""Making a published dataset again: its records, and the pipeline and targets that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..concentration.records import PARTS, config_record
+from ..matching.targets import MatchingTargets
+from ..sampling.models import load_classifier, load_model
+from ..sampling.pipeline import DsCoPipeline
+from ..utils.files import check_path, reading
+from ..utils.origins import model_sha256, targets_sha256
+from ..utils.safety import Token, explained, safe_path
+from .folder import CONCENTRATION, WRITE_AGAIN, parse_record
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def read_concentration(
+    repo_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    cache_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Reads how a published dataset was made: the content of its `concentration.json`, without the images.
+
+    Args:
+        repo_or_folder: `"user/name"`, or the folder of a published dataset.
+        revision: Branch, tag or commit of the repository.
+        token: Token for a private repository.
+        cache_dir: Where to keep the download; the usual cache if `None`.
+
+    Raises:
+        FileNotFoundError: If there is no such repository, revision or folder, or it has no `concentration.json`.
+        PermissionError: If it is gated or the token is not valid.
+        ValueError: If the file is damaged.
+        ConnectionError: If the Hub cannot be reached.
+    """
+    folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
+    return _record(folder, f"{CONCENTRATION} of {repo_or_folder}")
+
+
+def load_recorded(
+    repo_or_folder: str | Path,
+    config: str | None = None,
+    *,
+    revision: str | None = None,
+    generator: str | Path | None = None,
+    generator_revision: str | None = None,
+    token: Token = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[DsCoPipeline, MatchingTargets | None, dict[str, Any]]:
+    """Loads what a published dataset was made with: the pipeline and the targets, at the recorded commits.
+
+    `concentrate(pipe, targets, seed=record["seed"], **record_parameters(record))` then makes its synthetic rows again.
+
+    Args:
+        repo_or_folder: `"user/name"`, or the folder of a published dataset.
+        config: Config to make again; the default one if `None`.
+        revision: Branch, tag or commit of the dataset.
+        generator: Where the recorded generator lies now, a folder or Hub id, if not at its recorded place; the SHA-256
+            of its weights is compared.
+        generator_revision: Branch, tag or commit of `generator`.
+        token: Token for private repositories.
+        cache_dir: Where to keep the downloads; the usual cache if `None`.
+
+    Returns:
+        The pipeline; the targets, `None` if there were none (plain samples); and the records of the config.
+
+    Raises:
+        ValueError: If the records do not name published models and targets, or what they name is something else now.
+        FileNotFoundError: See `read_concentration`, as for the others.
+        PermissionError: See `read_concentration`.
+        ConnectionError: See `read_concentration`.
+    """
+    folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
+    name = f"{CONCENTRATION} of {repo_or_folder}"
+    record = config_record(_record(folder, name), config)
+    options = {"token": token, "cache_dir": cache_dir}
+    if generator is None:
+        place = _place(record, "generator", name, folder)
+    else:
+        place = {"id": str(generator), "revision": generator_revision}
+    known = {part: _load_part(record, part, name, options, folder) for part in PARTS}
+    parts = {part: model for part, model in known.items() if model is not None}
+    dtype = DTYPES.get(str((record.get("environment") or {}).get("dtype")), torch.float32)
+    pipe = DsCoPipeline.from_pretrained(place["id"], revision=place.get("revision"), dtype=dtype, **parts, **options)
+    for part, model in (("generator", pipe.denoiser), *((part, getattr(pipe, part, None)) for part in PARTS)):
+        expected = (record.get(part) or {}).get("sha256")
+        if expected is not None and (model is None or model_sha256(model) != expected):
+            raise ValueError(
+                f"The {part} that {name} names is not the one that the dataset was made with: the SHA-256 of its "
+                "weights differs. Was it changed since? A recorded `revision` would tell them apart."
+            )
+    return pipe, _load_targets(record, folder, name, options), record
+
+
+def recorded_rows(published: Mapping[str, Any], config: str) -> dict[str, Any]:
+    """The drawn rows of a published config, to compare rows with that are drawn again.
+
+    Args:
+        published: content of its `concentration.json`.
+        config: name of the config.
+
+    Returns:
+        `dict`: `rows_sha256` of its drawn rows as they were when they were drawn, None if that is not known;
+            `published_sha256` of them as they are published; `changed`, what happened between, if anything; and
+            `real`, the number of real rows, which are not drawn.
+    """
+    record, entry = config_record(published, config), published["configs"][config]
+    counts = next(iter(entry["splits"].values()))
+    sources = counts.get("sources") or {}
+    stored = counts.get("synthetic_sha256") or (counts["rows_sha256"] if set(sources) == {"synthetic"} else None)
+    drawn = (record.get("synthetic") or {}).get("rows_sha256")
+    changed = record.get("changed")
+    if changed is None and None not in (drawn, stored) and drawn != stored:
+        changed = "its rows are not those that its record says were drawn"
+    return {
+        "rows_sha256": drawn or stored,
+        "published_sha256": stored,
+        "changed": changed,
+        "real": sources.get("real", 0),
+    }
+
+
+def _fetch(repo_or_folder: str | Path, *, revision: str | None, token: Token, cache_dir: str | Path | None) -> Path:
+    """The folder with the records and targets of a dataset, downloaded at one commit unless it is a local one."""
+    folder, name = Path(repo_or_folder), str(repo_or_folder)
+    if not folder.is_dir():
+        check_path(repo_or_folder, wanted="Give the folder of a published dataset, or an id such as 'user/name'.")
+        with explained(name, token=token, action="read"):
+            api = HfApi(token=token, library_name="dsco_hf")
+            patterns = [CONCENTRATION, "targets/*/targets.json", "targets/*/targets.safetensors"]
+            options: Any = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": patterns}
+            folder = Path(api.snapshot_download(name, repo_type="dataset", **options))
+    if not (folder / CONCENTRATION).is_file():
+        raise FileNotFoundError(f"{name} has no {CONCENTRATION}: it was not published with `publish`.")
+    return folder
+
+
+def _record(folder: Path, name: str) -> dict[str, Any]:
+    with reading(folder / CONCENTRATION, WRITE_AGAIN):
+        text = (folder / CONCENTRATION).read_text(encoding="utf-8")
+    return parse_record(text, name)
+
+
+def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dict[str, Any]:
+    """The recorded repository of a model, or its folder if it lies around here; ValueError if it cannot be loaded."""
+    entry = record.get(part)
+    entry = dict(entry) if isinstance(entry, Mapping) else {}
+    if isinstance(own := entry.get("folder"), str) and own == Path(own).name:
+        around = [Path.cwd(), *folder.resolve().parents[:3]]
+        found = next((str(place / own) for place in around if (place / own).is_dir()), None)
+        if found is None:
+            raise ValueError(
+                f"The {part} is recorded in {name} as a folder called {own!r} of its maker: ask who made the dataset "
+                "to publish it (`publish_pipeline`, `publish_evaluator`), or put a copy of it beside the dataset"
+                + (", or say where it is (`--generator`, `generator=`)" if part == "generator" else "")
+                + "; its SHA-256 is checked."
+            )
+        entry["id"] = found
+    try:
+        validate_repo_id(entry.get("id") or "")
+    except HFValidationError:
+        if not (isinstance(entry.get("id"), str) and Path(entry["id"]).is_dir()):
+            raise ValueError(
+                f"The {part} is recorded in {name} as {entry.get('id')!r}, which is no repository that others can "
+                "load: ask who made the dataset to publish it (`publish_pipeline`, `publish_evaluator`) and to record "
+                "its id."
+            ) from None
+    return entry
+
+
+def _load_part(record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path) -> Any:
+    """A component that was added to the generator by hand; None if the generator's own repository has it."""
+    if not record.get(part):
+        return None
+    if record[part].get("subfolder") == part:
+        origins = [[record[of].get(key) for key in ("id", "folder", "revision")] for of in (part, "generator")]
+        if origins[0] == origins[1]:
+            return None
+    place = _place(record, part, name, folder)
+    known = {key: place[key] for key in ("revision", "subfolder") if place.get(key)}
+    if part == "preview_vae":
+        return load_model(AutoencoderTiny, place["id"], **known, **options)
+    return load_classifier(place["id"], **known, **options)
+
+
+def _load_targets(
+    record: Mapping[str, Any], folder: Path, name: str, options: Mapping[str, Any]
+) -> MatchingTargets | None:
+    entry = record.get("targets")
+    if not entry:
+        return None
+    if entry.get("kind"):
+        raise ValueError(
+            f"{name} matches real images one by one ({entry['kind']}): only with them can it be drawn again, by "
+            "`concentrate`."
+        )
+    if entry.get("path"):
+        targets = MatchingTargets.from_pretrained(safe_path(folder, entry["path"]))
+    elif entry.get("id"):
+        place = {key: entry[key] for key in ("revision", "subfolder") if entry.get(key)}
+        targets = MatchingTargets.from_pretrained(entry["id"], **place, **options)
+    else:
+        raise ValueError(
+            f"The targets behind {name} were not published with it (`publish(..., targets=targets)` does that): ask "
+            "who made the dataset, or make them anew from the recorded source with `MatchingTargets.from_dataset`."
+        )
+    if entry.get("sha256") not in (None, targets_sha256(targets)):
+        raise ValueError(
+            f"The targets that {name} names are not those that it was made with: the SHA-256 of their content differs."
+        )
+    return targets

@@ -1,0 +1,388 @@
+"""Which features are matched: layers, poolings, networks and spaces, chosen by data that is kept with the targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.labels import class_mapping
+from ..data.schema import nearest
+from ..utils.values import plain_fields
+from .features import POOLINGS, Observation, check_layer, observe_layers, preprocess
+
+
+logger = logging.getLogger(__name__)
+
+NETWORKS = ("classifier", "classifier_2", "random")
+SPACES = ("pixels", "latents")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """Features of one network. Several specs together are concatenated.
+
+    Attributes:
+        layers (`tuple[str, ...]`): "pooled" (the input of the classifier's linear head), "logits", "hidden_0",
+            "hidden_1", … (the `hidden_states` of transformers) or names of the classifier's modules.
+        pooling (`str`): what is kept of the positions of such a layer: "average", "grid2" (averages of the four
+            quarters), "mean_std" or "cls" (the class token of a vision transformer). "pooled" and "logits" are vectors
+            already, and stay as they are.
+        network (`str`): "classifier" or "classifier_2", the pipeline's components, or "random": the untrained network
+            of the objective that the DsCo authors released.
+        space (`str`): "pixels", or "latents": the predicted latents as the denoiser sees them, with no decoder in
+            between. The network must take as many channels as they have; a random one does.
+        seed (`int`): of the random network's weights.
+
+    Raises:
+        ValueError: for a value that is not allowed, or a pooling with nothing to pool.
+    """
+
+    layers: tuple[str, ...] = ("pooled",)
+    pooling: str = "average"
+    network: str = "classifier"
+    space: str = "pixels"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
+        several = isinstance(self.layers, list | tuple)
+        layers = tuple(self.layers) if several else (self.layers,)
+        object.__setattr__(self, "layers", layers)
+        if not layers or not all(isinstance(layer, str) for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(f"`layers` must be different names of layers, such as ('pooled',); got {self.layers!r}.")
+        for name, value, allowed in (
+            ("pooling", self.pooling, POOLINGS), ("network", self.network, NETWORKS), ("space", self.space, SPACES)
+        ):  # fmt: skip
+            if value not in allowed:
+                raise ValueError(
+                    f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(str(value), allowed)}"
+                )
+        if self.pooling != "average" and set(layers) <= {"pooled", "logits"}:
+            raise ValueError(
+                f"pooling={self.pooling!r} needs positions, and {list(layers)} are pooled already: add a layer such "
+                "as 'hidden_3', or leave `pooling` out."
+            )
+        if self.network == "random" and layers != ("pooled",):
+            raise ValueError(f"The random network has one layer, 'pooled'; got {list(layers)}.")
+
+
+DEFAULT_FEATURES = (FeatureSpec(),)
+
+Features: TypeAlias = FeatureSpec | Mapping[str, Any] | Sequence[FeatureSpec | Mapping[str, Any]] | str | None
+"""What a `features` argument takes, see [`feature_specs`]."""
+
+
+def feature_specs(features: Features) -> tuple[FeatureSpec, ...]:
+    """Any form of a `features` argument as a tuple of specs.
+
+    Args:
+        features (*optional*): a [`FeatureSpec`] or a `dict` of its fields; several of them in a list; the same as a
+            YAML (or JSON) string; None for the classifier's pooled features.
+
+    Raises:
+        ValueError: for an unknown field (the nearest is suggested), a value that is not allowed, or the same features
+            twice.
+    """
+    if features is None:
+        return DEFAULT_FEATURES
+    if isinstance(features, str):
+        try:
+            features = yaml.safe_load(features)
+        except yaml.YAMLError as error:
+            raise ValueError(f"`features` is not valid YAML: {error}") from error
+    given: Any = [features] if isinstance(features, FeatureSpec | Mapping) else features
+    if not isinstance(given, list | tuple) or not all(isinstance(item, FeatureSpec | Mapping) for item in given):
+        raise ValueError(
+            "`features` must be a FeatureSpec, a dict of its fields, or a list of them, for example "
+            f"{{'layers': ['pooled', 'hidden_3'], 'pooling': 'grid2'}}; got {str(features)[:200]}."
+        )
+    fields = [field.name for field in dataclasses.fields(FeatureSpec)]
+    specs = []
+    for item in given:
+        if isinstance(item, Mapping):
+            for key in item:
+                if key not in fields:
+                    raise ValueError(
+                        f"A feature spec has no field {key!r}.{nearest(str(key), fields)} It has {fields}."
+                    )
+            item = FeatureSpec(**item)
+        specs.append(item)
+    if not specs or len({part for spec in specs for part in _parts(spec)}) < sum(len(spec.layers) for spec in specs):
+        raise ValueError(f"`features` must name at least one layer, and none twice; got {specs}.")
+    return tuple(specs)
+
+
+def layer_weights(sizes: Sequence[int]) -> torch.Tensor:
+    """Weights `(d,)` of concatenated standardised features by which every layer counts alike.
+
+    The squared distance of standardised features grows with their number, so a wide layer would drown a narrow one.
+    Layer l of L with d_l of the d dimensions gets √(d / (L·d_l)), which leaves the expected distance as it was. The
+    weight of a single layer is 1.
+    """
+    total = sum(sizes)
+    return torch.cat([torch.full((size,), math.sqrt(total / (len(sizes) * size))) for size in sizes])
+
+
+class FeatureSource:
+    """The frozen networks of a pipeline that specs name, as one function of pixels and latents.
+
+    Args:
+        pipe (`DsCoPipeline`): has the networks; a random network is drawn for it.
+        specs (sequence of [`FeatureSpec`]): what to observe.
+
+    Raises:
+        ValueError: for a network that the pipeline lacks or that is in train mode, an unknown layer, or latents that
+            the network cannot take.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, specs: Sequence[FeatureSpec]) -> None:
+        self.pipe, self.specs = pipe, tuple(specs)
+        self.needs_pixels = any(spec.space == "pixels" for spec in specs)
+        self.needs_latents = any(spec.space == "latents" for spec in specs)
+        # the classifier of pixels first: its logits are those of an observation
+        order = sorted({_group(spec) for spec in specs}, key=lambda key: (key[1] == "latents", NETWORKS.index(key[0])))
+        self._groups = {key: self._network(*key) for key in order}
+        for spec in self.specs:
+            network = self._groups[_group(spec)]
+            if not isinstance(network, RandomExtractor):
+                for layer in spec.layers:
+                    check_layer(network, layer)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What every image passes through."""
+        return list(self._groups.values())
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the logits of an observation are those of the pipeline's classifier."""
+        return ("classifier", "pixels", 0) in self._groups
+
+    def warn_of_other_classes(self, names: Sequence[str]) -> None:
+        """Logs a warning for a classifier that was trained on other classes than these."""
+        for (name, *_), network in self._groups.items():
+            if isinstance(network, RandomExtractor):
+                continue
+            try:
+                class_mapping(names, network.config.id2label, network.config.num_labels)
+            except ValueError:
+                logger.warning(
+                    "The pipeline's `%s` was trained on other classes than %s%s: its features are matched, but "
+                    "its predictions mean nothing here (no soft labels, no clarity doping, weighting='none').",
+                    name,
+                    list(names[:3]),
+                    " …" if len(names) > 3 else "",
+                )
+
+    def __call__(
+        self, pixels: torch.Tensor | None, latents: torch.Tensor | None = None, *, moments: bool = False
+    ) -> Observation:
+        """Features of images; gradients reach the pixels and the latents.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(B, C, H, W)`, range [-1, 1], *optional*): needed if `needs_pixels`.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): of the same images, as the denoiser sees
+                them; needed if `needs_latents`.
+            moments (`bool`): also record the moments at the BatchNorm layers of the networks.
+
+        Returns:
+            [`Observation`]: all features one after the other; logits of the first classifier, `(B, 0)` without one.
+        """
+        blocks, logits, seen = self._observe(pixels, latents, moments=moments)
+        first = blocks[0]
+        return Observation(
+            torch.cat(blocks, dim=1) if len(blocks) > 1 else first,
+            logits[0] if logits else first.new_zeros(len(first), 0),
+            torch.cat(seen, dim=1) if len(seen) > 1 else seen[0],
+        )
+
+    @torch.no_grad()
+    def of_pixels(self, pixels: torch.Tensor) -> Observation:
+        """Features of finished images `(B, C, H, W)` in [-1, 1], which are encoded where latents are observed."""
+        pixels = pixels.to(self.device)
+        latents = self.pipe.encode_pixels(pixels, sample_posterior=False) if self.needs_latents else None
+        return self(pixels, latents)
+
+    @torch.no_grad()
+    def probe(self) -> list[torch.Tensor]:
+        """Features `(2, d_l)` of two fixed noise images, layer by layer, float32 on CPU.
+
+        They tell networks apart, whatever the device or precision; compare with a tolerance of some percent.
+        """
+        noise = {}
+        for key, network in self._groups.items():
+            generator = torch.Generator().manual_seed(0)
+            if key[1] == "latents":
+                noise[key] = torch.randn(2, *self.latent_shape, generator=generator).to(self.device)
+            else:
+                channels = getattr(getattr(network, "config", None), "num_channels", None) or self.pipe.num_channels
+                noise[key] = (torch.rand(2, channels, 32, 32, generator=generator) * 2 - 1).to(self.device)
+        return [block.cpu() for block in self._observe(noise, noise)[0]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(next(iter(self._groups.values())).parameters()).device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        side = self.pipe.image_size // self.pipe.vae_scale_factor
+        return self.pipe.denoiser.config.in_channels, side, side
+
+    def _observe(self, pixels: Any, latents: Any, *, moments: bool = False) -> tuple[list[torch.Tensor], list, list]:
+        """Features by layer in the order of the specs; logits and moments by network."""
+        found: dict[tuple, torch.Tensor] = {}
+        logits, seen = [], []
+        for key, network in self._groups.items():
+            given = latents if key[1] == "latents" else pixels
+            inputs = given[key] if isinstance(given, dict) else given
+            if inputs is None:
+                raise ValueError(f"These features are taken from {key[1]}, and none were given.")
+            if isinstance(network, RandomExtractor):
+                features = network(inputs.to(next(network.parameters()).dtype)).float()
+                found[*key, "pooled", "average"] = features
+                seen.append(features.new_zeros(len(features), 0, 2))
+                continue
+            layers = [part[3:] for spec in self.specs if _group(spec) == key for part in _parts(spec)]
+            if key[1] == "pixels":  # resized in float32: on CPU there is no antialiased resizing in half precision
+                half = inputs.dtype in (torch.float16, torch.bfloat16)
+                inputs = preprocess(inputs.float() if half else inputs, network)
+            blocks, mine, statistics = observe_layers(network, inputs.to(network.dtype), layers, moments=moments)
+            found |= {(*key, *layer): block for layer, block in zip(layers, blocks, strict=True)}
+            logits.append(mine)
+            seen.append(statistics)
+        return [found[part] for spec in self.specs for part in _parts(spec)], logits, seen
+
+    def _network(self, name: str, space: str, seed: int) -> Any:
+        if space == "latents" and self.pipe.vae is None:
+            raise ValueError(
+                "The generator draws pixels and has no latents: use FeatureSpec(space='pixels'), as cheap here."
+            )
+        if name == "random":
+            shape = self.latent_shape if space == "latents" else (self.pipe.num_channels, self.pipe.image_size)
+            if shape[-1] < 8:
+                raise ValueError(
+                    f"The random network halves its input three times and needs at least 8 positions a side, the "
+                    f"{space} have {shape[-1]}: use a classifier's features."
+                )
+            return _random_network(shape[0], seed, self.pipe._execution_device, self.pipe.denoiser.dtype)
+        network: PreTrainedModel | None = getattr(self.pipe, name, None)
+        if network is None:
+            raise ValueError(
+                f"Matching needs the features of a classifier, and the pipeline has none: pass `{name}=` to "
+                "`DsCoPipeline.from_pretrained`, for example `AutoModelForImageClassification.from_pretrained(...)`."
+            )
+        if network.training:
+            raise ValueError(
+                f"The pipeline's `{name}` is in train mode, where dropout and batch statistics change its "
+                f"features: call `pipe.{name}.eval()` first."
+            )
+        if space == "latents":
+            self._check_takes_latents(network, name)
+        return network
+
+    def _check_takes_latents(self, network: PreTrainedModel, name: str) -> None:
+        channels, side, _ = self.latent_shape
+        size = getattr(network.config, "image_size", None) or side
+        takes = getattr(network.config, "num_channels", 3)
+        if takes != channels or size not in (side, (side, side), [side, side]):
+            raise ValueError(
+                f"`{name}` takes {takes} channels of {size} px, the latents have {channels} of {side}: train one on "
+                "latents (its config says `num_channels` and `image_size`), use FeatureSpec(network='random', "
+                "space='latents'), or take features of pixels."
+            )
+
+
+def check_probe(found: Sequence[torch.Tensor], expected: torch.Tensor, made_with: str) -> None:
+    """Refuses networks other than those that targets were made with.
+
+    Args:
+        found (sequence of `torch.Tensor` of shape `(2, d_l)`): the probe layer by layer, see [`FeatureSource.probe`].
+        expected (`torch.Tensor` of shape `(2, d)`): that of the targets.
+        made_with (`str`): what they were made with, for the error.
+
+    Raises:
+        ValueError: if the feature sizes differ, or the features seen in the probe images.
+    """
+    size = sum(block.shape[1] for block in found)
+    if size != expected.shape[1]:
+        raise ValueError(
+            f"The pipeline's classifier gives {size} features, the targets are for {expected.shape[1]}: they were "
+            f"made with another classifier ({made_with}). Load that one or make new targets."
+        )
+    for block, wanted in zip(found, expected.cpu().split([block.shape[1] for block in found], dim=1), strict=True):
+        # bfloat16 features differ by about 1 %; another training of the same architecture by far more than 10 %
+        if not (block - wanted).norm() <= 0.1 * wanted.norm() + 1e-6:
+            raise ValueError(
+                "The pipeline's classifier is not the one that the targets were made with: it has the same feature "
+                f"size but sees other features. They were made with {made_with}. Load that one or make new targets."
+            )
+
+
+def check_finite(features: torch.Tensor, where: str) -> None:
+    """Raises ValueError for features `(B, d)` that are not finite; `where` says which images they are of."""
+    bad = (~features.isfinite()).any(dim=1).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(
+            f"The classifier's features are not finite for {len(bad)} of {len(features)} images ({where}; the first "
+            f"is number {int(bad[0])} of the batch). Check its weights, or load it with `dtype=torch.float32`."
+        )
+
+
+class RandomExtractor(nn.Module):
+    """The random, untrained, frozen network of the released objective: latents `(B, C, H, W)` → features `(B, 2048)`.
+
+    Conv 3x3 to 256 channels, then three grouped (16) 4x4 convolutions of stride 2 to 512, 1024 and 2048 channels,
+    LeakyReLU in between, averaged over space.
+
+    Args:
+        in_channels (`int`): C.
+        seed (`int`): of the weights; the global random state is left as it is.
+    """
+
+    def __init__(self, in_channels: int, *, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Conv2d(in_channels, 256, 3, padding=1),
+                nn.LeakyReLU(),
+                nn.Conv2d(256, 512, 4, stride=2, padding=1, groups=16),
+                nn.LeakyReLU(),
+                nn.Conv2d(512, 1024, 4, stride=2, padding=1, groups=16),
+                nn.LeakyReLU(),
+                nn.Conv2d(1024, 2048, 4, stride=2, padding=1, groups=16),
+            )
+        self.requires_grad_(False)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Features `(B, 2048)` of latents `(B, C, H, W)` with H and W of at least 8."""
+        return self.layers(latents).mean(dim=(-2, -1))
+
+
+@functools.lru_cache(maxsize=4)
+def _random_network(channels: int, seed: int, device: torch.device, dtype: torch.dtype) -> RandomExtractor:
+    extractor = RandomExtractor(channels, seed=seed).to(device, dtype)
+    # faster, on a CPU by a third
+    return extractor.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _group(spec: FeatureSpec) -> tuple[str, str, int]:
+    """What one pass through a network serves."""
+    return spec.network, spec.space, spec.seed if spec.network == "random" else 0
+
+
+def _parts(spec: FeatureSpec) -> list[tuple]:
+    """Every layer of a spec, told from all others."""
+    return [(*_group(spec), layer, spec.pooling) for layer in spec.layers]

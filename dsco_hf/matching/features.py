@@ -1,0 +1,371 @@
+"""φ: what a frozen image classifier of transformers sees: pooled features, differentiable."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from ..data.schema import nearest
+from ..utils.files import read_json
+from ..utils.origins import commit_of
+from .preprocessing import Preprocessing, as_dict, check_against, from_dict
+
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD, IMAGENET_SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
+POOLINGS = ("average", "grid2", "mean_std", "cls")
+DEFAULT_LAYERS = (("pooled", "average"),)
+
+_HIDDEN = re.compile(r"hidden_\d+")
+
+
+def ensure_preprocessing(
+    classifier: PreTrainedModel, *, subfolder: str | None = None, token: str | bool | None = None
+) -> PreTrainedModel:
+    """Writes what a classifier expects of its inputs into its config, where it is saved with it.
+
+    A config that holds `image_size`, `image_mean` and `image_std` (those trained by our recipes do) says it all:
+    resize, bilinear, and normalise. Otherwise the image processor beside the weights, of the same commit, is followed
+    in all it does, as `config.preprocessing` (see `matching.preprocessing`); what cannot be followed is warned of. If
+    there is none, the usual ImageNet values are taken, with a warning.
+
+    Args:
+        classifier (`PreTrainedModel`): a classifier of images.
+        subfolder (`str`, *optional*): that it was loaded from.
+        token (`str` or `bool`, *optional*): for a private repository on the Hub.
+
+    Returns:
+        `PreTrainedModel`: the same object.
+    """
+    config, wanted = classifier.config, ("image_size", "image_mean", "image_std")
+    if getattr(config, "preprocessing", None) or all(getattr(config, name, None) is not None for name in wanted):
+        return classifier
+    channels = getattr(config, "num_channels", 3)
+    name = classifier.name_or_path
+    try:
+        options: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
+        options |= {} if Path(name).is_dir() else {"token": token, "revision": commit_of(classifier)}
+        processor = AutoImageProcessor.from_pretrained(name, **options)
+        found = Preprocessing.of(processor, channels)
+        if channels in (1, 3):
+            check_against(processor, found, channels, name)
+        size = found.input_size(IMAGENET_SIZE, IMAGENET_SIZE)
+        values: Any = (size[0] if size[0] == size[1] else list(size), processor.image_mean, processor.image_std)
+        config.preprocessing = as_dict(found)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError) as error:
+        path = Path(name) / (subfolder or "") / "preprocessor_config.json"
+        if path.is_file():  # damaged, and then no reason to guess
+            read_json(path, "Save the image processor again, or copy it again.")
+        logger.warning(
+            "No preprocessor config that can be followed was found for classifier %r (%s): assuming %d px and "
+            "ImageNet normalisation. Set `image_size`, `image_mean` and `image_std` of `classifier.config` otherwise.",
+            name,
+            type(error).__name__,
+            IMAGENET_SIZE,
+        )
+        values = (IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD)
+    for key, value in zip(wanted, values, strict=True):
+        if getattr(config, key, None) is None:
+            setattr(config, key, value if key == "image_size" else _of_channels(value, channels))
+    return classifier
+
+
+def _of_channels(values: Sequence[float] | float | None, channels: int) -> list[float]:
+    """One number per channel: the mean of several where a classifier has another number of channels."""
+    found = [0.0] if values is None else [values] if isinstance(values, int | float) else list(values)
+    return found if len(found) == channels else [sum(found) / len(found)] * channels
+
+
+def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tensor:
+    """Turns pixels in [-1, 1] into the `pixel_values` of a classifier; differentiable.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(B, C, H, W)`, range [-1, 1]): C is 1 or 3; grayscale is repeated for a colour
+            classifier, colour is averaged for a grayscale one.
+        classifier (`PreTrainedModel`): what it expects is in its config, see [`ensure_preprocessing`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, num_channels, h, w)`, in the precision of `pixels`, as the classifier's processor
+            makes them.
+    """
+    config = ensure_preprocessing(classifier).config  # a classifier may have been put into a pipeline by hand
+    channels = getattr(config, "num_channels", 3)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{type(classifier).__name__} takes {channels} channels, images have 1 or 3. Features of a classifier "
+            "that was trained on latents are matched with `FeatureSpec(space='latents')`."
+        )
+    if pixels.shape[1] != channels:
+        pixels = pixels.expand(-1, channels, -1, -1) if pixels.shape[1] == 1 else pixels.mean(dim=1, keepdim=True)
+    if getattr(config, "preprocessing", None):
+        return from_dict(config.preprocessing)(pixels)
+    size = config.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if tuple(pixels.shape[-2:]) != size:
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+    if all(m == 0.5 for m in config.image_mean) and all(s == 0.5 for s in config.image_std):
+        return pixels  # (x / 2 + 0.5 - 0.5) / 0.5 = x
+    mean, std = (
+        torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+        for v in (config.image_mean, config.image_std)
+    )
+    return (pixels / 2 + 0.5 - mean) / std
+
+
+def classification_head(classifier: PreTrainedModel) -> nn.Linear:
+    """The linear layer that maps pooled features to logits: the last `nn.Linear` with one output per class."""
+    num_labels = classifier.config.num_labels
+    heads = [m for m in classifier.modules() if isinstance(m, nn.Linear) and m.out_features == num_labels]
+    if not heads:
+        raise ValueError(
+            f"{type(classifier).__name__} has no linear layer with {num_labels} outputs (config.num_labels), so its "
+            "pooled features cannot be found. Pass a model for image classification with a linear head."
+        )
+    return heads[-1]
+
+
+def feature_dim(classifier: PreTrainedModel) -> int:
+    """d, the dimension of a classifier's pooled features."""
+    return classification_head(classifier).in_features
+
+
+class Observation(NamedTuple):
+    """What a classifier sees, per image.
+
+    Attributes:
+        features (`torch.Tensor` of shape `(B, d)`): pooled features φ(x), float32.
+        logits (`torch.Tensor` of shape `(B, num_labels)`): float32.
+        moments (`torch.Tensor` of shape `(B, M, 2)`): mean and mean square over space of the inputs to all BatchNorm
+            layers, M channels together; M = 0 if there are none or they were not asked for.
+    """
+
+    features: torch.Tensor
+    logits: torch.Tensor
+    moments: torch.Tensor
+
+
+def batchnorm_layers(classifier: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers that remember statistics of the training images."""
+    layers = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    return [layer for layer in layers if layer.running_mean is not None and layer.running_var is not None]
+
+
+def observe(
+    classifier: PreTrainedModel,
+    pixels: torch.Tensor,
+    *,
+    moments: bool = False,
+    layers: Sequence[tuple[str, str]] = DEFAULT_LAYERS,
+) -> Observation:
+    """One forward pass; gradients reach the pixels.
+
+    φ is by default the input of the classifier's linear head, which is the pooled feature of every image classifier in
+    transformers (ResNet, ConvNeXt, ViT, Swin, MobileNet, …), whatever its parts are called.
+
+    Args:
+        classifier (`PreTrainedModel`): in eval mode.
+        pixels (`torch.Tensor` of shape `(B, C, H, W)`, range [-1, 1]): the images.
+        moments (`bool`): also record the moments at the BatchNorm layers.
+        layers (sequence of `(layer, pooling)`): what φ consists of, one after the other; see [`observe_layers`].
+    """
+    # resized in float32: on CPU there is no antialiased resizing in half precision
+    pixels = pixels.float() if pixels.dtype in (torch.float16, torch.bfloat16) else pixels
+    inputs = preprocess(pixels, classifier).to(classifier.dtype)
+    blocks, logits, seen = observe_layers(classifier, inputs, layers, moments=moments)
+    return Observation(torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0], logits, seen)
+
+
+def observe_layers(
+    classifier: PreTrainedModel,
+    inputs: torch.Tensor,
+    layers: Sequence[tuple[str, str]],
+    *,
+    moments: bool = False,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """One forward pass of a classifier's own input, pooled at several layers.
+
+    Args:
+        classifier (`PreTrainedModel`): in eval mode.
+        inputs (`torch.Tensor` of shape `(B, C, H, W)`): its `pixel_values`.
+        layers (sequence of `(layer, pooling)`): a layer is "pooled" (the input of the linear head), "logits",
+            "hidden_0", "hidden_1", … (the `hidden_states` of transformers) or the name of a module, whose output is
+            taken; a pooling is one of `POOLINGS`, see [`pool`].
+        moments (`bool`): also record the moments at the BatchNorm layers.
+
+    Returns:
+        `tuple`: features `(B, d_l)` of every entry, float32; logits `(B, num_labels)`, float32; moments `(B, M, 2)`,
+            see [`Observation`].
+
+    Raises:
+        ValueError: for a layer that the classifier does not have, or a pooling that does not fit it.
+    """
+    found: dict[str, Any] = {}
+    seen: list[torch.Tensor] = []
+
+    def record(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        x = arguments[0].float()
+        x = x.flatten(2) if x.ndim > 2 else x[:, :, None]  # (B, M_l, HW)
+        seen.append(torch.stack([x.mean(dim=2), x.square().mean(dim=2)], dim=2))
+
+    def keep(name: str) -> Callable:
+        return lambda _, __, output: found.update({name: _first_tensor(output)})
+
+    head = classification_head(classifier)
+    names = {layer for layer, _ in layers}
+    modules = {name: _module(classifier, name) for name in names if not _is_reserved(name)}
+    states = any(_HIDDEN.fullmatch(name) for name in names)
+    handles = [head.register_forward_pre_hook(lambda _, given: found.update(pooled=given[0].flatten(1)))]
+    handles += [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    if moments:
+        handles += [layer.register_forward_pre_hook(record) for layer in batchnorm_layers(classifier)]
+    try:
+        output = classifier(inputs, **({"output_hidden_states": True} if states else {}))
+    finally:
+        for handle in handles:
+            handle.remove()
+    logits = output.logits.float()
+    found["logits"] = logits
+    found |= _hidden_states(classifier, output) if states else {}
+    blocks = []
+    for name, pooling in layers:
+        if name not in found:
+            raise unknown_layer(name, classifier, found)
+        blocks.append(pool(found[name].float(), pooling, layer=name, grid=(inputs.shape[-2], inputs.shape[-1])))
+    return blocks, logits, torch.cat(seen, dim=1) if seen else logits.new_zeros(len(logits), 0, 2)
+
+
+def layer_names(classifier: PreTrainedModel) -> list[str]:
+    """A classifier's layers but its hidden states, which take a pass to count: "pooled", "logits" and its modules."""
+    return ["pooled", "logits"] + [name for name, _ in classifier.named_modules() if name]
+
+
+def check_layer(classifier: PreTrainedModel, layer: str) -> None:
+    """Raises ValueError for a layer name that cannot be one of the classifier's; hidden states are counted later."""
+    if not _is_reserved(layer):
+        _module(classifier, layer)
+
+
+def unknown_layer(layer: str, classifier: PreTrainedModel, found: Iterable[str] = ()) -> ValueError:
+    """The error for a layer that a classifier does not have: it lists those that there are."""
+    names = layer_names(classifier)
+    states = [name for name in found if _HIDDEN.fullmatch(name)] or ['"hidden_0" and on, if it returns hidden states']
+    modules = [name for name in names[2:] if name.count(".") <= 2 and not name.startswith(("classifier", "dropout"))]
+    return ValueError(
+        f"{type(classifier).__name__} has no layer {layer!r}.{nearest(layer, [*names, *found])} It has 'pooled', "
+        f"'logits', {', '.join(states)}, and its modules: {', '.join(modules[:20])}{', …' * (len(modules) > 20)}."
+    )
+
+
+def pool(hidden: torch.Tensor, pooling: str, *, layer: str, grid: tuple[int, int]) -> torch.Tensor:
+    """What is kept of the positions of a layer: `(B, C, h, w)` maps or `(B, N, C)` tokens → `(B, d)`.
+
+    Vectors `(B, d)` are left as they are. Poolings: "average" over positions (without class tokens), d = C; "grid2",
+    the averages of the four quarters, d = 4 C; "mean_std", mean and standard deviation over positions, d = 2 C; "cls",
+    the class token, d = C.
+
+    Args:
+        hidden (`torch.Tensor`): the output of a layer.
+        pooling (`str`): one of `POOLINGS`.
+        layer (`str`): its name, for errors.
+        grid (`tuple[int, int]`): height and width of the classifier's input, to whose shape tokens are laid out.
+
+    Raises:
+        ValueError: for a pooling that does not fit the layer.
+    """
+    if hidden.ndim == 2:
+        return hidden
+    if hidden.ndim not in (3, 4):
+        raise ValueError(f"Layer {layer!r} has shape {tuple(hidden.shape)}: choose one with tokens or feature maps.")
+    if hidden.ndim == 3:
+        extra, size = _token_grid(hidden.shape[1], grid)
+        if pooling == "cls":
+            if not extra:
+                raise ValueError(
+                    f"pooling='cls' takes the class token, and layer {layer!r} has none among its {hidden.shape[1]} "
+                    "tokens: choose 'average', 'mean_std' or 'grid2'."
+                )
+            return hidden[:, 0]
+        hidden = hidden[:, extra:].transpose(1, 2).unflatten(2, size)
+    elif pooling == "cls":
+        raise ValueError(
+            f"pooling='cls' takes the class token of a vision transformer, and layer {layer!r} is a feature map: "
+            "choose 'average', 'mean_std' or 'grid2'."
+        )
+    if pooling == "mean_std":
+        flat = hidden.flatten(2)
+        return torch.cat([flat.mean(dim=2), (flat.var(dim=2, unbiased=False) + 1e-6).sqrt()], dim=1)
+    if pooling == "grid2":
+        if min(hidden.shape[-2:]) < 2:
+            raise ValueError(
+                f"pooling='grid2' needs a map of at least 2x2 positions, and layer {layer!r} has "
+                f"{hidden.shape[-2]}x{hidden.shape[-1]}: choose 'average' or an earlier layer."
+            )
+        return F.adaptive_avg_pool2d(hidden, 2).flatten(1)
+    return hidden.mean(dim=(2, 3))
+
+
+def _token_grid(count: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Tokens that stand before the patches (class, distillation, registers), and the patches' height and width."""
+    for extra in range(min(count, 9)):
+        h = round(math.sqrt((count - extra) * size[0] / size[1]))
+        if h and (count - extra) % h == 0 and h * size[1] == (count - extra) // h * size[0]:
+            return extra, (h, (count - extra) // h)
+    return 0, (1, count)
+
+
+def _hidden_states(classifier: PreTrainedModel, output: Any) -> dict[str, torch.Tensor]:
+    states = output.get("reshaped_hidden_states") or output.get("hidden_states")
+    if not states:
+        modules = [name for name in layer_names(classifier)[2:] if name.count(".") <= 2]
+        raise ValueError(
+            f"{type(classifier).__name__} returns no hidden states: choose 'pooled', 'logits' or one of its modules, "
+            f"{', '.join(modules[:20])}{', …' * (len(modules) > 20)}."
+        )
+    return {f"hidden_{i}": state for i, state in enumerate(states)}
+
+
+def _is_reserved(layer: str) -> bool:
+    return layer in ("pooled", "logits") or _HIDDEN.fullmatch(layer) is not None
+
+
+def _module(classifier: PreTrainedModel, name: str) -> nn.Module:
+    modules = dict(classifier.named_modules())
+    if not name or name not in modules:
+        raise unknown_layer(name, classifier)
+    return modules[name]
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    """The main tensor that a module returned; models return it first in a tuple or an output object."""
+    while not torch.is_tensor(output):
+        output = output[0]
+    return output
+
+
+def features_and_logits(classifier: PreTrainedModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """φ(x) `(B, d)` and logits `(B, num_labels)` of pixels `(B, C, H, W)` in [-1, 1], see [`observe`]."""
+    seen = observe(classifier, pixels)
+    return seen.features, seen.logits
+
+
+@torch.no_grad()
+def probe_features(classifier: PreTrainedModel) -> torch.Tensor:
+    """Features of two fixed noise images: they tell two classifiers apart, whatever the device or precision.
+
+    Returns:
+        `torch.Tensor` of shape `(2, d)`, float32 on CPU. Compare with a tolerance of some percent.
+    """
+    parameter = next(classifier.parameters())
+    channels = getattr(classifier.config, "num_channels", 3)
+    pixels = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return features_and_logits(classifier, pixels.to(parameter.device))[0].cpu()

@@ -1,0 +1,469 @@
+"""What a small dataset has to match: class-mean embeddings of a population, made once and kept in two small files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data.datasets import class_names, dataset_fingerprint, present_classes
+from ..data.labels import Mapped, class_mapping, label_set_classes, label_set_named
+from ..data.pixels import default_threads
+from ..data.schema import image_seed
+from ..utils.origins import components_of, fingerprint, versions
+from ..utils.values import plain_arguments
+from .feature_spec import (
+    DEFAULT_FEATURES,
+    Features,
+    FeatureSource,
+    FeatureSpec,
+    check_finite,
+    check_probe,
+    feature_specs,
+)
+from .features import features_and_logits, probe_features
+from .kernels import fourier_embedding
+from .population import Population, Weighting, shared_batches, template_units
+from .target_files import CONFIG_NAME as CONFIG_NAME
+from .target_files import WEIGHTS_NAME as WEIGHTS_NAME
+from .target_files import check_shapes, find_targets, read_config, read_tensors, write_targets
+
+
+logger = logging.getLogger(__name__)
+
+_TENSORS = ("embeddings", "counts", "feature_mean", "feature_std", "frequencies", "probe")
+_OPTIONAL_TENSORS = ("second_moment",)
+
+
+@dataclasses.dataclass
+class MatchingTargets:
+    """Mean embeddings μ_c of every class of a population, and all that is needed to embed other images the same way.
+
+    Made by [`MatchingTargets.from_dataset`] (with the data) or [`MatchingTargets.from_generator`] (data-free).
+    Embedding: ψ(φ(x)) with φ the classifier's pooled features, standardised per dimension over the whole population,
+    and ψ random Fourier features of a Gaussian kernel; see `dsco_hf.matching.kernels`.
+
+    Attributes:
+        class_names (`list[str]`): names of the C classes; row c of `embeddings` belongs to `class_names[c]`.
+        class_labels (`list[int]`): the generator's class for each of them.
+        embeddings (`torch.Tensor` of shape `(C, D)`): μ_c.
+        counts (`torch.Tensor` of shape `(C,)`): number of images (or sum of their weights) behind each mean.
+        feature_mean, feature_std (`torch.Tensor` of shape `(d,)`): standardisation of φ.
+        frequencies (`torch.Tensor` of shape `(d, D / 2)`): of the random Fourier features.
+        bandwidth (`float`): of the kernel, in units of standardised features.
+        probe (`torch.Tensor` of shape `(2, d)`): what the classifier sees in two fixed noise images, by which it is
+            known.
+        provenance (`dict`): how the targets were made; plain JSON values.
+        features (`tuple[FeatureSpec, ...]`): what φ consists of. Several layers are concatenated, and weighted so that
+            each counts alike ([`layer_weights`]; the weights are part of `feature_std`).
+        second_moment (`torch.Tensor` of shape `(D, D)`, *optional*): E ψψᵀ over the population, every class of equal
+            weight, for the "ridge" objective.
+    """
+
+    class_names: list[str]
+    class_labels: list[int]
+    embeddings: torch.Tensor
+    counts: torch.Tensor
+    feature_mean: torch.Tensor
+    feature_std: torch.Tensor
+    frequencies: torch.Tensor
+    bandwidth: float
+    probe: torch.Tensor
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    features: tuple[FeatureSpec, ...] = DEFAULT_FEATURES
+    second_moment: torch.Tensor | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return len(self.class_names)
+
+    @property
+    def feature_dim(self) -> int:
+        """d, the dimension of the classifier's features."""
+        return self.feature_mean.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the dimension of the embedding."""
+        return self.embeddings.shape[1]
+
+    def to(self, device: str | torch.device) -> MatchingTargets:
+        """The same targets with their tensors on another device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **moved)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, those that are optional only if they are there."""
+        optional = {name: getattr(self, name) for name in _OPTIONAL_TENSORS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in _TENSORS} | optional
+
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """ψ of features: `(n, d)` → `(n, D)`, float32; gradients reach the features."""
+        if features.shape[-1] != self.feature_dim:
+            raise ValueError(
+                f"These targets are for features of dimension {self.feature_dim}, got {features.shape[-1]}. Use the "
+                f"classifier they were made with ({self.provenance.get('classifier') or 'not recorded'}) or make new "
+                "ones."
+            )
+        standardised = (features.float() - self.feature_mean) / self.feature_std
+        return fourier_embedding(standardised, self.frequencies)
+
+    def rows_of(self, generator_labels: Sequence[int]) -> torch.Tensor:
+        """Row of the targets for each of the generator's classes.
+
+        Raises:
+            ValueError: for a class that has no target.
+        """
+        return rows_of_labels(self.class_labels, generator_labels).to(self.embeddings.device)
+
+    def check_classifier(self, classifier: PreTrainedModel | None) -> None:
+        """Refuses a classifier other than the one the targets were made with.
+
+        Raises:
+            ValueError: if there is none, its feature size differs, or it sees other features in the probe images.
+        """
+        made_with = self.provenance.get("classifier") or "a classifier whose name was not recorded"
+        if classifier is None:
+            raise ValueError(
+                "Matching needs the classifier that the targets were made with, and the pipeline has none: pass "
+                f"`classifier=` to `DsCoPipeline.from_pretrained`. They were made with {made_with}."
+            )
+        check_probe([probe_features(classifier)], self.probe, made_with)
+
+    def check_pipeline(self, pipe: DiffusionPipeline) -> FeatureSource:
+        """The networks of a pipeline that see what these targets match; refuses others than they were made with.
+
+        Raises:
+            ValueError: if the pipeline lacks one, or it sees other features in the probe images.
+        """
+        if self.features == DEFAULT_FEATURES:
+            self.check_classifier(pipe.classifier)
+            return FeatureSource(pipe, self.features)
+        source = FeatureSource(pipe, self.features)
+        made_with = self.provenance.get("classifier") or "networks whose names were not recorded"
+        check_probe(source.probe(), self.probe, made_with)
+        return source
+
+    @classmethod
+    @plain_arguments(embedding_dim=2, batch_size=1, decode_threads=0)
+    def from_dataset(
+        cls,
+        dataset: Dataset | IterableDataset,
+        pipe: DiffusionPipeline,
+        *,
+        mapping: Mapped = None,
+        features: Features = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        embedding_dim: int = 2048,
+        bandwidth: float | None = None,
+        second_moment: bool = False,
+        batch_size: int = 256,
+        seed: int = 0,
+        on_error: str = "raise",
+        accelerator: Accelerator | PartialState | None = None,
+        work_dir: str | Path | None = None,
+        decode_threads: int | None = None,
+        progress: bool = True,
+    ) -> MatchingTargets:
+        """Targets of a real dataset, in one pass over its images.
+
+        The features wait on disk (4·d bytes an image) until their mean, spread and bandwidth are known, so memory does
+        not grow with the dataset. Means and variances come from one stable pass in float64 (Chan, Golub & LeVeque
+        1983), embeddings from a second one over the stored features, summed in float64: any number of processes gives
+        the same targets within 1e-6. See `dsco_hf.matching.population`.
+
+        Args:
+            dataset (`Dataset` or `IterableDataset`): one split with an `Image` and a `ClassLabel` column.
+            pipe (`DsCoPipeline`): gives the classifier, the image size and the generator's classes.
+            mapping (*optional*): where names do not settle it: a `dict` from dataset class name to generator class,
+                the name of a label set ("imagenette"), or a YAML file; see [`~dsco_hf.data.labels.class_mapping`].
+            features ([`FeatureSpec`], `dict` or list of them, *optional*): what to match; the classifier's pooled
+                features if None. See [`~dsco_hf.matching.feature_spec.feature_specs`].
+            image_column (`str`, *optional*): where there are several of the kind.
+            label_column (`str`, *optional*): where there are several of the kind.
+            embedding_dim (`int`): D.
+            bandwidth (`float`, *optional*): of the kernel; the median distance of up to 2,000 images if None.
+            second_moment (`bool`): also keep E ψψᵀ, `(D, D)`, for the "ridge" objective: 4·D² bytes.
+            batch_size (`int`): images per pass through the classifier.
+            seed (`int`): of the random Fourier features and of the sample behind the bandwidth.
+            on_error (`str`): "raise" or "skip" images that cannot be decoded (counted in `provenance`).
+            accelerator (`Accelerator` or `PartialState`, *optional*): the processes that share the work; all of them
+                call this with the same arguments and get the same targets. One alone if None. Streams are divided by
+                `datasets.distributed.split_dataset_by_node`.
+            work_dir (`str` or `Path`, *optional*): keeps the features, in files that are whole or absent, on a file
+                system that all processes share. A killed pass that is run again continues there; so does one with
+                another `embedding_dim`, `bandwidth` or `seed`. Remove it afterwards. A temporary file if None. A
+                stream is read again from its beginning, without decoding, by the same number of processes; one that
+                is shuffled needs a fixed seed.
+            decode_threads (`int`, *optional*): threads that decode images while the classifier works; as many as the
+                process has cores to spare if None, none if 0.
+            progress (`bool`): show a progress bar.
+
+        Raises:
+            ValueError: for a dataset without image or label column, a class without image, a class the generator does
+                not know, an unreadable image or features that are not finite; for a `work_dir` of another pass.
+            RunError: if another run is at work on `work_dir`, or it cannot be written to.
+        """
+        specs = feature_specs(features)
+        source = FeatureSource(pipe, specs)
+        names = present_classes(dataset, label_column=label_column)
+        labels = class_mapping(
+            class_names(dataset, label_column=label_column),
+            pipe.id2label,
+            pipe.num_classes,
+            mapping=mapping,
+            present=names,
+        )
+        source.warn_of_other_classes(names)
+        probe = source.probe()
+        columns = {"image_column": image_column, "label_column": label_column}
+        options = {"image_size": pipe.image_size, "num_channels": pipe.num_channels, **columns, "on_error": on_error}
+        mapped = isinstance(dataset, Dataset)
+        fingerprint = dataset_fingerprint(dataset, **columns) if mapped or work_dir is not None else None
+        identity = {
+            "population": "data",
+            "dataset_fingerprint": fingerprint,
+            "class_names": names,
+            **options,
+            "batch_size": batch_size,
+            "processes": None if mapped or accelerator is None else accelerator.num_processes,
+            "features": [dataclasses.asdict(spec) for spec in specs],
+            "networks": {} if work_dir is None else _digests(_seen_through(pipe, source)),
+            "versions": versions(),
+        }
+        shared: dict[str, Any] = {
+            "accelerator": accelerator,
+            "work_dir": work_dir,
+            "identity": identity,
+            "device": source.device,
+        }
+        options["threads"] = default_threads() if decode_threads is None else decode_threads
+        options["classes"] = names
+        options["progress"] = progress and (accelerator is None or accelerator.is_main_process)
+        with Population(names, seed=seed, **shared) as population:
+            for unit, batch in shared_batches(dataset, population, batch_size=batch_size, **options):
+                seen = source.of_pixels(batch.pixels).features
+                check_finite(seen, f"image {int(batch.indices[0])} and following")
+                population.add(seen, batch.labels, keys=batch.keys, unit=unit)
+            sizes = [block.shape[1] for block in probe]
+            statistics = population.embed(
+                embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes, second_moment=second_moment
+            )
+        images = statistics.pop("images")
+        provenance = {
+            "population": "data",
+            "dataset": _source_of(dataset),
+            "fingerprint": fingerprint if mapped else None,
+            "images": images,
+            "skipped": len(dataset) - images if mapped else None,
+            **_classifiers(pipe, specs),
+            "seed": seed,
+        }
+        return cls(names, labels, **statistics, probe=torch.cat(probe, dim=1), provenance=provenance, features=specs)
+
+    @classmethod
+    @plain_arguments(samples_per_class=1, num_inference_steps=1, embedding_dim=2, batch_size=1)
+    @torch.no_grad()
+    def from_generator(
+        cls,
+        pipe: DiffusionPipeline,
+        class_labels: Sequence[int | str] | str | None = None,
+        *,
+        features: Features = None,
+        samples_per_class: int = 200,
+        weighting: str = "confidence",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        eta: float = 1.0,
+        embedding_dim: int = 2048,
+        bandwidth: float | None = None,
+        second_moment: bool = False,
+        batch_size: int = 200,
+        seed: int = 0,
+        accelerator: Accelerator | PartialState | None = None,
+        work_dir: str | Path | None = None,
+        progress: bool = True,
+    ) -> MatchingTargets:
+        """Data-free targets: the population is plain samples of the generator, weighted by what the classifier says.
+
+        No real image is read.
+
+        Args:
+            pipe (`DsCoPipeline`): the generator and the classifier.
+            class_labels (sequence of `int` or `str`, or a `str`, *optional*): the generator's classes, by index or
+                name, or those of a label set ("imagenette", see [`~dsco_hf.data.labels.label_set`]); all if None.
+            features (*optional*): what to match, see [`MatchingTargets.from_dataset`].
+            samples_per_class (`int`): plain samples drawn per class.
+            weighting (`str`): "confidence" weighs a sample by the probability that the classifier gives its class,
+                "agreement" drops samples that the classifier takes for another class, "none" weighs all alike.
+                "posterior" lets a sample count for every class by its probability, whatever class it was drawn for:
+                the population is then labelled by the classifier alone. All but "none" need a classifier of the same
+                classes.
+            num_inference_steps (`int`): of the sampling, see [`DsCoPipeline.__call__`]; use that of the synthesis.
+            guidance_scale (`float`): of the sampling, likewise.
+            eta (`float`): of the sampling, likewise.
+            embedding_dim (`int`): see [`MatchingTargets.from_dataset`].
+            bandwidth (`float`, *optional*): see [`MatchingTargets.from_dataset`].
+            second_moment (`bool`): see [`MatchingTargets.from_dataset`].
+            seed (`int`): of the samples, the random Fourier features and the sample behind the bandwidth.
+            batch_size (`int`): samples drawn at a time.
+            accelerator (`Accelerator` or `PartialState`, *optional*): the processes that share the work, see
+                [`MatchingTargets.from_dataset`]. A sample's noise depends on its class and index only.
+            work_dir (`str` or `Path`, *optional*): keeps the features, so that a killed pass continues, likewise.
+            progress (`bool`): show a progress bar.
+
+        Raises:
+            ValueError: for an unknown class, fewer than one sample, a classifier of other classes, no usable sample,
+                or a `work_dir` of another pass.
+            RunError: if another run is at work on `work_dir`, or it cannot be written to.
+        """
+        specs = feature_specs(features)
+        source = FeatureSource(pipe, specs)
+        if preset := label_set_named(class_labels):
+            names, labels = label_set_classes(preset, pipe.id2label, pipe.num_classes)
+        else:
+            labels = pipe.get_label_ids(range(pipe.num_classes) if class_labels is None else class_labels)
+            names = [pipe.id2label.get(label, str(label)) for label in labels]
+        weigh = Weighting(
+            weighting, pipe.classifier, [pipe.id2label.get(label, str(label)) for label in labels], labels
+        )
+        probe = source.probe()
+        sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
+        drawing = {"samples_per_class": samples_per_class, "weighting": weighting, **sampling}
+        identity = {
+            "population": "generator",
+            "class_labels": labels,
+            "class_names": names,
+            **drawing,
+            "features": [dataclasses.asdict(spec) for spec in specs],
+            "seed": seed,
+            "batch_size": batch_size,
+            "networks": {} if work_dir is None else _digests(components_of(pipe) | _seen_through(pipe, source)),
+            "versions": versions(),
+        }
+        shared: dict[str, Any] = {
+            "accelerator": accelerator,
+            "work_dir": work_dir,
+            "identity": identity,
+            "device": source.device,
+        }
+        units = template_units(len(labels), samples_per_class, batch_size)
+        with Population(names, seed=seed, **shared) as population:
+            population.resume(population.finished)
+            mine = population.share(list(units))
+            total = sum(len(units[unit][1]) for unit in mine)
+            shown = progress and (accelerator is None or accelerator.is_main_process)
+            with tqdm(total=total, desc="Template samples", unit="img", disable=not shown) as bar:
+                for unit in mine:
+                    row, indices = units[unit]
+                    seeds = [image_seed(seed, labels[row], index, "template") for index in indices]
+                    drawn = pipe.sample([labels[row]] * len(seeds), seeds=seeds, **sampling)
+                    seen = source.of_pixels(drawn.images * 2 - 1)
+                    check_finite(seen.features, f"template samples of class {names[row]!r}")
+                    logits = seen.logits
+                    if weighting != "none" and not source.predicts:
+                        logits = features_and_logits(pipe.classifier, drawn.images * 2 - 1)[1]
+                    samples, rows, weights = (part.cpu() for part in weigh(logits, row))
+                    keys = torch.tensor(seeds)[samples]
+                    population.add(seen.features.cpu()[samples], rows, weights, keys=keys, unit=unit)
+                    bar.update(len(seeds))
+            sizes = [block.shape[1] for block in probe]
+            statistics = population.embed(
+                embedding_dim=embedding_dim, bandwidth=bandwidth, layer_sizes=sizes, second_moment=second_moment
+            )
+        del statistics["images"]
+        provenance = {
+            "population": "generator",
+            **drawing,
+            "generator": _name_of(pipe),
+            **_classifiers(pipe, specs),
+            "seed": seed,
+        }
+        return cls(names, labels, **statistics, probe=torch.cat(probe, dim=1), provenance=provenance, features=specs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `targets.safetensors` and `targets.json` into a folder, which is made if it is not there."""
+        config = {
+            "class_names": self.class_names,
+            "class_labels": self.class_labels,
+            "bandwidth": self.bandwidth,
+            "provenance": self.provenance,
+            "features": [dataclasses.asdict(spec) for spec in self.features],
+        }
+        write_targets(Path(folder), config, self._tensors())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> MatchingTargets:
+        """Loads targets from a folder, or from a model repository on the Hub.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file is truncated or does not hold targets, or the two do not belong together.
+        """
+        config, weights = find_targets(
+            name_or_path, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir
+        )
+        fields = read_config(config, ("class_names", "class_labels", "bandwidth", "provenance"))
+        tensors = read_tensors(weights, _TENSORS, _OPTIONAL_TENSORS)
+        check_shapes(fields, tensors, config.parent)
+        specs = feature_specs(read_config(config, ("features",), optional=True).get("features"))
+        return cls(**fields, **tensors, features=specs)
+
+
+def rows_of_labels(class_labels: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    """Position in `class_labels` of each wanted class; ValueError names the classes that are not there."""
+    rows = {label: row for row, label in reversed(list(enumerate(class_labels)))}
+    missing = sorted({int(label) for label in wanted} - set(rows))
+    if missing:
+        raise ValueError(
+            f"There are no targets for class(es) {missing[:10]} of the generator; there are for "
+            f"{sorted(rows)[:20]}{' …' if len(rows) > 20 else ''}. Make targets that include them."
+        )
+    return torch.tensor([rows[int(label)] for label in wanted], dtype=torch.int64)
+
+
+def _classifiers(pipe: DiffusionPipeline, specs: Sequence[FeatureSpec]) -> dict[str, str | None]:
+    """Names of the classifiers that a pipeline's features come from."""
+    used = {"classifier"} | ({"classifier_2"} & {spec.network for spec in specs})
+    return {name: _name_of(getattr(pipe, name)) for name in sorted(used)}
+
+
+def _seen_through(pipe: DiffusionPipeline, source: FeatureSource) -> dict[str, Any]:
+    """What every real image passes through on its way to features."""
+    networks: dict[str, Any] = {str(place): network for place, network in enumerate(source.networks)}
+    return networks | ({"vae": pipe.vae} if source.needs_latents else {})
+
+
+def _digests(parts: Mapping[str, Any]) -> dict[str, str]:
+    """By which a pass knows its models again."""
+    return {name: fingerprint(part)[:16] for name, part in parts.items() if part is not None}
+
+
+def _name_of(model: Any) -> str | None:
+    """Hub id of a model; of a local folder only its last part, as targets are shared."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    return (Path(name).name if Path(name).exists() or Path(name).is_absolute() else name) or None
+
+
+def _source_of(dataset: Dataset | IterableDataset) -> str | None:
+    info = getattr(dataset, "info", None)
+    return getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)

@@ -1,0 +1,161 @@
+"""The objective that the DsCo authors released: quantiles of random-network features at every noise level.
+
+It is the baseline to beat. Facts from the authors' scripts (repository kkkkqq/Dataset-Concentration); the paper
+describes another objective, the one in `dsco_hf.matching.objectives.rkhs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from ..data.datasets import class_names, iterate_pixels, present_classes
+from ..data.labels import Mapped, class_mapping
+from ..data.schema import image_seed
+from ..matching.feature_spec import RandomExtractor as RandomExtractor
+from ..matching.population import refuse_empty_classes
+from ..matching.targets import rows_of_labels
+from ..utils.values import plain_arguments
+
+
+@dataclasses.dataclass
+class QuantileTargets:
+    """Targets of the objective that the DsCo authors released: real images themselves, per class.
+
+    At every noise level they are noised, passed through a random network, sorted per dimension and averaged into as
+    many chunks as images are drawn ([`quantile_pivots`]). Unlike [`MatchingTargets`] this is as large as the
+    dataset, and there is nothing to save: it is the baseline to compare with.
+
+    Attributes:
+        class_names (`list[str]`), class_labels (`list[int]`): as in [`MatchingTargets`].
+        latents (`list[torch.Tensor]`): per class, `(n_c, C, H, W)`: pixels in [-1, 1], or scaled VAE latents.
+        draws (`int`): noise draws per image and level; the authors use 5.
+        seed (`int`): of the random network and of the noise draws.
+    """
+
+    class_names: list[str]
+    class_labels: list[int]
+    latents: list[torch.Tensor]
+    draws: int = 5
+    seed: int = 0
+    _counts: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    _pivots: dict[tuple[int, int, int], QuantilePivots] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    @plain_arguments(draws=1, batch_size=1)
+    @torch.no_grad()
+    def from_dataset(
+        cls,
+        dataset: Dataset | IterableDataset,
+        pipe: DiffusionPipeline,
+        *,
+        mapping: Mapped = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        on_error: str = "raise",
+        draws: int = 5,
+        batch_size: int = 64,
+        seed: int = 0,
+        counts: Sequence[int] = (),
+        progress: bool = True,
+    ) -> QuantileTargets:
+        """Encodes every image of a dataset; arguments as above and in [`MatchingTargets.from_dataset`].
+
+        `counts` are the numbers of images of a class that will be drawn together, where there are several: most of the
+        work at a noise level is the same for all of them, and is then done once.
+        """
+        names = present_classes(dataset, label_column=label_column)
+        known = class_names(dataset, label_column=label_column)
+        labels = class_mapping(known, pipe.id2label, pipe.num_classes, mapping=mapping, present=names)
+        found: list[list[torch.Tensor]] = [[] for _ in names]
+        generator = torch.Generator().manual_seed(seed)
+        for batch in iterate_pixels(
+            dataset,
+            image_size=pipe.image_size,
+            num_channels=pipe.num_channels,
+            image_column=image_column,
+            label_column=label_column,
+            on_error=on_error,
+            batch_size=batch_size,
+            classes=names,
+            progress=progress,
+        ):
+            latents = pipe.encode_pixels(batch.pixels, generator=generator).cpu()
+            for row in batch.labels.unique().tolist():
+                found[row].append(latents[batch.labels == row])
+        refuse_empty_classes([len(chunks) for chunks in found], names)
+        return cls(names, labels, [torch.cat(chunks) for chunks in found], draws, seed, tuple(counts))
+
+    def rows_of(self, generator_labels: Sequence[int]) -> torch.Tensor:
+        """Row of the targets for each of the generator's classes, see [`MatchingTargets.rows_of`]."""
+        return rows_of_labels(self.class_labels, generator_labels)
+
+    def pivots(
+        self, row: int, count: int, timestep: int, extractor: nn.Module, scheduler: SchedulerMixin
+    ) -> QuantilePivots:
+        """What `count` images of class `row` have to match at one noise level, see [`quantile_pivots`].
+
+        They are kept, as drawing another seed needs them again. All calls must be for one extractor.
+        """
+        key = (row, count, timestep)
+        if key not in self._pivots:
+            weight = next(extractor.parameters())
+            latents = self.latents[row].to(weight).repeat(self.draws, 1, 1, 1)
+            generator = torch.Generator().manual_seed(image_seed(self.seed, row, timestep, "pivots"))
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            noised = scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep, device=weight.device))
+            with torch.no_grad():
+                features = torch.cat([extractor(part) for part in noised.split(512)])
+            found = pivots_by_count(features.float(), {count, *self._counts})
+            self._pivots |= {(row, number, timestep): pivots for number, pivots in found.items()}
+        return self._pivots[key]
+
+
+@dataclasses.dataclass
+class QuantilePivots:
+    """Quantiles of a population's features: `pivots` `(n, d)`, and `mean` and `std` `(d,)` that standardise them."""
+
+    pivots: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def quantile_pivots(features: torch.Tensor, count: int) -> QuantilePivots:
+    """Standardises each dimension, sorts it, and averages it in `count` equal chunks: `(N, d)` → pivots `(count, d)`.
+
+    With N not a multiple of `count`, chunks differ by one row at most; with N < `count`, rows are repeated.
+    """
+    return pivots_by_count(features, [count])[count]
+
+
+def pivots_by_count(features: torch.Tensor, counts: Iterable[int]) -> dict[int, QuantilePivots]:
+    """[`quantile_pivots`] for several numbers of images; the features are sorted once."""
+    found, ordered = {}, {}
+    for count in counts:
+        repeats = -(-count // len(features)) if len(features) < count else 1
+        if repeats not in ordered:
+            rows = features.repeat(repeats, 1)
+            mean, std = rows.mean(dim=0), rows.std(dim=0, unbiased=False).clamp_min(1e-6)
+            ordered[repeats] = (((rows - mean) / std).sort(dim=0).values, mean, std)
+        values, mean, std = ordered[repeats]
+        found[count] = QuantilePivots(torch.stack([c.mean(dim=0) for c in values.tensor_split(count)]), mean, std)
+    return found
+
+
+def quantile_loss(features: torch.Tensor, target: QuantilePivots, *, strength: float = 0.0005) -> torch.Tensor:
+    """s·n·(‖sort(f) - P‖₁ + ‖sort(f) - P‖₂²), f `(n, d)` standardised and sorted per dimension. Lower is better."""
+    ordered = ((features - target.mean) / target.std).sort(dim=0).values
+    difference = ordered - target.pivots
+    return strength * len(features) * (difference.abs().sum() + difference.square().sum())
+
+
+def shell_penalty(noise: torch.Tensor) -> torch.Tensor:
+    """Σ_j |‖z_j‖ - √d| + (‖z_j‖ - √d)²: keeps each noise `(n, ...)` of d values near the Gaussian shell."""
+    flat = noise.flatten(1)
+    excess = flat.norm(dim=1) - flat.shape[1] ** 0.5
+    return (excess.abs() + excess.square()).sum()

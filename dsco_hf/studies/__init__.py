@@ -1,0 +1,1 @@
+"""Methods compared: their names, metrics, tables and figures, and how good a generator is."""

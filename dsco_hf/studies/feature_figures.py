@@ -1,0 +1,212 @@
+"""The figure of features: what a small set is matched to, and what it reaches (figure 1 of arXiv 2603.27987)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from ..concentration.methods import find_method
+from .figures import FAINT, INK, save_figure, shorten
+
+
+_PANEL_CLASSES = 4
+
+
+def feature_figure(
+    real: tuple[torch.Tensor, torch.Tensor],
+    sets: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    class_names: Sequence[str],
+    path: str | Path,
+    *,
+    classes: Sequence[int] | None = None,
+) -> Path:
+    """Draws target and surrogate features in the RKHS, projected to two dimensions by PCA of the real ones.
+
+    On the left all classes with their means; on the right some classes alone, each with a PCA of its own. The numbers
+    there are discrepancies in the whole space, of which a projection shows only a part.
+
+    Args:
+        real (`tuple` of tensors `(N, D)` and `(N,)`): embedded features ψ(φ(x)) of real images, and their labels.
+        sets (`dict` of such tuples): those of each small set, by method, for example `"plain"` and `"nopt"`.
+        class_names (sequence of `str`): all classes, by label.
+        path (`str` or `Path`): the PNG file to write.
+        classes (sequence of `int`, *optional*): up to four labels to show alone; by default spread over those that
+            occur in all sets.
+
+    Raises:
+        ValueError: if a tensor has the wrong shape, or fewer than three real images are given.
+    """
+    _check_features(real, sets)
+    common = set(real[1].tolist()).intersection(*(labels.tolist() for _, labels in sets.values()))
+    if classes is None:
+        present = sorted(common)
+        picks = np.linspace(0, len(present) - 1, min(_PANEL_CLASSES, len(present))).round().astype(int)
+        classes = [present[i] for i in dict.fromkeys(picks.tolist())]
+    figure = Figure(figsize=(11, 5.6), dpi=170, layout="constrained")
+    grid = figure.add_gridspec(2, 4)
+    _draw_all_classes(figure.add_subplot(grid[:, :2]), real, sets, class_names)
+    for place, label in enumerate(classes[:_PANEL_CLASSES]):
+        axes = figure.add_subplot(grid[place // 2, 2 + place % 2])
+        _draw_class(axes, real, sets, label, class_names[label])
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    return save_figure(figure, path)
+
+
+def _check_features(
+    real: tuple[torch.Tensor, torch.Tensor], sets: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    if len(real[1]) < 3:
+        raise ValueError(f"At least three real images are needed for a projection, got {len(real[1])}.")
+    for name, (features, labels) in {"real": real, **sets}.items():
+        if features.ndim != 2 or labels.shape != features.shape[:1] or features.shape[1] != real[0].shape[1]:
+            raise ValueError(
+                f"Features of {name!r} have shape {tuple(features.shape)} with labels {tuple(labels.shape)}; expected "
+                f"(N, {real[0].shape[-1]}) and (N,)."
+            )
+
+
+def _projection(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Mean, the two principal axes `(D, 2)` and their shares of the variance of features `(N, D)`.
+
+    Signs are fixed, so that the pictures of two runs look alike.
+    """
+    center = features.mean(dim=0)
+    _, deviations, axes = torch.linalg.svd((features - center).double(), full_matrices=False)
+    shares = (deviations.square() / deviations.square().sum().clamp_min(1e-30))[:2].tolist()
+    axes = axes[:2]
+    if len(axes) < 2:  # a single image
+        axes = torch.nn.functional.pad(axes, (0, 0, 0, 2 - len(axes)))
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    return center, (axes * torch.where(largest < 0, -1.0, 1.0)).T.to(features.dtype), [*shares, 0.0][:2]
+
+
+def _scatter(axes: Axes, points: torch.Tensor, **style: Any) -> None:
+    """Points of shape (2,) or (n, 2)."""
+    x, y = points.reshape(-1, 2).T.numpy()
+    axes.scatter(x, y, **style)
+
+
+def _draw_all_classes(
+    axes: Axes,
+    real: tuple[torch.Tensor, torch.Tensor],
+    sets: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    class_names: Sequence[str],
+) -> None:
+    center, directions, shares = _projection(_subsample(real[0], 2000))
+    points = ((real[0] - center) @ directions).cpu()
+    labels = real[1].cpu()
+    _scatter(axes, _subsample(points, 4000), s=5, color=FAINT, linewidths=0, zorder=1)
+    shown, targets = [], {}  # where points are that a name is not to hide, and where classes are
+    for label in sorted(set(labels.tolist())):
+        target = points[labels == label].mean(dim=0)
+        for method, (features, own) in sets.items():
+            if (own == label).any():
+                mean = ((features[own == label].mean(dim=0) - center) @ directions).cpu()
+                style = find_method(method)
+                axes.plot(
+                    *zip(target.tolist(), mean.tolist(), strict=True), color=style.color, linewidth=1.4, zorder=3
+                )
+                _scatter(axes, mean, s=46, marker=style.marker, color=style.color, edgecolors="white", zorder=4)
+                shown.append(mean)
+        _scatter(axes, target, s=52, marker="x", color=INK, linewidths=1.8, zorder=5)
+        targets[shorten(class_names[label], 14)] = target
+    _bare(axes, shares)
+    _name_points(axes, targets, shown)
+    axes.set_title("all classes: means of the small sets and of the real classes", loc="left", fontsize=10)
+
+
+def _name_points(axes: Axes, named: Mapping[str, torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    """Writes names beside points of shape (2,), each in the nearest place where it lies on no point and no name."""
+    low, high = np.array(axes.get_xlim()), np.array(axes.get_ylim())
+    box = axes.get_window_extent()
+    scale = 72 / axes.figure.dpi * np.array([box.width / np.ptp(low), box.height / np.ptp(high)])  # data to points
+    # Centres and half sizes of what is there already: marks, then names.
+    taken = [(point.numpy() * scale, np.array([5.0, 5.0])) for point in (*named.values(), *others)]
+    sides = [(math.cos(angle), math.sin(angle)) for angle in np.arange(0.25, 2.25, 0.25) * math.pi]
+    for name, point in named.items():
+        size = np.array([3.2 * len(name) + 1, 6.5])
+        shifts = [np.multiply(side, size + 6) * ring for ring in (1.0, 1.7, 2.4) for side in sides]
+        room = [
+            min(float((np.abs(point.numpy() * scale + shift - center) - size - half).max()) for center, half in taken)
+            for shift in shifts
+        ]
+        best = next((place for place, gap in enumerate(room) if gap >= 0), int(np.argmax(room)))
+        taken.append((point.numpy() * scale + shifts[best], size))
+        axes.annotate(
+            name,
+            (float(point[0]), float(point[1])),
+            xytext=tuple(shifts[best].tolist()),
+            ha="center",
+            va="center",
+            textcoords="offset points",
+            fontsize=9,
+            weight="bold",
+            color=INK,
+            zorder=6,
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # a box would hide points
+        )
+
+
+def _draw_class(
+    axes: Axes,
+    real: tuple[torch.Tensor, torch.Tensor],
+    sets: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    label: int,
+    name: str,
+) -> None:
+    features = real[0][real[1] == label]
+    center, directions, shares = _projection(_subsample(features, 2000))
+    points = ((features - center) @ directions).cpu()
+    _scatter(axes, _subsample(points, 1500), s=9, color="#c4c4c4", linewidths=0, zorder=1, label="real images")
+    numbers, counts = [], dict.fromkeys(int((own == label).sum()) for _, own in sets.values())
+    for method, (theirs, own) in sets.items():
+        style = find_method(method)
+        chosen = theirs[own == label]
+        discrepancy = float((chosen.mean(dim=0) - features.mean(dim=0)).square().sum())
+        numbers.append(f"{style.label} {discrepancy:.2g}")
+        projected = ((chosen - center) @ directions).cpu()
+        mean = projected.mean(dim=0)
+        _scatter(axes, projected, s=26, marker=style.marker, color=style.color, alpha=0.75, linewidths=0, zorder=3)
+        _scatter(
+            axes,
+            mean,
+            s=110,
+            marker=style.marker,
+            color=style.color,
+            edgecolors=INK,
+            zorder=5,
+            label=f"{style.label}, mean",
+        )
+    for count in counts:  # as many random real images beside them
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(label))[:count]
+        discrepancy = float((features[order].mean(dim=0) - features.mean(dim=0)).square().sum())
+        numbers.append(f"random real{f' ({count})' if len(counts) > 1 else ''} {discrepancy:.2g}")
+    _scatter(
+        axes, points.mean(dim=0), s=90, marker="x", color=INK, linewidths=2.2, zorder=6, label="target: real mean"
+    )
+    axes.set_title(f"class {shorten(name, 30)}\nMMD²: {', '.join(numbers)}", loc="left", fontsize=8.5)
+    _bare(axes, shares)
+
+
+def _subsample(values: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` rows, evenly spread."""
+    return values if len(values) <= count else values[torch.linspace(0, len(values) - 1, count).long()]
+
+
+def _bare(axes: Axes, shares: Sequence[float]) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel(f"first component, {100 * shares[0]:.0f} % of the variance", fontsize=8, color="#666666")
+    axes.set_ylabel(f"second, {100 * shares[1]:.0f} %", fontsize=8, color="#666666")
+    axes.margins(0.08)
+    for spine in axes.spines.values():
+        spine.set_color(FAINT)

@@ -1,0 +1,284 @@
+"""Figures of a run, made from `results.json` and tensors and never typed.
+
+Figures follow those of "Beyond Dataset Distillation" (arXiv 2603.27987): accuracy against images per class (its figure
+3) and samples side by side (5); features in the RKHS (1) are in `studies.feature_figures`. Colours and markers of the
+methods are those of `dsco_hf.concentration.methods`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
+
+from ..concentration.methods import chance_level, dataset_title, find_method, find_methods, network_title
+
+
+INK, FAINT = "#222222", "#d9d9d9"
+# How far an error bar may reach downwards and upwards: an accuracy lies in [0, 1].
+_ROOM = (lambda row: row["accuracy_mean"], lambda row: 1 - row["accuracy_mean"])
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes a PNG file that is the same each time; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+# --- samples
+
+
+def sample_grid(
+    rows: Mapping[str, torch.Tensor], class_names: Sequence[str], path: str | Path, *, cell_size: int = 48
+) -> Path:
+    """Draws images of every method and class side by side: a band per method, a column per class.
+
+    Args:
+        rows (`dict[str, torch.Tensor]`): for each method, named as in results.json or freely, images of shape
+            `(K, n, C, H, W)` in [-1, 1]: n of each of the K classes. All with the same K; n may differ.
+        class_names (sequence of K `str`): the columns' titles.
+        path (`str` or `Path`): the PNG file to write.
+        cell_size (`int`): smallest side of an image on paper, in points; small images are enlarged by a whole factor,
+            pixel by pixel.
+
+    Raises:
+        ValueError: if there is nothing to draw, or shapes and names do not fit.
+    """
+    _check_rows(rows, class_names)
+    side = next(iter(rows.values())).shape[-1]
+    scale = max(1, math.ceil(cell_size / side))
+    bands = {method: _band(images, scale) for method, images in rows.items()}
+    gap, left, top = 14, 128, 30
+    height = sum(band.shape[0] for band in bands.values()) + gap * (len(bands) - 1)
+    width = next(iter(bands.values())).shape[1]
+    canvas_width, canvas_height = left + width + 8, top + height + 8
+    figure = Figure(figsize=(canvas_width / 100, canvas_height / 100), dpi=200, facecolor="white")
+    offset = top
+    for method, band in bands.items():
+        box = (left, canvas_height - offset - band.shape[0], width, band.shape[0])
+        unit = (canvas_width, canvas_height, canvas_width, canvas_height)
+        axes = figure.add_axes(tuple(value / whole for value, whole in zip(box, unit, strict=True)))
+        axes.imshow(band, interpolation="nearest", aspect="auto")
+        axes.axis("off")
+        middle = 1 - (offset + band.shape[0] / 2) / canvas_height
+        text: dict[str, Any] = {"fontsize": 8.5, "color": INK, "va": "center"}
+        weight = "bold" if find_method(method).emphasis else "normal"
+        figure.text(
+            (left - 10) / canvas_width, middle, _wrap(find_method(method).label), ha="right", weight=weight, **text
+        )
+        offset += band.shape[0] + gap
+    column = width / len(class_names)
+    names = [shorten(name, max(3, int(column / 5))) for name in class_names]
+    # A character is about 0.6 as wide as its font is large; the longest name is to leave a gap beside it.
+    size = min(8.5, column * 0.72 / (0.6 * (max(map(len, names)) + 1)))
+    for index, name in enumerate(names):
+        figure.text(
+            (left + column * (index + 0.5)) / canvas_width,
+            1 - (top - 12) / canvas_height,
+            name,
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=INK,
+        )
+    return save_figure(figure, path)
+
+
+def _check_rows(rows: Mapping[str, torch.Tensor], class_names: Sequence[str]) -> None:
+    if not rows or not class_names:
+        raise ValueError("There is nothing to draw: give at least one method and one class.")
+    for method, images in rows.items():
+        if images.ndim != 5 or images.shape[0] != len(class_names) or images.shape[2] not in (1, 3):
+            raise ValueError(
+                f"Images of {method!r} have shape {tuple(images.shape)}; expected (K, n, C, H, W) with "
+                f"K = {len(class_names)}, the number of class names, and 1 or 3 channels."
+            )
+        if images.shape[1] == 0:
+            raise ValueError(f"Images of {method!r}: there is no image per class to draw.")
+
+
+def _band(images: torch.Tensor, scale: int) -> np.ndarray:
+    """A method's images as one picture `(H, W, 3)` in [0, 1]: classes from left to right, images downwards."""
+    images = images.detach().float().cpu().add(1).div(2).clamp(0, 1)
+    images = images.expand(-1, -1, 3, -1, -1) if images.shape[2] == 1 else images
+    images = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    images = torch.nn.functional.pad(images, (4, 4, 2, 2), value=1.0)  # white between neighbours
+    classes, count, _, height, width = images.shape
+    return images.permute(1, 3, 0, 4, 2).reshape(count * height, classes * width, 3).numpy()
+
+
+def shorten(name: str, length: int) -> str:
+    """The first of several names of a class, cut to a length."""
+    first = name.split(",")[0].strip()
+    return first if len(first) <= length else first[: length - 1].rstrip() + "…"
+
+
+def _wrap(label: str) -> str:
+    return label.replace(", ", ",\n") if len(label) > 16 else label
+
+
+# --- accuracy
+
+
+def accuracy_figure(results: Mapping[str, Any], path: str | Path) -> Path:
+    """Draws test accuracy against images per class for all methods, with lines for all data and for chance.
+
+    The accuracy axis is spaced by the logarithm of the error, so that 99.5 and 99.8 % are as easy to tell apart as 95
+    and 98 %. Error bars are one standard deviation over all runs of a row.
+
+    Args:
+        results (`dict`): content of results.json: `full`, and `rows` with `method`, `images_per_class`,
+            `accuracy_mean` and `accuracy_std` (fractions); the chance level follows from `classes`, or from `images`
+            of the rows.
+        path (`str` or `Path`): the PNG file to write.
+
+    Raises:
+        ValueError: if `results` has no rows.
+    """
+    return save_figure(draw_accuracy(results), path)
+
+
+def draw_accuracy(results: Mapping[str, Any]) -> Figure:
+    """The figure that `accuracy_figure` writes; its legend and the names of its lines stand outside of the axes."""
+    rows = list(results.get("rows") or [])
+    if not rows:
+        raise ValueError("The results have no rows: nothing has been evaluated yet.")
+    styles = find_methods(row["method"] for row in rows)
+    figure = Figure(figsize=(7.2, 5.0), dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    for place, (method, style) in enumerate(styles.items()):
+        points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["images_per_class"])
+        shift = 1.018 ** (place - (len(styles) - 1) / 2)  # keeps error bars of neighbours apart
+        axes.errorbar(
+            [row["images_per_class"] * shift for row in points],
+            [row["accuracy_mean"] for row in points],
+            yerr=[[min(row.get("accuracy_std") or 0.0, end(row)) for row in points] for end in _ROOM],
+            label=style.label,
+            color=style.color,
+            marker=style.marker,
+            markersize={"*": 11, "P": 8, "X": 8}.get(style.marker, 6),
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            linewidth=2.2 if style.emphasis else 1.3,
+            linestyle="-" if style.emphasis else (0, (5, 1.5)),
+            elinewidth=1.0,
+            capsize=2.5,
+            zorder=4 if style.emphasis else 3,
+        )
+    chance, full = chance_level(results), results.get("full")
+    _space_by_error(axes, [*rows, *([full] if full else []), *([{"accuracy_mean": chance}] if chance else [])])
+    _draw_levels(axes, full, chance)
+    _space_by_budget(axes, sorted({row["images_per_class"] for row in rows}))
+    axes.set_xlabel("images per class")
+    axes.set_ylabel("test accuracy (%, spaced by error)")
+    shared = str((results.get("config") or {}).get("architecture") or "")
+    networks = {str(row.get("architecture") or shared) for row in rows}
+    network = network_title(networks.pop() if len(networks) == 1 else "") or "networks"
+    axes.set_title(
+        f"{dataset_title(results)}: {network} trained from scratch on small sets", loc="left", fontsize=10.5
+    )
+    containers: Any = axes.containers
+    lines = [container.lines[0] for container in containers]  # without error bars
+    labels = [style.label for style in styles.values()]
+    figure.legend(
+        lines,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 4),
+        fontsize=8.5,
+        frameon=False,
+        handlelength=3,
+    )
+    _tidy(axes)
+    return figure
+
+
+def _draw_levels(axes: Axes, full: Mapping[str, Any] | None, chance: float | None) -> None:
+    """Lines of all data and of chance, named in the right margin, where no points are."""
+    levels = {}
+    if full:
+        mean, std = full["accuracy_mean"], full.get("accuracy_std") or 0.0
+        axes.axhspan(mean - std, min(mean + std, 1.0), color=INK, alpha=0.07, linewidth=0)
+        images = f"\n{full['images']:,} images" if full.get("images") else ""
+        levels["all data"] = (mean, f"all data{images}\n{100 * mean:.2f} %")
+    if chance:
+        levels["chance"] = (chance, f"chance\n{100 * chance:.3g} %")
+    places = [_height(axes, mean) for mean, _ in levels.values()]
+    apart = len(places) < 2 or abs(places[0] - places[1]) > 0.15
+    for name, (mean, text) in levels.items():
+        axes.axhline(mean, color=INK, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=2, label=name)
+        axes.annotate(
+            text,
+            (1.0, mean),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center" if apart else "top" if _height(axes, mean) == min(places) else "bottom",
+            fontsize=8.5,
+            color=INK,
+        )
+
+
+def _height(axes: Axes, accuracy: float) -> float:
+    """Where an accuracy stands on the axis, as a share of its length."""
+    return float((axes.transData + axes.transAxes.inverted()).transform((1.0, accuracy))[1])
+
+
+def _apart(values: Sequence[float], places: Sequence[float], least: float) -> list[float]:
+    """Those of rising values, the last ones first, whose places on an axis are as far apart as their names need."""
+    chosen: list[tuple[float, float]] = []
+    for value, place in sorted(zip(values, places, strict=True), reverse=True):
+        if not chosen or chosen[-1][1] - place > least:
+            chosen.append((value, place))
+    return [value for value, _ in chosen]
+
+
+def _space_by_budget(axes: Axes, budgets: Sequence[float]) -> None:
+    """A logarithmic axis with a tick at every budget, named where names do not run into each other."""
+    axes.set_xscale("log")
+    low, high = budgets[0] / 1.25, budgets[-1] * 1.25
+    axes.set_xlim(low, high)
+    named = _apart(budgets, [math.log(budget) / math.log(high / low) for budget in budgets], 0.045)
+    axes.xaxis.set_major_locator(FixedLocator(budgets))
+    axes.xaxis.set_major_formatter(FixedFormatter([f"{budget:g}" if budget in named else "" for budget in budgets]))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _space_by_error(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Scales the axis by -log(error), where 0.05 % is added to the error so that an accuracy of 100 % has a place."""
+    best, worst = (
+        pick(row["accuracy_mean"] + sign * (row.get("accuracy_std") or 0.0) for row in rows)
+        for pick, sign in ((max, 1), (min, -1))
+    )
+    least = 5e-4
+
+    def height(accuracy: Any) -> Any:
+        return -np.log(np.maximum(1 - np.asarray(accuracy) + least, least / 10))
+
+    axes.set_yscale("function", functions=(height, lambda place: 1 + least - np.exp(-place)))
+    axes.set_ylim(1 - (1 - worst) * 1.08, 1 + least - (1 - min(best, 1.0) + least) / 1.3)
+    ticks = [0, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 99.5, 99.8, 99.9, 100]
+    low, high = (100 * limit for limit in axes.get_ylim())
+    shown = [tick for tick in ticks if low <= tick <= high]
+    shown = sorted(_apart(shown, [_height(axes, tick / 100) for tick in shown], 0.045))
+    axes.yaxis.set_major_locator(FixedLocator([tick / 100 for tick in shown]))
+    axes.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in shown]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)

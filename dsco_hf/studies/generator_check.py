@@ -1,0 +1,261 @@
+"""How good a generator's samples are: what a classifier makes of them, beside real images."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..data.datasets import load_pixels, present_classes
+from ..data.labels import class_mapping
+from ..data.pixels import class_places
+from ..data.schema import class_names, find_columns, image_seed
+from ..matching.features import observe
+from ..matching.kernels import frechet_distance
+from ..sampling.pipeline import DsCoPipeline
+
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def feature_moments(
+    pixels: torch.Tensor, classifier: PreTrainedModel, *, batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(d,)` and covariance `(d, d)` of a classifier's pooled features, in float64 on the CPU.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): at least two images.
+        classifier (`PreTrainedModel`): in eval mode.
+        batch_size (`int`): images per pass.
+    """
+    if len(pixels) < 2:
+        raise ValueError(f"A covariance needs at least 2 images, got {len(pixels)}.")
+    device = next(classifier.parameters()).device
+    parts = [observe(classifier, part.to(device)).features.double().cpu() for part in pixels.split(batch_size)]
+    features = torch.cat(parts)
+    return features.mean(dim=0), torch.cov(features.T)
+
+
+@dataclass(frozen=True)
+class GeneratorScore:
+    """Scores samples of a generator against the real images it learned from, at a fixed cost per score.
+
+    Attributes:
+        mean (`torch.Tensor` of shape `(d,)`), cov (`torch.Tensor` of shape `(d, d)`): moments of the real features.
+        num_samples (`int`): samples per score, shared evenly by the classes. The distance is biased upwards by few
+            samples; only scores of the same number can be compared.
+        num_inference_steps (`int`), guidance_scale (`float`), batch_size (`int`): of sampling.
+        seed (`int`): the samples of every score start from the same noise.
+    """
+
+    mean: torch.Tensor
+    cov: torch.Tensor
+    num_samples: int = 1000
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.0
+    batch_size: int = 250
+    seed: int = 0
+
+    @classmethod
+    def of_images(cls, pixels: torch.Tensor, classifier: PreTrainedModel, **options: int | float) -> GeneratorScore:
+        """The score against `pixels`, `(N, C, H, W)` in [-1, 1], in the features of `classifier`."""
+        mean, cov = feature_moments(pixels, classifier)
+        return cls(mean, cov, **options)  # type: ignore[arg-type]
+
+    def __call__(self, pipe: DsCoPipeline) -> dict[str, float]:
+        """`{"frechet_distance", "samples"}` of plain samples of `pipe`, whose classifier is used."""
+        labels = [index % pipe.num_classes for index in range(self.num_samples)]
+        parts = []
+        for start in range(0, len(labels), self.batch_size):
+            chosen = labels[start : start + self.batch_size]
+            seeds = range(self.seed + start, self.seed + start + len(chosen))
+            output = pipe.sample(
+                chosen,
+                seeds=list(seeds),
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+            )
+            parts.append(output.images.float().cpu() * 2 - 1)
+        mean, cov = feature_moments(torch.cat(parts), pipe.classifier)
+        distance = frechet_distance(self.mean, self.cov, mean, cov)
+        return {"frechet_distance": float(distance), "samples": float(len(labels))}
+
+
+@dataclass(frozen=True)
+class GeneratorCheck:
+    """What a classifier makes of plain samples of a generator.
+
+    Attributes:
+        accuracy (`float`): share of the samples that it takes for the class they were drawn for.
+        accuracy_real (`float`, *optional*): the same of real images, where there are any.
+        shares (`dict[str, float]`): by class, the mean probability of the class for its samples: what counts of them
+            in data-free targets.
+        frechet_distance (`float`, *optional*): of the samples from the real images, in its features. It is biased
+            upwards by few images: only distances of the same numbers can be compared.
+        samples, chance (`int`, `float`): their number; the accuracy of guessing.
+    """
+
+    accuracy: float
+    accuracy_real: float | None
+    shares: dict[str, float]
+    frechet_distance: float | None
+    samples: int
+    chance: float
+
+    @property
+    def level(self) -> float:
+        """The accuracy below which they are hardly better than noise: half of the way from chance to real images."""
+        best = 1.0 if self.accuracy_real is None else max(self.accuracy_real, self.chance)
+        return self.chance + LEAST_SHARE * (best - self.chance)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the accuracy is below the level."""
+        return self.accuracy < self.level
+
+    def warn(self) -> None:
+        """Logs a warning if the samples are hardly better than noise."""
+        if self.doubtful:
+            logger.warning(
+                "%s That is hardly better than noise (below %.1f %%, half of the way from chance, %.1f %%, to real "
+                "images): train the generator for longer, or choose one that knows these classes. Discrepancies of "
+                "what it draws mean nothing.",
+                self,
+                100 * self.level,
+                100 * self.chance,
+            )
+
+    def record(self) -> dict[str, Any]:
+        """What the card of a set says of it, for `generator_check` of a record; plain JSON values."""
+        return {**dataclasses.asdict(self), "level": self.level, "hardly_better_than_noise": self.doubtful}
+
+    def __str__(self) -> str:
+        """One line, as it is told before a set is drawn."""
+        real = "" if self.accuracy_real is None else f", of real images {100 * self.accuracy_real:.1f} %"
+        distance = "" if self.frechet_distance is None else f"; Fréchet distance {self.frechet_distance:.4g}"
+        least = min(self.shares.items(), key=lambda item: item[1], default=None)
+        share = "" if least is None else f"; the least share of a class counts for {least[0]}, {100 * least[1]:.1f} %"
+        known = f"The classifier knows {100 * self.accuracy:.1f} % of {self.samples} plain samples"
+        return f"{known}{real}{distance}{share}."
+
+
+LEAST_SHARE = 0.5
+
+
+@torch.no_grad()
+def check_generator(
+    pipe: DsCoPipeline,
+    real: Dataset | None = None,
+    *,
+    class_labels: Sequence[int | str] | None = None,
+    images_per_class: int = 4,
+    most: int = 64,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> GeneratorCheck | None:
+    """Asks the pipeline's classifier about plain samples, and about as many real images; warns if they are noise.
+
+    A generator that was trained for too short draws noise whose features can still be moved to any target: the
+    discrepancy of a set looks excellent then, and says nothing.
+
+    Args:
+        pipe (`DsCoPipeline`): with the classifier.
+        real (`Dataset`, *optional*): to compare with; classes by name.
+        class_labels (sequence of `int` or `str`, *optional*): the generator's classes; all if None.
+        images_per_class (`int`): samples of each class, and real images at most.
+        most (`int`): samples at most; of more classes, evenly spread ones are asked about.
+        num_inference_steps (`int`): of sampling.
+        guidance_scale (`float`): of sampling.
+        seed (`int`): of the samples and of the choice of real images.
+        image_column (`str`, *optional*): of `real`.
+        label_column (`str`, *optional*): of `real`.
+
+    Returns:
+        [`GeneratorCheck`]; None if there is no classifier, or one that was trained on other classes.
+    """
+    if pipe.classifier is None:
+        return None
+    ids = pipe.get_label_ids(range(pipe.num_classes) if class_labels is None else class_labels)
+    ids = [ids[place] for place in np.unique(np.linspace(0, len(ids) - 1, min(len(ids), most)).astype(int))]
+    images_per_class = max(min(images_per_class, most // len(ids)), 1)
+    try:
+        known = pipe.classifier_labels(ids)
+    except ValueError:  # its features can be matched, but it cannot say what the samples are
+        return None
+    drawn = [(row, index) for row in range(len(ids)) for index in range(images_per_class)]
+    features, logits = [], []
+    for start in range(0, len(drawn), 128):
+        part = drawn[start : start + 128]
+        seeds = [image_seed(seed, ids[row], index, "check") for row, index in part]
+        images = pipe.sample(
+            [ids[row] for row, _ in part],
+            seeds=seeds,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        ).images
+        seen = observe(pipe.classifier, images * 2 - 1)
+        features.append(seen.features.double().cpu())
+        logits.append(seen.logits.cpu())
+    rows = torch.tensor([row for row, _ in drawn])
+    labels, answers = torch.tensor(known)[rows], torch.cat(logits)
+    own = answers.softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    names = [pipe.id2label.get(label, str(label)) for label in ids]
+    shares = {name: float(own[rows == row].mean()) for row, name in enumerate(names)}
+    found, distance = (
+        (None, None)
+        if real is None
+        else _of_real(pipe, real, torch.cat(features), images_per_class, seed, image_column, label_column)
+    )
+    right = float((answers.argmax(dim=1) == labels).float().mean())
+    check = GeneratorCheck(right, found, shares, distance, len(drawn), 1 / pipe.classifier.config.num_labels)
+    check.warn()
+    return check
+
+
+def _of_real(
+    pipe: DsCoPipeline,
+    real: Dataset,
+    samples: torch.Tensor,
+    images_per_class: int,
+    seed: int,
+    image_column: str | None,
+    label_column: str | None,
+) -> tuple[float | None, float | None]:
+    """The classifier's accuracy on real images, and the Fréchet distance from the features `(N, d)` of samples."""
+    names, config = present_classes(real, label_column=label_column), pipe.classifier.config
+    try:
+        known = torch.tensor(class_mapping(names, config.id2label, config.num_labels, owner="classifier"))
+    except ValueError:
+        return None, None
+    shown = real.with_format(None)
+    places = class_places(class_names(real, label_column=label_column), names)
+    column = find_columns(real, image_column=image_column, label_column=label_column)[1]
+    found = np.array([-1 if isinstance(place, str) else place for place in (places[i] for i in shown[column][:])])
+    rows = [
+        row
+        for place in range(len(names))
+        for row in np.random.default_rng([seed, place]).permutation(np.flatnonzero(found == place))[:images_per_class]
+    ]
+    pixels, labels, _ = load_pixels(
+        shown.select(rows), image_size=pipe.image_size, num_channels=pipe.num_channels, image_column=image_column,
+        label_column=label_column, classes=names, on_error="skip",
+    )  # fmt: skip
+    seen = [observe(pipe.classifier, part.to(pipe.device)) for part in pixels.split(128)]
+    answers = torch.cat([one.logits.cpu() for one in seen]).argmax(dim=1)
+    features = torch.cat([one.features.double().cpu() for one in seen])
+    distance = None
+    if len(features) > 1 and len(samples) > 1:
+        moments = [(part.mean(dim=0), torch.cov(part.T)) for part in (features, samples)]
+        distance = float(frechet_distance(*moments[0], *moments[1]))
+    return float((answers == known[labels]).float().mean()), distance

@@ -1,0 +1,422 @@
+"""Metrics of small datasets as `evaluate` modules: offline, no script from the Hub.
+
+    from dsco_hf.studies.metrics import Retention
+    Retention().compute(predictions=[0, 1], full_predictions=[0, 0], references=[0, 0])
+
+or by path, where the configuration names the metric: `evaluate.load("dsco_hf/studies/metrics.py", "retention")`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from scipy import stats
+
+from ..data.schema import nearest
+from ..matching.kernels import draw_frequencies, fourier_embedding, median_bandwidth, mmd2
+from ..utils.values import check_real, check_whole, plain, plain_arguments
+
+
+# Rows that the bandwidth is estimated from, and rows of distances that are held at once.
+BANDWIDTH_ROWS = 1000
+CHUNK_ROWS = 1024
+LEAST_SEEDS = 3  # below, no significance is claimed
+
+
+class SmallDatasetMetric(evaluate.Metric):
+    """Base of the metrics; called by its own name it becomes the metric that `config_name` says.
+
+    Args:
+        config_name (`str`, *optional*): a key of `METRICS`; `"accuracy"` by default.
+        **kwargs: of `evaluate.Metric`.
+
+    Raises:
+        ValueError: for an unknown name; names the nearest.
+    """
+
+    description = ""
+    inputs_description = ""
+    citation = ""
+    columns: dict[str, Any] = {}
+
+    def __new__(cls, config_name: str | None = None, **kwargs: Any) -> SmallDatasetMetric:
+        """Lets `evaluate.load(path, config_name)`, which takes the first class of a file, reach all of them."""
+        if cls is not SmallDatasetMetric:
+            return super().__new__(cls)
+        name = config_name or "accuracy"
+        if name not in METRICS:
+            raise ValueError(f"Unknown metric {name!r}.{nearest(name, METRICS)} Allowed: {', '.join(METRICS)}.")
+        return super().__new__(METRICS[name])
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=self.citation,
+            inputs_description=self.inputs_description,
+            features=datasets.Features(self.columns),
+        )
+
+
+class Accuracy(SmallDatasetMetric):
+    """Top-1 and top-k accuracy from the scores of a classifier."""
+
+    description = "Share of images whose label is among the k classes of highest score, in [0, 1]; higher is better."
+    inputs_description = """
+Args:
+    predictions: one row of scores (logits or probabilities) per image.
+    references: labels.
+    k: classes counted by `top_k`, at most the number of classes.
+Returns:
+    `accuracy` and `top_k`.
+"""
+    columns = {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+
+    def _compute(self, predictions: Any, references: Any, k: int = 5) -> dict[str, float]:
+        scores, labels = _tensor(predictions), _tensor(references)
+        return {"accuracy": top_k_accuracy(scores, labels, 1), "top_k": top_k_accuracy(scores, labels, k)}
+
+
+class Retention(SmallDatasetMetric):
+    """How much of the full data's accuracy a small dataset keeps."""
+
+    description = (
+        "Accuracy of a model trained on a small dataset divided by that of the same model trained on all data, on the "
+        "same test images; 1 is lossless, higher is better."
+    )
+    inputs_description = """
+Args:
+    predictions: classes predicted by the model trained on the small dataset.
+    full_predictions: classes predicted by the model trained on the full dataset.
+    references: labels.
+Returns:
+    `retention`, `accuracy` and `full_accuracy`.
+"""
+    columns = {name: datasets.Value("int64") for name in ("predictions", "full_predictions", "references")}
+
+    def _compute(self, predictions: Any, full_predictions: Any, references: Any) -> dict[str, float]:
+        small, full = (float(np.mean(np.equal(p, references))) for p in (predictions, full_predictions))
+        return {"retention": retention(small, full), "accuracy": small, "full_accuracy": full}
+
+
+class Discrepancy(SmallDatasetMetric):
+    """MMD² between the features of a small dataset and of the real one."""
+
+    description = (
+        "Squared maximum mean discrepancy of two sets of features (Gretton et al. 2012), Gaussian kernel by random "
+        "Fourier features on features standardised by the real ones; at least 0, lower is better."
+    )
+    inputs_description = """
+Args:
+    predictions: features of the small dataset, one row per image.
+    real_features: features of the real dataset, of any number of rows.
+    labels: optional, class of each row of `predictions`; with `real_labels` the mean over the classes is taken.
+    real_labels: optional, class of each row of `real_features`.
+    embedding_dim: number of Fourier features.
+    seed: of the Fourier features.
+Returns:
+    `discrepancy`.
+"""
+    columns = {"predictions": datasets.Sequence(datasets.Value("float32"))}
+
+    def _compute(
+        self,
+        predictions: Any,
+        real_features: Any = None,
+        labels: Any = None,
+        real_labels: Any = None,
+        embedding_dim: int = 2048,
+        seed: int = 0,
+    ) -> dict[str, float]:
+        small, real = _feature_sets(predictions, real_features)
+        classes = None
+        if labels is not None and real_labels is not None:
+            classes = _tensor(labels), _tensor(real_labels)
+        return {"discrepancy": discrepancy(small, real, classes, embedding_dim=embedding_dim, seed=seed)}
+
+
+class Coverage(SmallDatasetMetric):
+    """Density and coverage of a small dataset in feature space."""
+
+    description = (
+        "Density (fidelity, may exceed 1) and coverage (diversity, in [0, 1]) of a small dataset against the real one "
+        "(Naeem et al. 2020, arXiv 2002.09797); higher is better."
+    )
+    inputs_description = """
+Args:
+    predictions: features of the small dataset, one row per image.
+    real_features: features of the real dataset; more than `k` rows.
+    k: neighbours that span a ball around each real image.
+Returns:
+    `density` and `coverage`.
+"""
+    columns = {"predictions": datasets.Sequence(datasets.Value("float32"))}
+
+    def _compute(self, predictions: Any, real_features: Any = None, k: int = 5) -> dict[str, float]:
+        density, coverage = density_and_coverage(*_feature_sets(predictions, real_features), k=k)
+        return {"density": density, "coverage": coverage}
+
+
+class LabelRobustScore(SmallDatasetMetric):
+    """LRS of DD-Ranking."""
+
+    description = (
+        "Label Robust Score of DD-Ranking (github.com/NUS-HPC-AI-Lab/DD-Ranking), in [0, 1]; higher is better. Its "
+        "code exponentiates accuracies in percent, which leaves [0, 1]; here accuracies are fractions."
+    )
+    inputs_description = """
+Args:
+    predictions: accuracies in [0, 1] of the small dataset by its own recipe, one per evaluation.
+    random: likewise of random real images, same size and recipe.
+    hard: likewise of the small dataset with hard labels.
+    full: likewise of the full dataset with hard labels.
+    weight: of the improvement over random against the loss to the full data, in [0, 1].
+Returns:
+    `lrs`, and the means `improvement_over_random` and `hard_label_recovery` (a gap: lower is better).
+"""
+    columns = {name: datasets.Value("float64") for name in ("predictions", "random", "hard", "full")}
+
+    def _compute(self, predictions: Any, random: Any, hard: Any, full: Any, weight: float = 0.5) -> dict[str, float]:
+        _check_fractions(predictions=predictions, random=random, hard=hard, full=full)
+        improvement = float(np.mean(predictions) - np.mean(random))
+        recovery = float(np.mean(full) - np.mean(hard))
+        return {
+            "lrs": robust_score(improvement, -recovery, weight=weight),
+            "improvement_over_random": improvement,
+            "hard_label_recovery": recovery,
+        }
+
+
+class AugmentationRobustScore(SmallDatasetMetric):
+    """ARS of DD-Ranking."""
+
+    description = (
+        "Augmentation Robust Score of DD-Ranking (github.com/NUS-HPC-AI-Lab/DD-Ranking), in [0, 1]; higher is better. "
+        "Its code exponentiates accuracies in percent, which leaves [0, 1]; here accuracies are fractions."
+    )
+    inputs_description = """
+Args:
+    predictions: accuracies in [0, 1] of the small dataset with augmentation, one per evaluation.
+    random: likewise of random real images of the same size.
+    predictions_plain: likewise of the small dataset without augmentation.
+    random_plain: likewise of random real images without augmentation.
+    weight: of the gap with augmentation against the one without, in [0, 1].
+Returns:
+    `ars`, and the mean gaps `with_augmentation` and `without_augmentation`.
+"""
+    columns = {
+        name: datasets.Value("float64") for name in ("predictions", "random", "predictions_plain", "random_plain")
+    }
+
+    def _compute(
+        self, predictions: Any, random: Any, predictions_plain: Any, random_plain: Any, weight: float = 0.5
+    ) -> dict[str, float]:
+        _check_fractions(
+            predictions=predictions, random=random, predictions_plain=predictions_plain, random_plain=random_plain
+        )
+        with_augmentation = float(np.mean(predictions) - np.mean(random))
+        without = float(np.mean(predictions_plain) - np.mean(random_plain))
+        return {
+            "ars": robust_score(with_augmentation, without, weight=weight),
+            "with_augmentation": with_augmentation,
+            "without_augmentation": without,
+        }
+
+
+METRICS: dict[str, type[SmallDatasetMetric]] = {
+    "accuracy": Accuracy,
+    "retention": Retention,
+    "discrepancy": Discrepancy,
+    "coverage": Coverage,
+    "lrs": LabelRobustScore,
+    "ars": AugmentationRobustScore,
+}
+
+
+def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
+    """Share of images whose label is among the k highest scores.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, K)`): logits or probabilities.
+        labels (`torch.Tensor` of shape `(B,)`): class indices.
+        k (`int`): between 1 and K.
+
+    Returns:
+        `float`: in [0, 1]; higher is better.
+
+    Raises:
+        ValueError: for another k.
+    """
+    k = check_whole("k", k, 1)
+    if k > scores.shape[1]:
+        raise ValueError(f"top_k needs k between 1 and the {scores.shape[1]} classes, got {k}: pass a smaller `k=`.")
+    return (scores.topk(k, dim=1).indices == labels[:, None]).any(1).double().mean().item()
+
+
+@plain_arguments()
+def retention(accuracy: float, full_accuracy: float) -> float:
+    """Accuracy on a small dataset relative to the full one.
+
+    Args:
+        accuracy (`float`): in [0, 1], trained on the small dataset.
+        full_accuracy (`float`): in (0, 1], trained on the full one.
+
+    Returns:
+        `float`: 1 is lossless; higher is better.
+
+    Raises:
+        ValueError: where the full accuracy is not above 0.
+    """
+    if not full_accuracy > 0:
+        raise ValueError(f"The accuracy on the full data is {full_accuracy}; retention needs one above 0.")
+    return accuracy / full_accuracy
+
+
+@plain_arguments(embedding_dim=2)
+def discrepancy(
+    small: torch.Tensor,
+    real: torch.Tensor,
+    classes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    embedding_dim: int = 2048,
+    seed: int = 0,
+) -> float:
+    """MMD² of two sets of features, standardised by the real one (Gretton et al. 2012); lower is better.
+
+    Args:
+        small (`torch.Tensor` of shape `(n, d)`): features of the small dataset.
+        real (`torch.Tensor` of shape `(N, d)`): features of the real dataset.
+        classes (`tuple` of tensors of shapes `(n,)` and `(N,)`, *optional*): labels; the mean over classes is taken.
+        embedding_dim (`int`): number of random Fourier features, even.
+        seed (`int`): of the Fourier features, and of the rows that the median bandwidth is taken from.
+
+    Returns:
+        `float`: at least 0.
+
+    Raises:
+        ValueError: where a class of the small dataset has no real image.
+    """
+    mean, std = real.mean(0), real.std(0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    small, real = (small - mean) / std, (real - mean) / std
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(real), generator=generator)[:BANDWIDTH_ROWS]
+    frequencies = draw_frequencies(real.shape[1], embedding_dim, median_bandwidth(real[rows]), generator=generator)
+    embeddings = [fourier_embedding(x, frequencies) for x in (small, real)]
+    if classes is None:
+        return mmd2(embeddings[0].mean(0), embeddings[1].mean(0)).item()
+    values = []
+    for label in classes[0].unique():
+        ours, theirs = (e[c == label] for e, c in zip(embeddings, classes, strict=True))
+        if not len(theirs):
+            raise ValueError(f"Class {int(label)} of the small dataset has no image in the real one.")
+        values.append(mmd2(ours.mean(0), theirs.mean(0)))
+    return torch.stack(values).mean().item()
+
+
+def density_and_coverage(small: torch.Tensor, real: torch.Tensor, *, k: int = 5) -> tuple[float, float]:
+    """Density and coverage in feature space (Naeem et al. 2020, arXiv 2002.09797); higher is better.
+
+    Around each real image lies a ball that reaches to its k-th real neighbour. Density counts the balls that the small
+    images lie in, by k; coverage is the share of balls that hold a small image.
+
+    Args:
+        small (`torch.Tensor` of shape `(n, d)`): features of the small dataset.
+        real (`torch.Tensor` of shape `(N, d)`): features of the real dataset, N above k.
+        k (`int`): at least 1.
+
+    Returns:
+        `tuple[float, float]`: density (at least 0, may exceed 1) and coverage (in [0, 1]).
+
+    Raises:
+        ValueError: where there are not more than k real images.
+    """
+    k = check_whole("k", k, 1)
+    if k >= len(real):
+        raise ValueError(f"Coverage needs k < {len(real)} real images, got k={k}.")
+    inside, covered = 0, 0
+    for rows in real.split(CHUNK_ROWS):
+        radius = torch.cdist(rows, real).kthvalue(k + 1, dim=1).values  # the nearest one is the image itself
+        within = torch.cdist(rows, small) < radius[:, None]  # (rows, n)
+        inside += int(within.sum())
+        covered += int(within.any(1).sum())
+    return inside / (k * len(small)), covered / len(real)
+
+
+@plain_arguments()
+def robust_score(first: float, second: float, *, weight: float = 0.5) -> float:
+    """How DD-Ranking maps a weighted mean of gaps to a score: (exp(α) - exp(-1)) / (exp(1) - exp(-1)).
+
+    Args:
+        first (`float`): a gap of accuracies in [-1, 1].
+        second (`float`): another one.
+        weight (`float`): of the first in α, in [0, 1].
+
+    Returns:
+        `float`: in [0, 1]; no gap at all scores 0.27. Higher is better.
+
+    Raises:
+        ValueError: for a weight outside of [0, 1].
+    """
+    check_real("weight", weight, 0, 1)
+    alpha = weight * first + (1 - weight) * second
+    return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
+
+
+def paired_difference(accuracies: Sequence[float], others: Sequence[float]) -> dict[str, float | None]:
+    """Difference of two methods over the same seeds, with its 95 % interval and the p-value of a paired t-test.
+
+    Args:
+        accuracies (`Sequence[float]`): of the one method, by seed.
+        others (`Sequence[float]`): of the other, for the same seeds in the same order.
+
+    Returns:
+        `dict`: `mean` (above 0 where the first is better), `low`, `high` and `p`; the last three are None for fewer
+        than three seeds, whose spread says nothing, and for differences that are all the same.
+
+    Raises:
+        ValueError: for different numbers of seeds, or none, and for accuracies that are no finite numbers.
+    """
+    accuracies = [check_real("accuracies", value) for value in plain(accuracies)]
+    others = [check_real("others", value) for value in plain(others)]
+    if len(accuracies) != len(others) or not accuracies:
+        raise ValueError(f"A paired test needs the same seeds, got {len(accuracies)} and {len(others)} accuracies.")
+    differences = np.subtract(accuracies, others)
+    mean, count = float(differences.mean()), len(differences)
+    if count < LEAST_SEEDS or np.ptp(differences) < 1e-12:
+        return {"mean": mean, "low": None, "high": None, "p": None}
+    test = stats.ttest_rel(accuracies, others)
+    interval = test.confidence_interval(0.95)
+    return {"mean": mean, "low": float(interval.low), "high": float(interval.high), "p": float(test.pvalue)}
+
+
+def _feature_sets(predictions: Any, real_features: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both feature sets as float32 tensors of shapes `(n, d)` and `(N, d)`, checked."""
+    if real_features is None:
+        raise ValueError("Pass the features of the real dataset as `real_features`.")
+    small, real = (_tensor(values).float() for values in (predictions, real_features))
+    for name, values in (("predictions", small), ("real_features", real)):
+        if values.ndim != 2 or not len(values):
+            raise ValueError(f"`{name}` must be features of shape (images, d), got shape {tuple(values.shape)}.")
+        if not values.isfinite().all():
+            raise ValueError(f"`{name}` contain NaN or infinite values; check the classifier that made them.")
+    if small.shape[1] != real.shape[1]:
+        raise ValueError(
+            f"The features have {small.shape[1]} and {real.shape[1]} dimensions; use one classifier for both."
+        )
+    return small, real
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    return values.detach().cpu() if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
+
+
+def _check_fractions(**accuracies: Any) -> None:
+    for name, values in accuracies.items():
+        if not all(0 <= check_real(name, value) <= 1 for value in plain(values)):
+            raise ValueError(f"`{name}` must be accuracies in [0, 1], not percent; got {list(values)[:5]}.")

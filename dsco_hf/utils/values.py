@@ -1,0 +1,177 @@
+"""Plain values: numbers of Python, NumPy and torch alike as Python's own, and what is none of them refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from .names import nearest
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+LARGEST_SEED = 2**63 - 1
+LARGEST_SET = 10**8  # images; the plan alone of a larger one would fill the memory
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`; the nearest is suggested."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(str(value), allowed)}")
+
+
+def check_whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A whole number, also one of NumPy or torch, as an `int`.
+
+    Raises:
+        ValueError: for anything else, bools and text among them, or a number below `least` or above `most`.
+    """
+    number = plain(value)
+    whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    if not whole or (least is not None and number < least) or (most is not None and number > most):
+        raise ValueError(f"`{name}` must be a whole number{_limits(least, most)}, got {value!r}{_hint(number, whole)}")
+    return int(number)
+
+
+def check_real(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> int | float:
+    """A finite number from `low` to `high`, also one of NumPy or torch, as a number of Python.
+
+    Args:
+        name (`str`): of the argument, for errors.
+        value: what was given; a whole number stays whole.
+        low (`float`): the smallest.
+        high (`float`): the largest.
+        open_low (`bool`): whether `low` itself is refused.
+
+    Raises:
+        ValueError: for anything else: bools, text, NaN and infinity among them.
+    """
+    number = plain(value)
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not real or not _is_finite(number) or not low <= number <= high or (open_low and number == low):
+        wanted = f"a number from {low:g} to {high:g}"
+        if open_low:
+            wanted = f"a finite number above {low:g}{f' and at most {high:g}' if high < math.inf else ''}"
+        elif high == math.inf:
+            wanted = "a finite number" if low == -math.inf else f"a finite number of at least {low:g}"
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}{_hint(number, real)}")
+    return number if isinstance(number, int | float) else float(number)
+
+
+def plain(value: Any) -> Any:
+    """A number, array or tensor of no dimension as Python's own number; lists and dicts with all that is in them.
+
+    Other arrays become lists; what is none of these is given back as it is.
+    """
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str | tuple) else plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # NumPy's and torch's, without importing
+        return value.tolist()
+    return value
+
+
+def plain_arguments(**least: int) -> Callable[[F], F]:
+    """Decorates a function that takes numbers: those of NumPy and torch reach it as Python's own.
+
+    Looks at the annotations: `int` takes whole numbers, `float` finite ones, `bool` yes or no; each also `| None`.
+    What is called `seed` is from 0 to 2^63 - 1.
+
+    Args:
+        least: the smallest value of some arguments, by name.
+    """
+
+    def decorate(function: F) -> F:
+        parameters = inspect.signature(function).parameters
+        names = [name for name, one in parameters.items() if one.kind is not one.VAR_POSITIONAL]
+        kinds = {name: kind for name, one in parameters.items() if (kind := _kind(one.annotation)) is not None}
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            given = [
+                _plain_value(name, value, kinds.get(name), least) for name, value in zip(names, args, strict=False)
+            ]
+            given += args[len(given) :]
+            named = {name: _plain_value(name, value, kinds.get(name), least) for name, value in kwargs.items()}
+            return function(*given, **named)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def plain_fields(instance: Any, **least: int) -> None:
+    """The same for the fields of a dataclass, also a frozen one: to be called in its `__post_init__`."""
+    annotations: dict[str, Any] = {}  # as written: HfArgumentParser takes the None out of `field.type`
+    for base in reversed(type(instance).__mro__):
+        annotations |= base.__dict__.get("__annotations__", {})
+    for field in dataclasses.fields(instance):
+        kind = _kind(annotations[field.name])
+        if kind is not None:
+            value = _plain_value(field.name, getattr(instance, field.name), kind, least)
+            object.__setattr__(instance, field.name, value)
+
+
+def _kind(annotation: Any) -> str | None:
+    """One of "int", "float" and "bool", with "?" if None is allowed; None for an annotation of anything else."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    parts = {part.strip() for part in text.split("|")}
+    named = parts - {"None"}
+    if not named or not named <= {"int", "float", "bool"}:
+        return None
+    found = "float" if "float" in named else named.pop()
+    return found + "?" * ("None" in parts)
+
+
+def _plain_value(name: str, value: Any, kind: str | None, least: Mapping[str, int]) -> Any:
+    if kind is None or (kind.endswith("?") and value is None):
+        return value
+    if kind.startswith("bool"):
+        return _check_flag(name, value)
+    if kind.startswith("float"):
+        return check_real(name, value, low=least.get(name, -math.inf))
+    if name == "seed":
+        return check_whole(name, value, 0, LARGEST_SEED)
+    return check_whole(name, value, least.get(name))
+
+
+def _check_flag(name: str, value: Any) -> bool:
+    flag = plain(value)
+    if not isinstance(flag, bool) and not (isinstance(flag, int) and flag in (0, 1)):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(flag)
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _limits(least: int | None, most: int | None) -> str:
+    if least is not None and most is not None:
+        return f" from {least} to {most}"
+    return f" of at least {least}" if least is not None else f" of at most {most}" if most is not None else ""
+
+
+def _hint(number: Any, right_kind: bool) -> str:
+    """The end of an error: the likely fix, where it is a matter of how the number is written."""
+    if right_kind:
+        return "."
+    if isinstance(number, bool):
+        return ", which is no number."
+    if isinstance(number, str):
+        return ", which is text: write the number without quotes."
+    if isinstance(number, float) and number.is_integer():
+        return f": write {int(number)}."
+    if isinstance(number, Iterable):
+        return ": one number is needed."
+    return "."

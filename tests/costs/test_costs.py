@@ -1,0 +1,244 @@
+import dataclasses
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+from conftest import IMAGENET_NAMES, tiny_resnet
+from dsco_hf import DsCoPipeline, MatchingTargets, QuantileTargets, concentrate_and_report
+from dsco_hf.concentration.concentrate import plan_units
+from dsco_hf.costs.passes import (
+    PassCost,
+    assumed_seconds,
+    calls,
+    count_passes,
+    count_pivots,
+    count_run,
+    count_unit,
+    largest_batch,
+    pass_costs,
+    predict,
+    predict_memory,
+    weight_bytes,
+)
+from dsco_hf.costs.probe import imagenet_pipeline, probe_seconds, stand_in_targets
+from dsco_hf.costs.tracing import TensorMemory
+from dsco_hf.matching.features import observe
+
+
+LABELS = [0, 0, 1, 2, 2]
+SETTINGS = [
+    {},
+    {"num_inference_steps": 7, "guidance_scale": 1.0},
+    {"optimize_from": 0.0, "lookahead": "guided"},
+    {"lookahead": "guided", "guidance_scale": 1.0},
+    {"lookahead": "none", "optimize_until": 0.8},
+    {"batch_size": 2},
+    {"batch_size": 5, "optimization_steps": 3},
+    {"optimization_steps": 0},
+    {"eta": 0.0},
+    {"optimize_from": 1.0},
+    {"objective": "classifier"},
+    {"objective": "classifier", "optimize_from": 0.0, "batch_size": 3},
+    {"optimised": False},
+    {"optimised": False, "guidance_scale": 1.0, "batch_size": 2},
+    {"output_type": "latent"},
+]
+
+
+def measured(output):
+    names = ("denoiser_calls", "decoder_calls", "classifier_calls")
+    return {name: getattr(output, name) for name in names}
+
+
+@pytest.fixture
+def preview_pipe(latent_pipe):
+    torch.manual_seed(5)
+    preview = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
+    latent_pipe.register_modules(preview_vae=preview.eval())
+    return latent_pipe
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("space", ["pipe", "latent_pipe", "preview_pipe"])
+def test_calls_are_those_that_the_pipeline_counts(request, make, space, options):
+    pipe = request.getfixturevalue(space)
+    options = {"num_inference_steps": 5, **options}
+    optimised = options.pop("optimised", options.get("objective") != "classifier")
+    targets = stand_in_targets(pipe, embedding_dim=16) if optimised else None
+    output = pipe(LABELS, targets, generator=make.generators(range(5)), **{"output_type": "pt", **options})
+    assert calls(count_passes(pipe, 5, optimised=optimised, **options)) == measured(output)
+
+
+@pytest.mark.parametrize(
+    "features, networks, decodes",
+    [
+        ([{"layers": ["pooled"]}, {"network": "random"}], 2, True),
+        ({"network": "random", "space": "latents"}, 1, False),
+        ([{"layers": ["hidden_1"]}, {"network": "random", "space": "latents"}], 2, True),
+    ],
+)
+def test_calls_and_work_follow_the_features(make, features, networks, decodes):
+    pipe = imagenet_pipeline(device="cpu", dtype=torch.float32, tiny=True)
+    images = make.images((2, 2, 2, 2), names=["0", "1", "2", "3"])
+    targets = MatchingTargets.from_dataset(images, pipe, features=features, embedding_dim=16, progress=False)
+    options = {"num_inference_steps": 4, "batch_size": 2}
+    output = pipe([0, 1, 1], targets, generator=make.generators(range(3)), output_type="pt", **options)
+    passes = count_passes(pipe, 3, features=features, **options)
+    assert calls(passes) == measured(output)
+    assert output.classifier_calls == 2 * networks * output.discrepancies.shape[0] * 3
+    assert (passes["preview_backward"] > 0) == decodes
+    costs, seconds = pass_costs(pipe, features=features), probe_seconds(pipe, 2, features=features, repeats=1)
+    assert (costs["preview_backward"].flops > 0) == decodes
+    assert costs["classifier_backward"].flops > costs["classifier"].flops > 0
+    assert set(passes) - {"further_networks"} <= set(seconds)
+
+
+def test_calls_of_the_released_objective(pipe, real_images, make):
+    targets = QuantileTargets.from_dataset(real_images, pipe, progress=False)
+    options = {"objective": "quantile", "num_inference_steps": 5, "optimization_steps": 3, "optimize_from": 0.0}
+    output = pipe(LABELS, targets, generator=make.generators(range(5)), **options)
+    assert calls(count_passes(pipe, 5, **options)) == measured(output)
+    assert output.classifier_calls == 5 * 3 * 4
+    assert count_pivots(pipe, 9, **options) == {"extractor": 9 * 5 * 4}
+    first, second = plan_units(3, 4, block_size=2)
+    assert count_unit(pipe, first, last=False, population=9, **options)["extractor"] == 3 * 9 * 5 * 4
+    assert count_unit(pipe, second, last=True, population=9, **options)["extractor"] == 0
+
+
+@pytest.mark.parametrize("images_per_class", [2, 5])
+def test_calls_of_a_run_are_those_of_its_report(pipe, targets, images_per_class):
+    options = {"block_size": 2, "images_per_call": 4, "num_inference_steps": 4, "batch_size": 3}
+    _, report = concentrate_and_report(pipe, targets, images_per_class, progress=False, **options)
+    passes = count_run(pipe, 3, images_per_class, **options)
+    assert calls(passes) == measured(report)
+    assert passes["embedding"] == 3 * {2: 0, 5: 4}[images_per_class]
+    plain = count_run(pipe, 3, images_per_class, optimised=False, **options)
+    assert plain["denoiser"] == passes["denoiser"] and set(plain) == {"denoiser", "step", "call"}
+
+
+def test_an_unknown_option_is_refused(pipe):
+    with pytest.raises(TypeError, match="num_inference_steps"):
+        count_passes(pipe, 1, num_inference_step=5)
+
+
+@pytest.fixture(scope="module")
+def latent_costs(dit_folder):
+    pipe = DsCoPipeline.from_pretrained(dit_folder, classifier=tiny_resnet(names=IMAGENET_NAMES))
+    return pipe, pass_costs(pipe)
+
+
+def test_flops_are_those_of_the_layers(pipe):
+    """Every layer's own input and weights, seen by hooks in a real forward pass."""
+    counted = 0
+
+    def linear(module, inputs, output):
+        nonlocal counted
+        counted += 2 * inputs[0].numel() * module.out_features
+
+    def convolution(module, inputs, output):
+        nonlocal counted
+        counted += 2 * output.numel() * module.weight[0].numel()
+
+    for model in (pipe.denoiser, pipe.classifier):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(linear)
+            elif isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(convolution)
+    zeros = torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        pipe.denoiser(torch.zeros(1, 1, 8, 8), timestep=zeros, class_labels=zeros)
+        denoiser, counted = counted, 0
+        observe(pipe.classifier, torch.zeros(1, 1, 8, 8))
+    classifier, tokens, width = counted, 16, 16
+    costs = pass_costs(pipe, extractor=True)
+    assert costs["denoiser"].flops == costs["lookahead"].flops == denoiser + 4 * tokens**2 * width  # attention
+    assert costs["classifier"].flops == costs["embedding"].flops == classifier
+    assert 1.9 < costs["classifier_backward"].flops / classifier <= 2
+    assert 1.5 < costs["extractor_backward"].flops / costs["extractor"].flops <= 2
+    assert costs["preview_backward"].flops == 0 and "decoder" not in costs
+
+
+def test_the_reference_shapes_need_no_memory():
+    """FLOPs of the tiny pipeline on "meta" are those of its real weights; only the attention's gradient differs."""
+    meta, real = (imagenet_pipeline(device=device, tiny=True) for device in ("meta", "cpu"))
+    assert weight_bytes(meta) == weight_bytes(real) > 0
+    counted, expected = pass_costs(meta), pass_costs(real)
+    assert counted.keys() == expected.keys()
+    for kind, cost in counted.items():
+        assert cost.flops == pytest.approx(expected[kind].flops, rel=0.02)
+    assert counted["decoder"].flops > counted["preview"].flops > 0
+
+
+def test_memory_is_that_of_weights_activations_and_images(latent_costs):
+    pipe, costs = latent_costs
+    assert costs["preview"] == costs["decoder"]
+    assert costs["preview_backward"].memory > 2 * costs["preview"].memory > 0  # the gradient needs what was computed
+    one, four = (predict_memory(pipe, 4, costs, batch_size=size) for size in (1, 4))
+    assert four - one == 3 * costs["preview_backward"].memory
+    assert predict_memory(pipe, 8, costs, batch_size=1) > one > weight_bytes(pipe)
+    assert predict_memory(pipe, 4, costs, optimised=False, guidance_scale=1.0) < four
+
+
+def test_activation_memory_of_a_convolution_is_exact():
+    layers = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(3, 2, 1))
+    with torch.no_grad(), TensorMemory(layers.parameters()) as memory:
+        layers(torch.zeros(1, 2, 4, 4))
+    # input 2, first result 3, after ReLU 3 (the input is still held by the caller), each of 16 numbers of 4 bytes
+    assert memory.peak == (2 + 3 + 3) * 16 * 4
+    assert memory.alive == 0
+
+
+def test_the_largest_batch_just_fits(latent_costs):
+    pipe, costs = latent_costs
+    limit = predict_memory(pipe, 20, costs, batch_size=7)
+    assert largest_batch(pipe, 20, costs, limit) == 7
+    assert largest_batch(pipe, 20, costs, limit - 1) == 6
+    assert largest_batch(pipe, 20, costs, weight_bytes(pipe)) == 0
+    assert largest_batch(pipe, 20, costs, 1e12) == 20
+
+
+def test_time_is_that_of_the_slowest_process(pipe):
+    costs = {"denoiser": PassCost(10, 1), "preview_backward": PassCost(0, 1)}
+    seconds = {"denoiser": 2.0}
+    options = {"block_size": 2, "images_per_call": 2, "num_inference_steps": 3, "guidance_scale": 1.0}
+    found = predict(pipe, 3, 4, costs=costs, seconds=seconds, num_processes=(1, 2, 3, 8), **options)
+    # three groups of one class; 4 images of each, 3 steps, one denoiser pass of 2 s
+    assert found.images == 12 and found.passes["denoiser"] == 36
+    assert found.seconds == {1: 72.0, 2: 48.0, 3: 24.0, 8: 24.0}
+    assert found.flops == 360
+    assert found.calls["denoiser_calls"] == 36 + found.passes["lookahead"]
+
+
+def test_assumed_seconds_are_flops_by_rate():
+    costs = {"denoiser": PassCost(4 * 10**12, 0)}
+    assert assumed_seconds(costs, peak_tflops=100, utilisation=0.4) == {"denoiser": 0.1}
+    with pytest.raises(ValueError, match="utilisation"):
+        assumed_seconds(costs, peak_tflops=100, utilisation=40)
+    with pytest.raises(ValueError, match="peak_tflops"):
+        assumed_seconds(costs, peak_tflops=0, utilisation=0.4)
+
+
+def test_the_probe_measures_every_kind_that_a_run_has(preview_pipe):
+    options = {"guidance_scale": 2.0, "repeats": 1, "embedding_dim": 32}
+    found = probe_seconds(preview_pipe, 4, **options, extractor=False)
+    run = count_run(preview_pipe, 3, 5, block_size=2, images_per_call=4, batch_size=3)
+    assert set(run) <= set(found)
+    assert all(seconds > 0 for kind, seconds in found.items() if kind != "call") and found["call"] >= 0
+
+
+def test_stand_in_targets_are_targets(pipe, targets):
+    found = stand_in_targets(pipe, embedding_dim=targets.embedding_dim)
+    assert isinstance(found, MatchingTargets)
+    for field in dataclasses.fields(MatchingTargets):
+        mine, real = getattr(found, field.name), getattr(targets, field.name)
+        assert type(mine) is type(real)
+        if torch.is_tensor(real):
+            assert mine.shape == real.shape

@@ -1,0 +1,206 @@
+"""The recipe as users launch it: finished, extended, refused, failing, made again; alone and by two processes."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+
+from dsco_hf import DsCoPipeline, concentrate
+from dsco_hf.concentration.concentrate import sampling_options
+from dsco_hf.concentration.run_folder import RunFolder
+from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.utils.configs import parse_config
+from launches import launch_command, launch_environment
+from recipes.concentrate import SAMPLING, ConcentrateRecipe, check_recipe, main
+
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+generator: pipe
+targets: targets
+images_per_class: 4
+block_size: 2
+images_per_call: 2
+num_inference_steps: 4
+guidance_scale: 1.0
+optimize_from: 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, _pixel_pipe, _targets):
+    """A folder, with a name as people give them, that holds a generator, targets and a config."""
+    folder = tmp_path_factory.mktemp("Läufe und mehr")
+    _pixel_pipe.save_pretrained(folder / "pipe")
+    _targets.save_pretrained(folder / "targets")
+    (folder / "run.yaml").write_text(CONFIG)
+    return folder
+
+
+def launch(folder, *options, processes=1, fails=False):
+    done = subprocess.run(
+        launch_command("concentrate", "--config", "run.yaml", *options, processes=processes), cwd=folder,
+        env=launch_environment(),
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    if bool(done.returncode) != fails:
+        raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def here(*options):
+    """Runs the recipe in this process, alone."""
+    main(["--config", "run.yaml", *options])
+
+
+def pixels(folder):
+    rows = load_dataset(str(folder / "dataset"), split="train", cache_dir=str(folder / "cache"))
+    return [np.asarray(image).tobytes() for image in rows["image"]]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_fields_are_those_of_the_pipeline():
+    usual, recipe = sampling_options({"objective": "ridge"}), ConcentrateRecipe(objective="ridge")
+    assert set(SAMPLING) == set(usual)
+    assert {name: getattr(recipe, name) for name in SAMPLING} == {**usual, "optimization_steps": None}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/configs/concentrate_*.yaml")), ids=lambda path: path.stem)
+def test_configs_load_and_say_how_they_are_launched(path):
+    recipe = parse_config(ConcentrateRecipe, ["--config", str(path)])
+    check_recipe(recipe)
+    assert recipe.output_dir.startswith("outputs/")
+    assert "accelerate launch" in path.read_text() and f"configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ([], "Nothing to match: give `dataset`, `targets` or `data_free`"),
+    (["--generator", "g"], "Nothing to match: give `dataset`, `targets` or `data_free`"),
+    (["--generator", "g", "--dataset", "d", "--data_free"], "can match one of them only"),
+    (["--generator", "g", "--objective", "classifier", "--data_free"], "matches nothing: leave 'data_free' out"),
+    (["--generator", "g", "--objective", "quantile", "--targets", "t"], "matches real images: give `dataset`"),
+    (["--generator", "g", "--targets", "t", "--dtype", "int8"], "`dtype` must be float32"),
+    (["--from", "user/name", "--seed", "3"], r"leave \['seed'\] out"),
+    (["--from=user/name", "--step_size", "2", "--max_hours", "3"], r"leave \['step_size'\] out"),
+    (["--images_per_clas", "3"], "Unknown option '--images_per_clas'. Nearest: 'images_per_class'"),
+    (["--images_per_class", "three"], "invalid int value"),
+])  # fmt: skip
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        main(options)
+
+
+def test_the_generator_is_by_default_the_one_that_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .outputs/generator.[\s\S]*train_generator.py --config"):
+        main(["--data_free"])
+
+
+def test_a_run_its_files_and_the_same_from_its_record(work, pipe, targets, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    here("--output_dir", "out", "--max_hours", "0")
+    assert "Stopped by the time limit: 0 of 6 units are finished. Run the same" in capsys.readouterr().out
+    assert not (work / "out" / "dataset").exists()
+    here("--output_dir", "out")
+    told = capsys.readouterr()
+    assert "6 of 6 units are finished: 12 images. The dataset is in out/dataset." in told.out and "12/12" in told.err
+    options = {"block_size": 2, "images_per_call": 2, "num_inference_steps": 4, "guidance_scale": 1.0}
+    small = concentrate(pipe, targets, 4, optimize_from=0.0, progress=False, **options)
+    expected = [np.asarray(image).tobytes() for image in small["image"]]
+    assert pixels(work / "out") == expected
+    results, record = read(work / "out" / "results.json"), read(work / "out" / "dataset" / "concentration.json")
+    assert results["cost"]["images"] == record["cost"]["images"] == 12 and results["discrepancy"] > 0
+    assert record["cost"]["peak_memory_bytes"] > 50e6 and results["session"]["processes"] == 1
+    assert record["method"] == "nopt" and record["seed"] == 0 and record["environment"]["threads"] == 1
+    assert record["blocks"]["size"] == 2 and record["blocks"]["count"] == 2 and record["changes"] == []
+    assert record["parameters"]["optimization_steps"] == 1 and record["parameters"]["step_decay"] == 0.25
+    main(["--from", "out/dataset", "--output_dir", "again"])
+    assert "All rows are identical to those of out/dataset." in capsys.readouterr().out
+    assert pixels(work / "again") == expected and read(work / "again" / "results.json")["from"]["identical"] is True
+
+
+def test_a_finished_run_is_extended_and_other_settings_are_refused(work, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    here("--output_dir", "grown", "--images_per_class", "2")
+    first = pixels(work / "grown")
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+        here("--output_dir", "grown", "--seed", "1")
+    here("--output_dir", "grown", "--images_per_class", "6")
+    assert "9 of 9 units" in capsys.readouterr().out
+    grown = pixels(work / "grown")
+    assert [grown[6 * row + index] for row in range(3) for index in range(2)] == first
+    record = read(work / "grown" / "dataset" / "concentration.json")
+    assert list(record["configs"]) == ["ipc2", "ipc6"] and record["default_config"] == "ipc6"
+    assert [record["configs"][name]["blocks"]["count"] for name in ("ipc2", "ipc6")] == [1, 3]
+    assert [record["configs"][name]["parameters"]["images_per_class"] for name in ("ipc2", "ipc6")] == [2, 6]
+    assert len(load_dataset(str(work / "grown" / "dataset"), "ipc2", split="train")) == 6
+    assert read(work / "grown" / "results.json")["session"]["images"] == 12
+
+
+@pytest.mark.parametrize(("options", "method"), [
+    (["--optimization_steps", "0", "--class_labels", "2", "circle"], "plain"),
+    (["--objective", "classifier"], "nopt-classifier-only"),
+    (["--objective", "ridge", "--dataset", "real", "--block_size", "1", "--regularization", "0.5"], "nopt"),
+    (["--data_free", "--samples_per_class", "4", "--weighting", "none"], "nopt-data-free"),
+    (["--objective", "quantile", "--dataset", "real", "--optimization_steps", "1", "--draws", "1"], "nopt-quantile"),
+])  # fmt: skip
+def test_other_things_to_match(work, real_images, monkeypatch, options, method):
+    monkeypatch.chdir(work)
+    if not (work / "real").exists():
+        real_images.save_to_disk(str(work / "real"))
+    (work / "other.yaml").write_text(CONFIG.replace("targets: targets\n", ""))
+    main(["--config", "other.yaml", "--output_dir", method, "--images_per_class", "2", *options])
+    record = read(work / method / "dataset" / "concentration.json")
+    rows = load_dataset(str(work / method / "dataset"), split="train", cache_dir=str(work / "cache"))
+    assert record["method"] == method and len(rows) == (4 if method == "plain" else 6)
+    if method == "plain":
+        assert rows.features["label"].names == ["triangle", "circle"]
+    if method == "nopt-quantile":
+        with pytest.raises(ValueError, match="matches real images one by one"):
+            main(["--from", f"{method}/dataset", "--output_dir", "no"])
+    else:
+        main(["--from", f"{method}/dataset", "--output_dir", f"{method} again"])
+        assert pixels(work / f"{method} again") == pixels(work / method)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_refused_fail_and_go_on(work, real_images, monkeypatch):
+    monkeypatch.chdir(work)
+    pipe = DsCoPipeline.from_pretrained(work / "pipe")
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight[0] = float("nan")
+    pipe.save_pretrained(work / "bad")
+    if not (work / "real").exists():
+        real_images.save_to_disk(str(work / "real"))
+    (work / "run.yaml").write_text(CONFIG.replace("targets: targets\n", "dataset: real\n"))
+    bad = ("--generator", "bad", "--output_dir", "failing")
+    with RunFolder(work / "failing" / "run").locked():
+        assert "Another run is at work on" in launch(work, *bad, processes=2, fails=True).stderr
+    done = launch(work, *bad, processes=2, fails=True)
+    assert "1 unit(s) failed, 4 of 6 units are finished." in done.stdout
+    assert "Class(es) ['circle'], block 0, step 0" in done.stdout
+    assert not (work / "failing" / "dataset").exists() and not (work / "failing" / "targets-work").exists()
+    with pytest.raises(ValueError, match="models.transformer: .*accept_changed"):
+        here("--output_dir", "failing")
+    done = launch(work, "--output_dir", "failing", "--accept_changed", "models", processes=2)
+    assert "6 of 6 units are finished" in done.stdout
+    logs = sorted((work / "failing" / "run" / "log").iterdir())
+    drawn = [{json.loads(line).get("unit") for line in log.read_text().splitlines()} - {None} for log in logs]
+    assert len(logs) == 2 and all(drawn) and sum(map(len, drawn)) == 6
+    record = read(work / "failing" / "dataset" / "concentration.json")
+    assert list(record["changes"][0]["settings"]) == ["models.transformer"]
+    assert (
+        MatchingTargets.from_pretrained(work / "failing" / "targets").provenance["images"] == 17
+    )  # of 21: a fifth of each class is held out
+    with pytest.raises(ValueError, match="targets that were made otherwise .options.seed: 0 there, 2 now"):
+        here("--output_dir", "failing", "--seed", "2")
+    here("--output_dir", "alone")  # one process makes the same targets and images
+    assert pixels(work / "alone") == pixels(work / "failing")
+    (work / "run.yaml").write_text(CONFIG)

@@ -1,0 +1,92 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dsco_hf.hub.folder import save_dataset_folder
+from hub import Client, LoopbackHub
+from hub.client import ROOT, environment
+from hub.samples import RECORD, TOKEN, tiny_dataset
+
+
+# In a client's process, what `python recipes/publish.py ...` prints, or says when it stops.
+CALL = """
+import contextlib, io, sys
+from hub.client import ROOT
+sys.path.insert(0, str(ROOT / "recipes"))
+import publish as recipe
+printed = io.StringIO()
+try:
+    with contextlib.redirect_stdout(printed):
+        recipe.main(arguments)
+except SystemExit as error:
+    return str(error)
+return printed.getvalue()
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with LoopbackHub(tmp_path_factory.mktemp("server")) as hub:
+        hub.add_user("ann", TOKEN)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def ann(hub, tmp_path_factory):
+    with Client(hub.url, tmp_path_factory.mktemp("ann"), token=TOKEN) as client:
+        yield client
+        assert TOKEN not in client.output()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    configs = {"ipc1": tiny_dataset(1), "ipc10": tiny_dataset(10)}
+    path = tmp_path_factory.mktemp("outputs") / "set"
+    return save_dataset_folder(configs, path, default_config="ipc10", concentration=RECORD)
+
+
+def call(client, *arguments):
+    return client.run(CALL, arguments=[str(argument) for argument in arguments])
+
+
+def test_a_dry_run_then_a_folder_is_published(hub, ann, folder):
+    printed = call(ann, "--folder", folder, "--repo_id", "ann/set", "--dry-run")
+    assert "would send 5 files" in printed and not hub.requests("POST", "")
+    options = ["--private", "--source_license", "mit"]
+    assert "sent 5 files" in call(ann, "--folder", folder, "--repo_id", "ann/set", *options)
+    assert hub.store.load("datasets", "ann/set")["private"]
+    files = hub.files("ann/set")
+    record = json.loads(files["concentration.json"])
+    assert record["default_config"] == "ipc10" and record["method"] == "nopt"
+    assert record["card"] == {"source_license": "mit"}
+    shard = "data/ipc1/train-00000-of-00001.parquet"
+    assert files[shard] == (folder / shard).read_bytes()
+    assert "up to date" in call(ann, "--folder", folder, "--repo_id", "ann/set", *options)
+
+
+def test_errors_are_one_line(hub, ann, folder):
+    printed = call(ann, "--folder", ".", "--repo_id", "ann/errors")
+    assert printed.startswith("FileNotFoundError: . holds neither concentration.json") and "\n" not in printed
+    printed = call(ann, "--folder", folder, "--repo_id", "bob/errors")
+    assert printed.startswith("PermissionError: Cannot publish to bob/errors: the Hub refused (403)")
+
+
+@pytest.mark.slow
+def test_only_the_main_process_of_a_launch_pushes(hub, folder, tmp_path):
+    process = subprocess.run(
+        [
+            *[sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+            *["--mixed_precision", "no", str(ROOT / "recipes" / "publish.py")],
+            *["--folder", str(folder), "--repo_id", "ann/launched"],
+        ],
+        env=environment(hub.url, tmp_path / "home", token=TOKEN),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("sent 5 files") == 1 and TOKEN not in process.stdout + process.stderr
+    assert len(hub.requests("POST", "/ann/launched/commit/")) == 1

@@ -1,0 +1,50 @@
+"""The plan of a call: which steps are optimised, and how far each moves the noise."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from dsco_hf.matching.objectives import ClassifierObjective
+from dsco_hf.sampling.plan import NoisePlan, optimized_steps, usable_eta
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((20, 0.6, 1.0), range(12, 19)),
+        ((20, 0.0, 1.0), range(19)),
+        ((20, 0.0, 0.5), range(10)),
+        ((1, 0.0, 1.0), range(0)),
+    ],
+)
+def test_the_last_step_is_never_optimised(arguments, expected):
+    assert optimized_steps(*arguments) == expected
+
+
+def test_updates_fall_evenly_from_coarse_to_fine():
+    plan = NoisePlan("rkhs", None, 1, 2.0, "conditional", ClassifierObjective(), step_decay=0.25)
+    assert plan.step_size_at(7) == 2.0  # no steps are known yet
+    plan.steps = range(12, 17)
+    assert [plan.step_size_at(i) for i in plan.steps] == pytest.approx([2.0, 1.625, 1.25, 0.875, 0.5])
+    plan.steps = range(3, 4)
+    assert plan.step_size_at(3) == 2.0
+
+
+def test_eta_stays_what_it_is_unless_rounding_would_break_the_step(pipe):
+    def cosine(steps):
+        scheduler = DDIMScheduler(
+            beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type="v_prediction"
+        )
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    assert [usable_eta(cosine(20), eta) for eta in (1.0, 0.5, 0.0)] == [1.0, 0.5, 0.0]
+    pipe.scheduler.set_timesteps(7)
+    assert usable_eta(pipe.scheduler, 1.0) == 1.0
+    assert 1 - 1e-5 < usable_eta(cosine(5), 1.0) < 1 and usable_eta(cosine(5), 0.9) == 0.9
+    pipe.scheduler = cosine(5)
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    broken = pipe.scheduler.step(noise, 999, noise, eta=1.0, variance_noise=noise).prev_sample
+    assert broken.isnan().all()  # diffusers mends it some day? then `usable_eta` can go
+    images = pipe.sample([0], seeds=[0], num_inference_steps=5, guidance_scale=1.0).images
+    assert images.isfinite().all()

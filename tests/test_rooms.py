@@ -1,0 +1,98 @@
+"""The package is a one-way street: a room imports only rooms above it, and a file only files above it in its room."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dsco_hf
+
+
+PACKAGE = Path(dsco_hf.__path__[0])
+ORDER = {
+    "utils": ["markdown", "names", "processes", "progress", "safety", "values", "files", "configs", "origins"],
+    "data": ["images", "labels", "schema", "shards", "pixels", "splits", "image_folders", "opening", "datasets"],
+    "generators": [
+        *["denoisers", "failures", "latents", "weights", "checkpoints"],
+        *["components", "data", "fine_tuning", "training"],
+    ],
+    "matching": [
+        *["feature_files", "kernels", "preprocessing", "target_files", "features"],
+        *["feature_spec", "population", "targets", "objectives"],
+    ],
+    "sampling": ["loading", "models", "noise", "released", "checks", "made_targets", "plan", "nopt", "pipeline"],
+    "evaluators": [
+        *["augmentation", "batches", "configurations", "models", "protocol_fields"],
+        *["protocols", "checks", "training", "evaluation"],
+    ],
+    "concentration": [
+        *["clarity", "methods", "config_records", "set_records", "concentrate"],
+        *["doping", "records", "run_folder", "runs"],
+    ],
+    "costs": ["tracing", "passes", "probe"],
+    "studies": ["figures", "generator_check", "metrics", "plans", "feature_figures", "kept", "stages", "tables"],
+    "hub": ["cards", "push", "given", "model_cards", "folder", "models", "remake", "verification", "publish"],
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = list(ORDER)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Full names of all modules (and names) that a file imports, relative imports resolved."""
+    package = path.relative_to(PACKAGE.parent).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
+            module = (base + (node.module or "")).rstrip(".")
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join((PACKAGE.name, *(part for part in parts if part != "__init__")))
+
+
+def place(name: str) -> tuple[int, int]:
+    """Where a module stands: (its room's place, its own); a room's `__init__` comes after its files."""
+    _, *parts = name.split(".")
+    if not parts:
+        return (len(ORDER), 0)  # the package's own `__init__` may import all
+    room = parts[0]
+    return (NAMES.index(room), ORDER[room].index(parts[1]) if len(parts) > 1 else len(ORDER[room]))
+
+
+def test_few_rooms_of_few_files():
+    assert {path.parent.name for path in FILES} - {PACKAGE.name} == set(ORDER)
+    assert len(ORDER) <= 10
+    for room, files in ORDER.items():
+        assert {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"} == set(files)
+        assert len(list((PACKAGE / room).glob("*.py"))) <= 10
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_imports_only_what_stands_above_it(path):
+    own = module_name(path)
+    names = {module_name(file) for file in FILES}
+    imported = imported_modules(path) & names - {own, PACKAGE.name}
+    if own != PACKAGE.name:
+        assert PACKAGE.name not in imported_modules(path), "a file of the package imports files, not the package"
+    below = sorted(name for name in imported if place(name) >= place(own))
+    assert not below, f"{own} imports {below}, which stand below it or beside it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_package_never_imports_recipes_or_tests(path):
+    roots = {name.split(".")[0] for name in imported_modules(path)}
+    assert not roots & {"recipes", "tests"}
+
+
+def test_recipes_import_the_package_only():
+    recipes = PACKAGE.parent / "recipes"
+    names = {path.stem for path in recipes.rglob("*.py")} | {"recipes", "tests"}
+    for path in recipes.rglob("*.py"):
+        roots = {name.split(".")[0] for name in imported_modules(path)}
+        assert not roots & names, f"{path.name} imports {roots & names}"
