@@ -42,8 +42,8 @@ from dsco_hf.evaluators import (
 )
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.sampling.models import load_classifier
-from dsco_hf.studies.stages.figures import accuracy_figure
-from dsco_hf.studies.stages.metrics import LEAST_SEEDS, paired_difference
+from dsco_hf.studies.figures import accuracy_figure
+from dsco_hf.studies.metrics import LEAST_SEEDS, paired_difference
 from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
 
 

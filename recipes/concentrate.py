@@ -40,8 +40,8 @@ from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.models import load_classifier, load_model
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.sampling.released import QuantileTargets
-from dsco_hf.studies.stages.generator_check import GeneratorCheck
-from dsco_hf.studies.stages.kept import kept_check, kept_targets, pipeline_identity
+from dsco_hf.studies.generator_check import GeneratorCheck
+from dsco_hf.studies.kept import kept_check, kept_targets, pipeline_identity
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_atomically
 from dsco_hf.utils.processes import RunError

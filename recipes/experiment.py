@@ -40,10 +40,10 @@ from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.models import load_classifier
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.sampling.released import QuantileTargets
-from dsco_hf.studies.stages.figures import accuracy_figure
-from dsco_hf.studies.stages.kept import KeptSets, kept_check, kept_targets, pipeline_identity
-from dsco_hf.studies.stages.plans import StudyPlan, clear_name, set_name, set_parts
-from dsco_hf.studies.stages.stages import (
+from dsco_hf.studies.figures import accuracy_figure
+from dsco_hf.studies.kept import KeptSets, kept_check, kept_targets, pipeline_identity
+from dsco_hf.studies.plans import StudyPlan, clear_name, set_name, set_parts
+from dsco_hf.studies.stages import (
     Clock,
     draw_study_samples,
     evaluate_sets,
@@ -56,7 +56,7 @@ from dsco_hf.studies.stages.stages import (
     study_discrepancies,
     untrained_network,
 )
-from dsco_hf.studies.stages.tables import results_table
+from dsco_hf.studies.tables import results_table
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_atomically, write_json
 from dsco_hf.utils.origins import fingerprint, identity

@@ -49,10 +49,10 @@ from dsco_hf.generators.training import train_generator
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import save_dataset_folder
 from dsco_hf.sampling.models import load_classifier
-from dsco_hf.studies.stages.feature_figures import feature_figure
-from dsco_hf.studies.stages.figures import accuracy_figure
-from dsco_hf.studies.stages.kept import DRAW_AGAIN, KeptSets, kept_targets, pipeline_identity
-from dsco_hf.studies.stages.stages import (
+from dsco_hf.studies.feature_figures import feature_figure
+from dsco_hf.studies.figures import accuracy_figure
+from dsco_hf.studies.kept import DRAW_AGAIN, KeptSets, kept_targets, pipeline_identity
+from dsco_hf.studies.stages import (
     Clock,
     draw_study_samples,
     evaluate_sets,
@@ -61,7 +61,7 @@ from dsco_hf.studies.stages.stages import (
     result_rows,
     study_discrepancies,
 )
-from dsco_hf.studies.stages.tables import results_table
+from dsco_hf.studies.tables import results_table
 from dsco_hf.utils.configs import make_accelerator, parse_config
 from dsco_hf.utils.files import read_json, whole, write_atomically, write_json
 from dsco_hf.utils.origins import fingerprint, identity, versions

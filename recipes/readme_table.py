@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from dsco_hf.studies.stages.tables import results_table
+from dsco_hf.studies.tables import results_table
 
 
 def insert_table(text: str, table: str, name: str = "results") -> str:

@@ -34,8 +34,8 @@ from dsco_hf.generators.fine_tuning import adapt_denoiser, with_schedule_of
 from dsco_hf.generators.training import GeneratorTrainingResult, train_generator
 from dsco_hf.sampling.models import load_classifier, load_model
 from dsco_hf.sampling.pipeline import DsCoPipeline
-from dsco_hf.studies.stages.figures import sample_grid
-from dsco_hf.studies.stages.generator_check import GeneratorScore
+from dsco_hf.studies.figures import sample_grid
+from dsco_hf.studies.generator_check import GeneratorScore
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 
 

@@ -15,7 +15,7 @@ from dsco_hf.hub.cards import (
     render_dataset_card,
     size_category,
 )
-from dsco_hf.studies.stages.generator_check import GeneratorCheck
+from dsco_hf.studies.generator_check import GeneratorCheck
 from hub.cards import validate_card
 from hub.golden import check_golden
 from hub.samples import HOSTILE_NAMES, RECORD, RESULTS, tiny_dataset

@@ -29,7 +29,7 @@ from dsco_hf.concentration.doping import clearest
 from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
 from dsco_hf.data.splits import divide, refuse_slice
 from dsco_hf.evaluators.checks import check_same_classes
-from dsco_hf.studies.stages.metrics import Accuracy, Coverage, top_k_accuracy
+from dsco_hf.studies.metrics import Accuracy, Coverage, top_k_accuracy
 from dsco_hf.utils.configs import parse_config
 from dsco_hf.utils.values import check_whole
 from recipes.plan import main as plan

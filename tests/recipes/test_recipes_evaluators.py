@@ -15,7 +15,7 @@ from datasets import ClassLabel, Image, load_dataset
 from transformers import AutoModelForImageClassification
 
 from dsco_hf.data.datasets import load_image_dataset
-from dsco_hf.studies.stages.metrics import paired_difference
+from dsco_hf.studies.metrics import paired_difference
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment
 from recipes import compare, train_classifier, train_evaluator

@@ -17,7 +17,7 @@ from dsco_hf import DsCoPipeline, build_evaluator, concentrate, measure_discrepa
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.targets import MatchingTargets
-from dsco_hf.studies.stages.plans import FEATURES
+from dsco_hf.studies.plans import FEATURES
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment
 from recipes import concentrate as concentrate_recipe

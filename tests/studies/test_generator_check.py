@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsco_hf import DsCoPipeline, check_generator, concentrate, load_digits_dataset
-from dsco_hf.studies.stages.generator_check import GeneratorCheck
+from dsco_hf.studies.generator_check import GeneratorCheck
 
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "pipeline"

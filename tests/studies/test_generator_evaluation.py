@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsco_hf.matching.features import observe
-from dsco_hf.studies.stages.generator_check import GeneratorScore, feature_moments
+from dsco_hf.studies.generator_check import GeneratorScore, feature_moments
 
 
 def test_moments_are_those_of_the_pooled_features(make):

@@ -11,7 +11,7 @@ from scipy import stats
 
 import dsco_hf.studies.metrics
 from dsco_hf.matching.kernels import median_bandwidth, mmd2_exact
-from dsco_hf.studies.stages.metrics import (
+from dsco_hf.studies.metrics import (
     METRICS,
     Accuracy,
     AugmentationRobustScore,

@@ -23,7 +23,7 @@ from dsco_hf import (
 from dsco_hf.data.datasets import dataset_fingerprint
 from dsco_hf.evaluators import job_identity, load_image_set, run_job, train_job
 from dsco_hf.generators.data import TrainingData
-from dsco_hf.studies.stages.kept import KeptSets, kept_check, kept_targets, pipeline_identity
+from dsco_hf.studies.kept import KeptSets, kept_check, kept_targets, pipeline_identity
 
 
 QUICK = get_protocol("quick", epochs=2, image_size=8)
