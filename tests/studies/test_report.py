@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from dsco_hf.concentration import methods
-from dsco_hf.studies.stages import feature_figures, figures
-from dsco_hf.studies.stages import tables as report
+from dsco_hf.studies import feature_figures, figures
+from dsco_hf.studies import tables as report
 from recipes import readme_table
 
 
