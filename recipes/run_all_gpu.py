@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsco_hf.utils.files import read_json, write_json
+
 
 RECIPES = Path(__file__).parent
 CONFIGS = RECIPES / "configs"
@@ -113,8 +115,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only:
         data = {options.only: data[options.only]}
     end = time.monotonic() + 60 * options.minutes
+    stamped = options.outputs / "run_all_gpu.json"  # the options of every step that was begun
+    stamps = read_json(stamped, "Delete it.") if stamped.is_file() else {}
     for step in steps(options.outputs, data, options.mixed_precision):
-        done = step.result.is_file()
+        done, asked = step.result.is_file(), list(step.options)
+        if done and (before := stamps.get(step.name, asked)) != asked:  # of earlier versions nothing is known
+            differing = [word for word in (*before, *asked) if (word in before) != (word in asked)]
+            print(f"{step.name}: {step.result} was made with other options ({shlex.join(differing)}). Remove it, or "
+                  "choose other `--outputs`.")  # fmt: skip
+            return 1
         left = (end - time.monotonic()) / 60
         command = step.command(max(left - 1.5, 0.1))  # the rest is to read the data, to save and to end
         if options.list:
@@ -126,6 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"The slice is over; next: {step.name}. Run the same command again.")
             return 3
         print(f"{step.name}: {shlex.join(command)}", flush=True)
+        stamps[step.name] = asked
+        options.outputs.mkdir(parents=True, exist_ok=True)
+        write_json(stamped, stamps)
         try:
             code = subprocess.run(command, check=False, timeout=60 * left).returncode
         except subprocess.TimeoutExpired:

@@ -68,9 +68,19 @@ def test_slices_go_on_until_all_is_done(two_steps, tmp_path, capsys):
     assert capsys.readouterr().out.count("[done]") == 2
 
 
+def test_a_result_of_other_options_is_not_taken_for_done(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "step.py"
+    script.write_text("import sys, pathlib\npathlib.Path(sys.argv[1]).touch()\n")
+    for number, expected in (("1", 0), ("1", 0), ("2", 1)):
+        step = run_all_gpu.Step("a", str(script), (str(tmp_path / "done"), "--steps", number), tmp_path / "done")
+        monkeypatch.setattr(run_all_gpu, "steps", lambda *rest, step=step: [step])
+        assert run_all_gpu.main(["--outputs", str(tmp_path)]) == expected
+    assert "done was made with other options (1 2). Remove it" in capsys.readouterr().out
+
+
 def test_a_failing_step_ends_the_slice(tmp_path, monkeypatch):
     script = tmp_path / "bad.py"
     script.write_text("import sys; sys.exit(7)\n")
     bad = run_all_gpu.Step("bad", str(script), (), tmp_path / "never")
     monkeypatch.setattr(run_all_gpu, "steps", lambda *rest: [bad])
-    assert run_all_gpu.main([]) == 7
+    assert run_all_gpu.main(["--outputs", str(tmp_path)]) == 7

@@ -28,6 +28,8 @@ from dsco_hf.studies.kept import KeptSets, kept_check, kept_targets, pipeline_id
 
 QUICK = get_protocol("quick", epochs=2, image_size=8)
 OTHER_VERSIONS = {"torch": "0.0"}
+MODULES = ("evaluators.training", "evaluators.evaluation", "studies.kept", "concentration.runs", "matching.targets",
+           "generators.training")  # fmt: skip
 SAMPLING = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
@@ -36,14 +38,7 @@ def other_versions(monkeypatch):
     """A function after which the libraries have other versions."""
 
     def change():
-        for module in (
-            "evaluators.training",
-            "evaluators.evaluation",
-            "kept",
-            "runs",
-            "targets",
-            "generator_training",
-        ):
+        for module in MODULES:
             monkeypatch.setattr(f"dsco_hf.{module}.versions", lambda: OTHER_VERSIONS)
 
     return change
