@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from advice import World
 from dsco_hf import ConvNetConfig, ConvNetForImageClassification, DsCoPipeline, MatchingTargets
 
 
@@ -149,6 +150,12 @@ def _targets(_pixel_pipe, real_images):
 def targets(_targets):
     """Targets of `real_images` for `pipe`."""
     return copy.deepcopy(_targets)
+
+
+@pytest.fixture
+def world(pipe, targets, real_images, make, tmp_path):
+    """What the tables of advice work with."""
+    return World(pipe, targets, real_images, make, tmp_path)
 
 
 @pytest.fixture(scope="session")
