@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from advice import World
@@ -30,6 +30,23 @@ def tiny_transformer(*, channels=1, out_channels=None, sample_size=8, classes=3,
         patch_size=2,
         num_embeds_ada_norm=classes,
         norm_num_groups=1,
+    ).eval()
+
+
+def tiny_unet(*, embeddings=4, channels=1, sample_size=8, out_channels=None, seed=0, **options):
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=sample_size,
+        in_channels=channels,
+        out_channels=out_channels or channels,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        num_class_embeds=embeddings,
+        **options,
     ).eval()
 
 
@@ -115,6 +132,7 @@ def make():
 
     class Builders:
         transformer = staticmethod(tiny_transformer)
+        unet = staticmethod(tiny_unet)
         vae = staticmethod(tiny_vae)
         convnet = staticmethod(tiny_convnet)
         resnet = staticmethod(tiny_resnet)

@@ -62,6 +62,8 @@ def features_of(dataset: AnyDataset) -> Features:
                 "The column types of this streamed dataset are unknown; `map` forgets them. Keep them with "
                 "`stream.map(function, features=stream.features)`, or declare them with `stream.cast(features)`."
             ) from error
+        except StopIteration:  # there is none
+            features = None
     if not features:
         raise ValueError("The dataset is empty: it has no rows and no columns.")
     return features
@@ -84,12 +86,12 @@ def find_column(features: Features, option: str, column: str | None, kind: type)
             if usual in found:
                 return usual
             raise ValueError(f"Several columns are of type {kind.__name__}: {found}. Choose one with `{option}=`.")
-        hint = _column_hint(features, kind)
+        hint = column_hint(features, kind)
         raise ValueError(f"No column is of type {kind.__name__}. The columns are {have}.{hint}")
     if column not in features:
         raise ValueError(f"There is no column {column!r}. The columns are {have}.{nearest(column, found or features)}")
     if column not in found:
-        hint = f" Of type {kind.__name__} are: {found}." if found else _column_hint(features, kind, column)
+        hint = f" Of type {kind.__name__} are: {found}." if found else column_hint(features, kind, column)
         raise ValueError(f"Column {column!r} is {_kind(features[column])}, not {kind.__name__}.{hint}")
     return column
 
@@ -98,16 +100,16 @@ def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", "")) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
-def _column_hint(features: Mapping[str, Any], kind: type, column: str | None = None) -> str:
+def column_hint(features: Mapping[str, Any], kind: type, column: str | None = None) -> str:
     """The call that most likely repairs a column of the wrong type: the one that was named, or the most plausible."""
     fits = _may_be_image if kind is Image else _may_be_label
     if column is not None:  # chosen by the user: its name need not speak for it
         key, asked = column if fits(_kind(features[column]), features[column]) else "", ""
     elif kind is Image:
-        key = _most_plausible(features, fits, "image|img|picture|photo|pixel", "path|file")
+        key = most_plausible(features, fits, "image|img|picture|photo|pixel", "path|file")
         asked = f" Did you mean {key!r}?"
     else:
-        key = _most_plausible(features, fits, "label|class|target|category|species|digit", "fine|coarse|^y$")
+        key = most_plausible(features, fits, "label|class|target|category|species|digit", "fine|coarse|^y$")
         asked = f" Did you mean {key!r}?"
     if kind is Image:
         return key and f"{asked} Make it one with `dataset.cast_column({key!r}, datasets.Image())`."
@@ -117,7 +119,7 @@ def _column_hint(features: Mapping[str, Any], kind: type, column: str | None = N
     )
 
 
-def _most_plausible(features: Mapping[str, Any], fits: Callable[[str, Any], int], likely: str, less: str) -> str:
+def most_plausible(features: Mapping[str, Any], fits: Callable[[str, Any], int], likely: str, less: str) -> str:
     """Of the columns that may be meant, that whose name says most; empty if none may be."""
 
     def rank(key: str) -> int:

@@ -20,6 +20,7 @@ from datasets.table import embed_table_storage
 
 from ..utils.files import portable, reading, same_file
 from ..utils.values import plain_arguments
+from .schema import column_hint
 
 
 ROWS_PER_GROUP = 256
@@ -49,7 +50,7 @@ def as_configs(
         raise TypeError(
             f"Expected a Dataset, a DatasetDict (splits) or a dict of them (configs), but got a "
             f"{type(dataset).__name__}. "
-            "Turn a streaming dataset into one with `Dataset.from_generator`."
+            "Turn a stream into one with `Dataset.from_generator(stream.__iter__, features=stream.features)`."
         )
     if not dataset:
         raise ValueError("There is no config to publish: the dict is empty.")
@@ -100,20 +101,20 @@ def check_rows(dataset: object, *, where: str) -> None:
     """Raises if a dataset has no rows, or lacks `image` (Image) or `label` (ClassLabel)."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"Expected a datasets.Dataset for {where}, but got a {type(dataset).__name__}. A streaming dataset can "
-            f"be turned "
-            "into one with `Dataset.from_generator`."
+            f"Expected a datasets.Dataset for {where}, but got a {type(dataset).__name__}. Turn a stream into one "
+            "with `Dataset.from_generator(stream.__iter__, features=stream.features)`."
         )
     for column, kind in (("image", Image), ("label", ClassLabel)):
         feature = dataset.features.get(column)
         if not isinstance(feature, kind):
-            candidates = [name for name, value in dataset.features.items() if isinstance(value, kind)]
-            hint = (
-                f"Rename {candidates[0]!r} to it." if candidates else f"Cast it with `cast_column({column!r}, ...)`."
-            )
+            found = [name for name, value in dataset.features.items() if isinstance(value, kind)]
+            others = [name for name in found if name not in DRAWN_COLUMNS]  # a `source` may be of classes, too
+            hint = column_hint(dataset.features, kind, column if column in dataset.features else None)
+            if others and column not in dataset.features:
+                hint = f" Rename {others[0]!r} to it: `dataset.rename_column({others[0]!r}, {column!r})`."
             raise ValueError(
                 f"The dataset of {where} needs a column {column!r} of type {kind.__name__}, but its columns are "
-                f"{dict(dataset.features)}. {hint}"
+                f"{dict(dataset.features)}.{hint}"
             )
     if not len(dataset):
         raise ValueError(f"The dataset of {where} has no rows.")

@@ -184,6 +184,13 @@ def test_foreign_components_are_refused(ann):
     with pytest.raises(ClientError, match="'classifier' is a Own of 'mine'.*register_modules") as raised:
         ann.run(code)
     assert raised.value.kind == "ValueError"
+    as_it_says = """
+    pipe.register_modules(classifier=None)
+    publish_pipeline(pipe, "ann/foreign")
+    own = Own(tiny_pipeline().classifier.config).eval()
+    return type(type(pipe).from_pretrained("ann/foreign", classifier=own).classifier).__name__
+    """
+    assert ann.run(code.replace('publish_pipeline(pipe, "ann/foreign")', "").rstrip() + as_it_says) == "Own"
     with pytest.raises(ClientError, match="Expected a DsCoPipeline, but got a dict"):
         ann.run("from dsco_hf.hub import publish_pipeline\npublish_pipeline({}, 'ann/x')")
 

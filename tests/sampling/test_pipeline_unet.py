@@ -5,30 +5,14 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
+from conftest import tiny_unet
 from dsco_hf import DsCoPipeline, MatchingTargets, QuantileTargets, concentrate
 
 
 NAMES = ("circle", "square", "triangle")
 OPTIONS = {"num_inference_steps": 5, "output_type": "pt", "step_size": 0.2}
-
-
-def tiny_unet(*, embeddings=4, channels=1, sample_size=8, out_channels=None, seed=0, **options):
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=sample_size,
-        in_channels=channels,
-        out_channels=out_channels or channels,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=4,
-        num_class_embeds=embeddings,
-        **options,
-    ).eval()
 
 
 def unet_pipe(make, *, classifier=True, **options):

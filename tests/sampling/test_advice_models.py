@@ -9,24 +9,19 @@ from diffusers import DDIMScheduler
 
 from advice import FAST, follow, is_of
 from dsco_hf import DsCoPipeline, FeatureSpec, MatchingTargets, QuantileTargets
-from dsco_hf.features import observe, pool
-from dsco_hf.fine_tuning import adapt_denoiser
-from dsco_hf.generators import GeneratorTrainingConfig, build_transformer, build_unet
-from test_pipeline_unet import tiny_unet, unet_pipe
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_transformer, build_unet
+from dsco_hf.generators.fine_tuning import adapt_denoiser
+from dsco_hf.matching.features import observe, pool
 
 
 IMAGES = torch.zeros(2, 3, 16, 16)
 SIZES = {"num_classes": 3, "num_channels": 1}
 
 
-def without_null(w):
-    """A pipeline whose UNet has as many embeddings as there are names."""
-    return unet_pipe(w.make, embeddings=3)
-
-
-def named(w, names):
-    pipe = unet_pipe(w.make, embeddings=3)
-    return DsCoPipeline(None, pipe.scheduler, id2label=dict(enumerate(names)), unet=pipe.unet)
+def with_unet(w, names=("circle", "square", "triangle"), **options):
+    """A UNet with three embeddings; with as many names, none of them is the null class."""
+    unet = w.make.unet(**{"embeddings": 3, **options})
+    return DsCoPipeline(None, DDIMScheduler(), id2label=dict(enumerate(names)), unet=unet)
 
 
 def bare_latents(w, vae=None):
@@ -37,7 +32,7 @@ def bare_latents(w, vae=None):
 
 
 def without_size(w, size=None):
-    pipe = unet_pipe(w.make, sample_size=None)
+    pipe = with_unet(w, sample_size=None)
     if size is not None:
         pipe.denoiser.register_to_config(sample_size=size)
     return pipe
@@ -129,15 +124,15 @@ def in_half(w):
 
 CHECKS = {
     "no null class: another scale": (
-        lambda w: without_null(w)([0], **{**FAST, "guidance_scale": 2.0}),
+        lambda w: with_unet(w)([0], **{**FAST, "guidance_scale": 2.0}),
         "needs a null class, .* Pass `guidance_scale=1.0`",
-        lambda w: without_null(w)([0], **{**FAST, "guidance_scale": 1.0}).images,
+        lambda w: with_unet(w)([0], **{**FAST, "guidance_scale": 1.0}).images,
         is_of(1),
     ),
     "no null class: names": (
-        lambda w: without_null(w)([0], **{**FAST, "guidance_scale": 2.0}),
+        lambda w: with_unet(w)([0], **{**FAST, "guidance_scale": 2.0}),
         "if its last embedding is the null class, name the other classes in `id2label`",
-        lambda w: named(w, ["circle", "square"])([0, 1], **{**FAST, "guidance_scale": 2.0}).images,
+        lambda w: with_unet(w, ["circle", "square"])([0, 1], **{**FAST, "guidance_scale": 2.0}).images,
         is_of(2),
     ),
     "no VAE": (
@@ -188,11 +183,11 @@ CHECKS = {
 
 COMPONENTS = {
     "both denoisers": (
-        lambda w: DsCoPipeline(w.make.transformer(), DDIMScheduler(), unet=tiny_unet()),
+        lambda w: DsCoPipeline(w.make.transformer(), DDIMScheduler(), unet=w.make.unet()),
         "pass exactly one",
         lambda w: [
             DsCoPipeline(w.make.transformer(), DDIMScheduler()),
-            DsCoPipeline(None, DDIMScheduler(), unet=tiny_unet()),
+            DsCoPipeline(None, DDIMScheduler(), unet=w.make.unet()),
         ],
         is_of(2),
     ),
@@ -272,7 +267,7 @@ COMPONENTS = {
         "Leave `image_size` out, or start from a UNet",
         lambda w: [
             adapt_denoiser(w.make.transformer(), num_classes=2).config.sample_size,
-            adapt_denoiser(tiny_unet(), num_classes=2, sample_size=16).config.sample_size,
+            adapt_denoiser(w.make.unet(), num_classes=2, sample_size=16).config.sample_size,
         ],
         [8, 16],
     ),
