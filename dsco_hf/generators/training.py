@@ -172,7 +172,8 @@ def _check_denoiser(denoiser: Denoiser, data: TrainingData, num_classes: int) ->
     if found != expected:
         raise ValueError(
             f"The denoiser takes (channels, size, classes) = {found}, the data has {expected}. "
-            "`adapt_denoiser` changes classes and size; or bring the images to the size with `image_size`."
+            "`adapt_denoiser` changes classes and size; or bring the images to the size with `image_size`, to the "
+            "channels with `num_channels`."
         )
 
 
