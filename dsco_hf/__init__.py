@@ -6,6 +6,7 @@ from .concentration.records import concentration_record
 from .concentration.runs import concentrate_to_folder
 from .data.datasets import load_digits_dataset, load_image_dataset
 from .evaluators import ConvNetConfig, ConvNetForImageClassification, build_evaluator, get_protocol, train_evaluator
+from .generators.base import Denoiser, register_denoiser
 from .generators.failures import NonFiniteError
 from .hub.cards import DatasetCardFields
 from .hub.publish import publish, publish_evaluator, publish_pipeline, read_concentration, save_dataset_folder, verify
@@ -26,6 +27,7 @@ __all__ = [
     "ConvNetConfig",
     "ConvNetForImageClassification",
     "DatasetCardFields",
+    "Denoiser",
     "DsCoPipeline",
     "DsCoPipelineOutput",
     "FeatureSpec",
@@ -50,6 +52,7 @@ __all__ = [
     "publish_evaluator",
     "publish_pipeline",
     "read_concentration",
+    "register_denoiser",
     "save_dataset_folder",
     "train_evaluator",
     "verify",

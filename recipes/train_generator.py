@@ -24,13 +24,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 
 from dsco_hf.data.datasets import dataset_fingerprint, load_pixels, load_splits, present_classes
 from dsco_hf.data.pixels import default_image_size
 from dsco_hf.data.schema import nearest
-from dsco_hf.generators.denoisers import Denoiser, GeneratorTrainingConfig, build_scheduler, component_name
-from dsco_hf.generators.fine_tuning import adapt_denoiser, with_schedule_of
+from dsco_hf.generators.base import denoiser_of
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler, with_schedule_of
 from dsco_hf.generators.training import GeneratorTrainingResult, train_generator
 from dsco_hf.sampling.models import load_classifier, load_model
 from dsco_hf.sampling.pipeline import DsCoPipeline
@@ -152,12 +152,11 @@ class GeneratorRun:
             **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(GeneratorTrainingConfig)}
         )
         self.vae = None
-        self.denoiser: Denoiser | None = None
+        self.denoiser: ModelMixin | None = None
         if base is not None:
             self.config = with_schedule_of(self.config, base.scheduler)
             self.vae = base.vae
-            self.denoiser = adapt_denoiser(
-                base.denoiser,
+            self.denoiser = denoiser_of(base.denoiser).adapt(
                 len(self.names),
                 mapping=read_mapping(recipe, self.names, base),
                 sample_size=(recipe.image_size or base.image_size) // base.vae_scale_factor,
@@ -200,10 +199,10 @@ class GeneratorRun:
             evaluate_every=recipe.evaluate_every or 1,
         )
 
-    def pipeline(self, **components: Denoiser) -> DsCoPipeline:
+    def pipeline(self, denoiser: ModelMixin) -> DsCoPipeline:
         """A pipeline around a denoiser; the other components are shared by all of them."""
         pipe = DsCoPipeline(
-            **components,
+            denoiser,
             scheduler=self.scheduler,
             vae=self.vae,
             classifier=self.classifier,
@@ -212,9 +211,9 @@ class GeneratorRun:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def evaluate(self, step: int, denoiser: Denoiser) -> dict[str, float]:
+    def evaluate(self, step: int, denoiser: ModelMixin) -> dict[str, float]:
         """Draws a sample grid and, with a classifier, scores the samples."""
-        pipe = self.pipeline(**{component_name(denoiser): denoiser})
+        pipe = self.pipeline(denoiser)
         self.output.mkdir(parents=True, exist_ok=True)
         draw_samples(pipe, self.recipe, self.names, self.output / f"samples-{step:06d}.png")
         if self.classifier is None:
@@ -232,7 +231,7 @@ class GeneratorRun:
 
     def save(self, result: GeneratorTrainingResult) -> None:
         """Writes the pipeline folder, `results.json` and `samples.png`."""
-        pipe = self.pipeline(**result.components)
+        pipe = self.pipeline(result.denoiser)
         pipe.save_pretrained(self.output)
         save_results(self, result, self.output / "results.json")
         draw_samples(pipe, self.recipe, self.names, self.output / "samples.png")

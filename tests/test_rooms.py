@@ -13,14 +13,14 @@ ORDER = {
     "utils": ["markdown", "names", "processes", "progress", "safety", "values", "files", "configs", "origins"],
     "data": ["images", "labels", "schema", "shards", "pixels", "splits", "image_folders", "opening", "datasets"],
     "generators": [
-        *["denoisers", "failures", "latents", "weights", "checkpoints"],
-        *["components", "data", "fine_tuning", "training"],
+        *["base", "dit", "unet", "denoisers", "failures"],
+        *["latents", "checkpoints", "data", "training"],
     ],
     "matching": [
         *["feature_files", "kernels", "preprocessing", "target_files", "features"],
         *["feature_spec", "population", "targets", "objectives"],
     ],
-    "sampling": ["loading", "models", "noise", "released", "checks", "made_targets", "plan", "nopt", "pipeline"],
+    "sampling": ["models", "loading", "noise", "released", "checks", "made_targets", "plan", "nopt", "pipeline"],
     "evaluators": [
         *["augmentation", "batches", "configurations", "models", "protocol_fields"],
         *["protocols", "checks", "training", "evaluation"],

@@ -163,7 +163,7 @@ def targets_record(targets: MatchingTargets) -> dict[str, Any]:
 def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] | None:
     """Repository and commit of a pipeline; the commit is that of its denoiser, which the Hub's cache knows."""
     name = getattr(pipe, "name_or_path", None) or None
-    denoiser = next((pipe.components.get(part) for part in ("transformer", "unet") if pipe.components.get(part)), None)
+    denoiser = getattr(pipe, "denoiser", None)
     found = cached_origin(_name_of(denoiser))
     if found is not None:
         name = found["id"] if name is None or Path(str(name)).is_dir() else name

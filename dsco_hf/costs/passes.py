@@ -292,8 +292,8 @@ def predict_memory(
     branches = 2 if guidance_scale > 1 else 1
     kinds = {"denoiser": branches, "decoder": 1} | ({"preview_backward": 1} if optimised else {})
     activations = max(costs[kind].memory * factor for kind, factor in kinds.items() if kind in costs)
-    side, denoiser = pipe.image_size // pipe.vae_scale_factor, pipe.denoiser
-    latent = denoiser.config.in_channels * side**2 * denoiser.dtype.itemsize
+    denoiser = pipe.denoiser
+    latent = math.prod(pipe.latent_shape) * denoiser.dtype.itemsize
     # x_t, the noise, the prediction, the look-ahead, x_{t-1}, the gradient; images in their own type and in float32
     state = images * (6 * latent + pipe.num_channels * pipe.image_size**2 * (denoiser.dtype.itemsize + 8))
     return weight_bytes(pipe) + batch * activations + state
@@ -349,14 +349,12 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
         features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
         extractor (`bool`): also those of the "quantile" objective's random network.
     """
-    denoiser = pipe.denoiser
-    side = pipe.image_size // pipe.vae_scale_factor
-    latent = (1, denoiser.config.in_channels, side, side)
+    denoiser, latent = pipe.denoiser, (1, *pipe.latent_shape)
     pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
 
     def denoise(x: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return denoiser(x, timestep=zeros, class_labels=zeros).sample
+        return pipe.family.forward(x, zeros, zeros)
 
     trace = Tracer(pipe)
     costs = {"denoiser": trace(denoise, latent)}
@@ -376,7 +374,7 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
             both = trace(lambda x: look(pipe.decode_latents(x, preview=True)), latent, backward=True)
             costs["preview_backward"] = PassCost(both.flops - costs["classifier_backward"].flops, both.memory)
     if extractor:
-        network = RandomExtractor(denoiser.config.in_channels).to(denoiser.device, denoiser.dtype)
+        network = RandomExtractor(latent[1]).to(denoiser.device, denoiser.dtype)
         trace = Tracer(pipe, network)
         costs["extractor"] = trace(network, latent)
         costs["extractor_backward"] = trace(network, latent, backward=True)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from ..generators.dit import dit_xl_2
 from ..matching.feature_spec import Features, FeatureSource, feature_specs
 from ..matching.features import Observation, feature_dim, probe_features
 from ..matching.kernels import draw_frequencies
@@ -130,10 +131,9 @@ def _parts(
 ) -> dict[str, tuple[int, Callable[[], Any]]]:
     """Of each kind the images that a run passes through, and the run."""
     count, device, dtype = len(labels), pipe.device, pipe.denoiser.dtype
-    side = pipe.image_size // pipe.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
     classes, (t, t_next) = torch.tensor(labels, device=device), pipe.scheduler.timesteps[:2]
-    shape = (count, pipe.denoiser.config.in_channels, side, side)
+    shape = (count, *pipe.latent_shape)
     latents, predicted, noise = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     branches = 2 if guidance_scale > 1 else 1
     generators = [torch.Generator().manual_seed(index) for index in range(count)]
@@ -219,11 +219,9 @@ def imagenet_pipeline(
         tiny (`bool`): the same classes at a size that tests can run.
         seed (`int`): of the weights; the global random state is left as it is.
     """
-    size = {"sample_size": 32, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
     channels, widths, depths, classes, image_size = [128, 256, 512, 512], [64, 128, 256, 512], [2] * 4, 1000, 224
     preview_options: dict[str, Any] = {}
     if tiny:
-        size = {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
         channels, widths, depths, classes, image_size = [8, 8], [4, 8], [1, 1], 4, 24
         for part in ("encoder", "decoder"):
             preview_options |= {f"{part}_block_out_channels": (8, 8), f"num_{part}_blocks": (1, 1)}
@@ -232,10 +230,7 @@ def imagenet_pipeline(
     try:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
-            transformer = DiTTransformer2DModel(
-                in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=classes,
-                norm_elementwise_affine=False, activation_fn="gelu-approximate", **size,
-            )  # fmt: skip
+            denoiser: Any = dit_xl_2(tiny=tiny)
             vae = AutoencoderKL(
                 block_out_channels=channels,
                 down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -243,7 +238,7 @@ def imagenet_pipeline(
                 layers_per_block=2,
                 latent_channels=4,
                 norm_num_groups=min(32, channels[0]),
-                sample_size=size["sample_size"] * 2 ** (len(channels) - 1),
+                sample_size=denoiser.config.sample_size * 2 ** (len(channels) - 1),
             )
             preview_vae = AutoencoderTiny(**preview_options) if preview else None
             config = ResNetConfig(
@@ -254,11 +249,11 @@ def imagenet_pipeline(
             classifier = ResNetForImageClassification(config)
     finally:
         torch.set_default_dtype(before)
-    for module in (transformer, vae, preview_vae, classifier):
+    for module in (denoiser, vae, preview_vae, classifier):
         if module is not None:  # some buffers are made on the CPU, or in float32, whatever the defaults are
             torch.nn.Module.to(module, device, dtype)  # diffusers' own `to` warns of models whose types are mixed
             module.eval().requires_grad_(False)
     scheduler = DDIMScheduler(clip_sample=False, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    pipe = DsCoPipeline(transformer, scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae)
+    pipe = DsCoPipeline(denoiser, scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -72,7 +72,7 @@ def draw_batch(
     data: TrainingData,
     step: int,
     config: GeneratorTrainingConfig,
-    null_class: int,
+    null_class: int | None,
     accelerator: Accelerator,
     *,
     distributed: bool = True,
@@ -102,7 +102,8 @@ def draw_batch(
         other = data.std if source.std is None else source.std
         std = torch.where(flipped[mine, None, None, None], other[rows[mine]], data.std[rows[mine]])
         clean = clean + std.to(device) * torch.randn(shape, generator=local, device=device)[mine]
-    labels = torch.where(dropped, null_class, data.labels[rows])[mine]
+    labels = data.labels[rows] if null_class is None else torch.where(dropped, null_class, data.labels[rows])
+    labels = labels[mine]
     return Batch(clean, labels.to(device), timesteps[mine].to(device), noise)
 
 

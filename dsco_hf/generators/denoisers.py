@@ -1,27 +1,30 @@
-"""What a generator is made of: its denoiser (a DiT or a UNet), its scheduler and its loss."""
+"""What a generator is built and trained with, its scheduler and its loss; here the built-in families are known."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers import DDIMScheduler
 from torch import nn
 
 from ..data.schema import nearest
-from ..utils.values import plain_fields
+from .base import Denoiser, denoiser_of, families, family_of
+from .dit import DiT, DiTOptions
+from .unet import UNet, UNetOptions
 
 
-Denoiser: TypeAlias = DiTTransformer2DModel | UNet2DModel
+BUILT_IN = (DiT, UNet)
+# Where a pipeline may keep its denoiser. Published pipelines name the first; the last is for families from outside.
+SLOTS = tuple(dict.fromkeys(family.component for family in (*BUILT_IN, Denoiser)))
 
 _CHOICES = {
-    "architecture": ("dit", "unet"),
-    "activation_fn": ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"),
     "prediction_type": ("epsilon", "v_prediction"),
     "trainable": ("all", "bias_and_norm"),
     "lr_schedule": ("cosine", "constant"),
@@ -32,24 +35,16 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class GeneratorTrainingConfig:
+class GeneratorTrainingConfig(DiTOptions, UNetOptions):
     """How a generator is built and trained. The defaults fit the 8x8 digits in a few minutes on two CPU cores.
 
+    What an architecture is built with, see its own options; a family from outside may read those of a subclass.
+
     Attributes:
-        architecture (`str`): "dit", a `DiTTransformer2DModel`; or "unet", a class-conditional `UNet2DModel`, whose
-            convolutions learn small natural images from fewer of them.
-        num_layers (`int`): transformer blocks (DiT).
-        num_attention_heads (`int`): heads per block (DiT).
-        attention_head_dim (`int`): channels per head; the width of a DiT is heads times this.
-        patch_size (`int`): pixels (or latents) per token side; must divide the sample size (DiT).
-        activation_fn (`str`): of a DiT's feed-forward layers, see `diffusers.models.attention.FeedForward`;
-            "linear-silu" is cheaper on a CPU than the usual "gelu-approximate".
-        block_out_channels (`str`): channels of a UNet's levels, finest first, as in "64,128,256". Each level halves
-            the sample size of the one before.
-        layers_per_block (`int`): residual blocks per level on the way down, one more on the way up (UNet).
-        attention_levels (`int`): how many of the coarsest levels have self-attention (UNet).
-        trainable (`str`): when an existing DiT is fine-tuned: "all" weights, or "bias_and_norm": biases, norms and the
-            table of classes only, as in DiffFit (https://arxiv.org/abs/2304.06648), without its scale factors.
+        architecture (`str`): "dit", a `DiTTransformer2DModel`; "unet", a class-conditional `UNet2DModel`, whose
+            convolutions learn small natural images from fewer of them; or the name of a registered family.
+        trainable (`str`): when an existing denoiser is fine-tuned: "all" weights, or "bias_and_norm": biases, norms
+            and tables of classes only, as in DiffFit (https://arxiv.org/abs/2304.06648), without its scale factors.
         class_dropout_prob (`float`): share of labels replaced by the null class, in [0, 1).
         num_train_timesteps (`int`): T, the number of noise levels.
         beta_start, beta_end, beta_schedule: the noise schedule, as in `DDIMScheduler`.
@@ -75,15 +70,7 @@ class GeneratorTrainingConfig:
         seed (`int`): of initial weights, order of the data, noise and timesteps.
     """
 
-    architecture: str = "dit"
-    num_layers: int = 4
-    num_attention_heads: int = 4
-    attention_head_dim: int = 32
-    patch_size: int = 2
-    activation_fn: str = "gelu-approximate"
-    block_out_channels: str = "64,128,256"
-    layers_per_block: int = 1
-    attention_levels: int = 1
+    architecture: str = DiT.name
     trainable: str = "all"
     class_dropout_prob: float = 0.1
     num_train_timesteps: int = 1000
@@ -110,22 +97,11 @@ class GeneratorTrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuses values that no training can use."""
-        plain_fields(self)
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(value, allowed)}")
-        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "num_train_timesteps"):
-            _check_at_least(name, getattr(self, name), 1)
-        for name in ("train_steps", "batch_size", "layers_per_block"):
-            _check_at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "attention_levels"):
-            _check_at_least(name, getattr(self, name), 0)
-        if self.attention_levels > len(self.channels):
-            raise ValueError(
-                f"`attention_levels` must be at most {len(self.channels)}, the levels of "
-                f"`block_out_channels={self.block_out_channels!r}`, got {self.attention_levels}."
-            )
+        super().__post_init__()
+        for name, allowed in {"architecture": tuple(families()), **_CHOICES}.items():
+            self.check_choice(name, allowed)
+        self.check_at_least(1, "num_train_timesteps", "train_steps", "batch_size")
+        self.check_at_least(0, "warmup_steps")
         for name in ("class_dropout_prob", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
@@ -135,124 +111,54 @@ class GeneratorTrainingConfig:
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ValueError(f"`min_snr_gamma` must be positive or left out, got {self.min_snr_gamma}.")
 
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """`block_out_channels` as numbers."""
-        try:
-            channels = tuple(int(part) for part in self.block_out_channels.split(","))
-        except ValueError:
-            channels = ()
-        if not channels or min(channels) < 1:
-            raise ValueError(
-                "`block_out_channels` must be whole numbers of at least 1 with commas between them, for example "
-                f"'64,128', got {self.block_out_channels!r}."
-            )
-        return channels
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-
-
-def build_transformer(
-    config: GeneratorTrainingConfig, *, num_classes: int, sample_size: int, num_channels: int
-) -> DiTTransformer2DModel:
-    """A new DiT, initialised as its paper says: every block starts as the identity (adaLN-zero).
-
-    The weights depend on `config.seed` only; the global random state is left as it is.
-    """
-    if sample_size % config.patch_size:
-        raise ValueError(
-            f"`patch_size={config.patch_size}` does not divide the sample size {sample_size}. Choose another patch "
-            "size, or another `image_size` for the data."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=config.num_attention_heads,
-            attention_head_dim=config.attention_head_dim,
-            in_channels=num_channels,
-            out_channels=num_channels,
-            num_layers=config.num_layers,
-            sample_size=sample_size,
-            patch_size=config.patch_size,
-            num_embeds_ada_norm=num_classes,
-            norm_type="ada_norm_zero",
-            activation_fn=config.activation_fn,
-        )
-    zeroed = [block.norm1.linear for block in transformer.transformer_blocks]
-    for linear in (*zeroed, transformer.proj_out_1, transformer.proj_out_2):
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    return transformer
-
-
-def check_unet_size(sample_size: int, levels: int) -> None:
-    """Refuses a sample size that a UNet of so many levels cannot halve from each to the next."""
-    if sample_size < 1 or sample_size % 2 ** (levels - 1):
-        raise ValueError(
-            f"A UNet of {levels} levels (as many as `block_out_channels`) halves its input {levels - 1} times; the "
-            f"sample size {sample_size} cannot be. Choose fewer levels, or another `image_size` for the data."
-        )
-
-
-def build_unet(
-    config: GeneratorTrainingConfig, *, num_classes: int, sample_size: int, num_channels: int
-) -> UNet2DModel:
-    """A new UNet with one class embedding more than there are classes: the last is the null class of guidance.
-
-    Timestep and class scale and shift every norm, and every residual block starts as the identity, as in ADM
-    (https://arxiv.org/abs/2105.05233). The weights depend on `config.seed` only; the global random state is left as it
-    is.
-    """
-    channels, levels = config.channels, len(config.channels)
-    check_unet_size(sample_size, levels)
-    attends = [level >= levels - config.attention_levels for level in range(levels)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        unet = UNet2DModel(
-            sample_size=sample_size,
-            in_channels=num_channels,
-            out_channels=num_channels,
-            block_out_channels=channels,
-            layers_per_block=config.layers_per_block,
-            down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
-            up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
-            add_attention=config.attention_levels > 0,
-            attention_head_dim=config.attention_head_dim,
-            norm_num_groups=math.gcd(8, *channels),
-            resnet_time_scale_shift="scale_shift",
-            time_embedding_dim=channels[-1],
-            num_class_embeds=num_classes + 1,
-        )
-    zeroed: list[nn.Module] = [unet.conv_out]
-    zeroed += [module.conv2 for module in unet.modules() if isinstance(module, ResnetBlock2D)]
-    zeroed += [module.to_out[0] for module in unet.modules() if isinstance(module, Attention)]
-    for module in zeroed:
-        for parameter in module.parameters():
-            nn.init.zeros_(parameter)
-    return unet
-
 
 def build_denoiser(
     config: GeneratorTrainingConfig, *, num_classes: int, sample_size: int, num_channels: int
-) -> Denoiser:
-    """A new denoiser of the configured architecture; see [`build_transformer`] and [`build_unet`]."""
-    build = build_unet if config.architecture == "unet" else build_transformer
-    return build(config, num_classes=num_classes, sample_size=sample_size, num_channels=num_channels)
+) -> nn.Module:
+    """A new network of the configured architecture, see [`Denoiser.build`].
+
+    The weights depend on `config.seed` only; the global random state is left as it is.
+    """
+    family = families()[config.architecture]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return family.build(config, num_classes=num_classes, sample_size=sample_size, num_channels=num_channels)
 
 
-def null_class(denoiser: Denoiser) -> int:
-    """Index of the embedding that stands for "no class": the last of the table."""
-    if isinstance(denoiser, UNet2DModel):
-        return denoiser.config.num_class_embeds - 1
-    return denoiser.config.num_embeds_ada_norm
+def as_components(denoiser: Any, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline has in each of `SLOTS`: None but for the one where the denoiser's family keeps it.
+
+    Args:
+        denoiser: a network, to be put where it belongs; None if it is among `named`.
+        named (`Mapping[str, Any]`): networks by slot, as a pipeline's `__init__` is given them.
+
+    Raises:
+        TypeError: for another name than a slot's.
+        ValueError: unless there is exactly one denoiser, of a registered family, conditioned on classes.
+    """
+    if unknown := sorted(set(named) - set(SLOTS)):
+        raise TypeError(f"A pipeline has no component {unknown[0]!r}.{nearest(unknown[0], SLOTS)}")
+    given = [(name, network) for name, network in named.items() if network is not None]
+    if denoiser is not None:
+        given.append((family_of(denoiser).component, denoiser))
+    if len(given) != 1:
+        places = ", ".join(f"`{family.component}` (a {family.kinds[0].__name__})" for family in families().values())
+        got = f"both {' and '.join(f'`{name}`' for name, _ in given)}" if given else f"neither of {places}"
+        raise ValueError(f"The pipeline needs one denoiser, got {got}: pass exactly one.")
+    ((name, network),) = given
+    if (component := family_of(network).component) != name:
+        raise ValueError(f"`{name}` is no place for a {type(network).__name__}: pass it as `{component}`.")
+    denoiser_of(network).check_conditioned()
+    return dict.fromkeys(SLOTS) | {name: network}
 
 
-def component_name(denoiser: Denoiser) -> str:
-    """The name of a denoiser among the components of a pipeline."""
-    return "unet" if isinstance(denoiser, UNet2DModel) else "transformer"
+def with_slots(init: Callable) -> Callable:
+    """Shows `__init__(..., **slots)` with one keyword per slot: diffusers reads a pipeline's components off it."""
+    signature = inspect.signature(init)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    slots = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SLOTS]
+    vars(init)["__signature__"] = signature.replace(parameters=[*own, *slots])
+    return init
 
 
 def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> DDIMScheduler:
@@ -273,6 +179,18 @@ def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> DDIMSc
     )
 
 
+def with_schedule_of(config: GeneratorTrainingConfig, scheduler: DDIMScheduler) -> GeneratorTrainingConfig:
+    """`config` with the noise schedule and the kind of prediction that a trained generator was trained with.
+
+    Raises:
+        ValueError: if the scheduler has betas of its own, or predicts something else than noise or velocity.
+    """
+    if scheduler.config.get("trained_betas") is not None:
+        raise ValueError("A scheduler with `trained_betas` cannot be fine-tuned with: its schedule has no name.")
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "prediction_type")
+    return dataclasses.replace(config, **{name: scheduler.config[name] for name in names})
+
+
 def learning_rate_at(step: int, config: GeneratorTrainingConfig) -> float:
     """The learning rate of step 0, 1, ...: linear warm-up, then cosine to 0 or constant."""
     rate = config.learning_rate
@@ -285,7 +203,7 @@ def learning_rate_at(step: int, config: GeneratorTrainingConfig) -> float:
 
 
 def denoising_loss(
-    denoiser: nn.Module,
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     scheduler: DDIMScheduler,
     clean: torch.Tensor,
     labels: torch.Tensor,
@@ -299,7 +217,7 @@ def denoising_loss(
     Sources: DDPM's simple loss (https://arxiv.org/abs/2006.11239), velocity (https://arxiv.org/abs/2202.00512).
 
     Args:
-        denoiser (`nn.Module`): takes `(B, C, H, W)`; extra channels of its answer (learned sigma) are ignored.
+        forward (`Callable`): of a [`Denoiser`]: what it predicts of noisy samples, timesteps and labels.
         scheduler (`DDIMScheduler`): adds the noise; its `prediction_type` decides on the target.
         clean (`torch.Tensor` of shape `(B, C, H, W)`): images in [-1, 1] or scaled latents.
         labels (`torch.Tensor` of shape `(B,)`): classes, or the null class.
@@ -310,7 +228,7 @@ def denoising_loss(
     velocity = scheduler.config.prediction_type == "v_prediction"
     noisy = scheduler.add_noise(clean, noise, timesteps)
     target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
-    predicted = denoiser(noisy, timesteps, class_labels=labels).sample[:, : clean.shape[1]]
+    predicted = forward(noisy, timesteps, labels)
     losses = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
     if min_snr_gamma is not None:
         alphas = scheduler.alphas_cumprod.to(losses.device)[timesteps]

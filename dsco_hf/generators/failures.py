@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 
 _REMEDY = "Check the weights, or load {models} in float32 or bfloat16 instead of float16."
@@ -106,3 +108,18 @@ def explained_out_of_memory(images: int, batch_size: int, *, latent: bool, previ
             advice.append("load the models in bfloat16, or `pipe.enable_model_cpu_offload()`")
             error.add_note("Out of memory while images were drawn. What helps: " + "; ".join(advice) + ".")
         raise
+
+
+@functools.lru_cache
+def cannot_run(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a device cannot run models of a dtype, or None if it can: the layers of such models are tried on it."""
+    try:
+        x = torch.ones(1, 4, 4, 4, device=device).to(dtype)
+        x = F.conv2d(x, x[0, :, :1, :1].expand(4, 4, 1, 1))
+        x = F.linear(F.layer_norm(F.silu(x), (4,)), x[0, 0])
+        (x.softmax(dim=-1) + F.group_norm(x, 2)).float()
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            return None
+        return str(error).partition("\n")[0]
+    return None

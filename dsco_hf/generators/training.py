@@ -1,4 +1,4 @@
-"""Trains a class-conditional DiT or UNet on the user's own images, in pixels or in the latents of an autoencoder.
+"""Trains a class-conditional denoiser on the user's own images, in pixels or in the latents of an autoencoder.
 
 The training follows DiT (Peebles and Xie, https://arxiv.org/abs/2212.09748): noise or velocity prediction, label
 dropout for classifier-free guidance, averaged weights. A resumed run ends with the weights of an undisturbed one.
@@ -6,6 +6,7 @@ dropout for classifier-free guidance, averaged weights. A resumed run ends with 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -17,8 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from diffusers import AutoencoderKL, UNet2DModel
-from diffusers.models.embeddings import LabelEmbedding
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -26,19 +26,16 @@ from ..data.datasets import check_classes
 from ..utils.origins import fingerprint, versions
 from ..utils.progress import Pace
 from ..utils.values import plain_arguments
+from .base import Denoiser, denoiser_of, family_of
 from .checkpoints import Checkpoints, Progress
 from .data import TrainingData, draw_batch, encode_latents
 from .denoisers import (
-    Denoiser,
     GeneratorTrainingConfig,
     build_denoiser,
     build_scheduler,
-    component_name,
     denoising_loss,
     learning_rate_at,
-    null_class,
 )
-from .fine_tuning import set_trainable
 
 
 logger = logging.getLogger(__name__)
@@ -51,8 +48,7 @@ class GeneratorTrainingResult:
     """What [`train_generator`] gives back.
 
     Attributes:
-        denoiser (`DiTTransformer2DModel` or `UNet2DModel`): the averaged weights, in float32 and eval mode, on the
-            CPU.
+        denoiser (`ModelMixin`): the averaged weights, in float32 and eval mode, on the CPU.
         finished (`bool`): False if the time limit came first; resume from the checkpoint then.
         step (`int`): optimiser steps taken, those before a resume included.
         seconds (`float`): training time, that before a resume included.
@@ -60,7 +56,7 @@ class GeneratorTrainingResult:
         evaluations (`list[dict]`): `{"step", ...}` with what `evaluate` returned.
     """
 
-    denoiser: Denoiser
+    denoiser: ModelMixin
     finished: bool
     step: int
     seconds: float
@@ -68,9 +64,9 @@ class GeneratorTrainingResult:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def components(self) -> dict[str, Denoiser]:
+    def components(self) -> dict[str, ModelMixin]:
         """The denoiser under the name that a pipeline gives it: `DsCoPipeline(**result.components, scheduler=...)`."""
-        return {component_name(self.denoiser): self.denoiser}
+        return {family_of(self.denoiser).component: self.denoiser}
 
 
 @plain_arguments(num_classes=1, checkpoint_every=1, log_every=1, evaluate_every=1, max_minutes=0)
@@ -89,8 +85,8 @@ def train_generator(
     log_every: int = 20,
     distributed: bool = True,
     progress: bool = True,
-    denoiser: Denoiser | None = None,
-    evaluate: Callable[[int, Denoiser], dict[str, Any]] | None = None,
+    denoiser: ModelMixin | None = None,
+    evaluate: Callable[[int, ModelMixin], dict[str, Any]] | None = None,
     evaluate_every: int = 1000,
 ) -> GeneratorTrainingResult:
     """Trains a class-conditional denoiser on images; source: https://arxiv.org/abs/2212.09748.
@@ -112,8 +108,8 @@ def train_generator(
         distributed (`bool`): all processes train this one model together; otherwise the calling process trains it
             alone, while others may do something else. No checkpoints then.
         progress (`bool`): show a progress bar, and say what is trained and when it will end.
-        denoiser (`DiTTransformer2DModel` or `UNet2DModel`, *optional*): what to train further, in place; a new one of
-            the configured architecture otherwise. `adapt_transformer` fits one to new classes.
+        denoiser (`ModelMixin`, *optional*): what to train further, in place; a new one of the configured architecture
+            otherwise. [`Denoiser.adapt`] fits one to new classes.
         evaluate (`Callable`, *optional*): called by the main process as `f(step, averaged)` with the averaged
             denoiser, on the device and in eval mode; what it returns is kept with the step.
         evaluate_every (`int`): steps between calls of `evaluate`, which is also called at the end.
@@ -143,10 +139,13 @@ def train_generator(
     if denoiser is None:
         if config.trainable != "all":
             raise ValueError(f"`trainable={config.trainable!r}` is for fine-tuning: a new model learns all weights.")
-        denoiser = build_denoiser(
+        network: Any = build_denoiser(
             config, num_classes=num_classes, sample_size=data.clean.shape[-1], num_channels=data.clean.shape[1]
         )
-    _check_denoiser(denoiser, data, num_classes)
+    else:
+        network = denoiser
+    family = denoiser_of(network)
+    _check_denoiser(family, data, num_classes, config)
     checkpoints = None
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(Path(checkpoint_dir), accelerator, identity)
@@ -156,7 +155,7 @@ def train_generator(
             )
     try:
         trainer = _Trainer(
-            denoiser, data, config, accelerator, checkpoints, latents=vae is not None, distributed=distributed
+            family, data, config, accelerator, checkpoints, latents=vae is not None, distributed=distributed
         )
         trainer.evaluate, trainer.evaluate_every = evaluate, evaluate_every
         return trainer.run(
@@ -166,14 +165,19 @@ def train_generator(
         accelerator.free_memory()
 
 
-def _check_denoiser(denoiser: Denoiser, data: TrainingData, num_classes: int) -> None:
+def _check_denoiser(family: Denoiser, data: TrainingData, num_classes: int, config: GeneratorTrainingConfig) -> None:
     expected = (data.clean.shape[1], data.clean.shape[2], num_classes)
-    found = (denoiser.config.in_channels, denoiser.config.sample_size, null_class(denoiser))
+    found = (*family.sample_shape[:2], family.num_classes)
     if found != expected:
         raise ValueError(
             f"The denoiser takes (channels, size, classes) = {found}, the data has {expected}. "
-            "`adapt_denoiser` changes classes and size; or bring the images to the size with `image_size`, to the "
-            "channels with `num_channels`."
+            "`denoiser_of(network).adapt` changes classes and size; or bring the images to the size with `image_size`, "
+            "to the channels with `num_channels`."
+        )
+    if family.null_class is None and config.class_dropout_prob > 0:
+        raise ValueError(
+            f"The denoiser has no null class to drop labels to: set `class_dropout_prob=0`, got "
+            f"{config.class_dropout_prob}."
         )
 
 
@@ -236,7 +240,7 @@ class _Trainer:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        family: Denoiser,
         data: TrainingData,
         config: GeneratorTrainingConfig,
         accelerator: Accelerator,
@@ -248,17 +252,12 @@ class _Trainer:
         self.data, self.config, self.accelerator, self.checkpoints = data, config, accelerator, checkpoints
         self.distributed = distributed
         self.scheduler = build_scheduler(config, latents=latents)
-        # For convolutions on a GPU; on a CPU, group norms of this layout in bf16 cost more than the convolutions gain.
-        fast = isinstance(denoiser, UNet2DModel) and accelerator.device.type == "cuda"
+        fast = family.channels_last and accelerator.device.type == "cuda"
         self.memory_format = torch.channels_last if fast else torch.contiguous_format
-        set_trainable(denoiser, config.trainable)
-        denoiser.to(accelerator.device, memory_format=self.memory_format).train()
-        for module in denoiser.modules():
-            # In train mode every block of diffusers' DiT drops labels on its own, so that hardly ever the whole model
-            # is unconditional. We drop them for all blocks at once instead, as DiT does.
-            if isinstance(module, LabelEmbedding):
-                module.eval()
-        self.denoiser, self.null_class = denoiser, null_class(denoiser)
+        family.set_trainable(config.trainable)
+        denoiser = family.network.to(accelerator.device, memory_format=self.memory_format)
+        family.begin_training()
+        self.denoiser, self.null_class = denoiser, family.null_class
         self.names = [name for name, _ in denoiser.named_parameters()]
         self.ema = EMAModel(
             denoiser.parameters(),
@@ -276,10 +275,12 @@ class _Trainer:
         )
         # evaluation_mode keeps the precision but does not tie the processes together
         self.model = accelerator.prepare_model(denoiser, evaluation_mode=not distributed)
+        self.wrapped = copy.copy(family)
+        self.wrapped.network = self.model
         self.optimizer = accelerator.prepare(optimizer)
         self.progress = Progress()
         self.unlogged: list[torch.Tensor] = []
-        self.evaluate: Callable[[int, Denoiser], dict[str, Any]] | None = None
+        self.evaluate: Callable[[int, ModelMixin], dict[str, Any]] | None = None
         self.evaluate_every = 1000
 
     def run(
@@ -340,7 +341,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.config)
         loss = denoising_loss(
-            self.model,
+            self.wrapped.forward,
             self.scheduler,
             batch.clean.contiguous(memory_format=self.memory_format),
             batch.labels,
@@ -397,12 +398,12 @@ class _Trainer:
     def _ema_state(self) -> dict[str, torch.Tensor]:
         return {name: value.cpu().contiguous() for name, value in zip(self.names, self.ema.shadow_params, strict=True)}
 
-    def _averaged(self) -> Denoiser:
+    def _averaged(self) -> Any:
         averaged = type(self.denoiser).from_config(self.denoiser.config)
         self.ema.copy_to(averaged.parameters())
         return averaged.eval()
 
-    def _evaluate(self, evaluate: Callable[[int, Denoiser], dict[str, Any]]) -> None:
+    def _evaluate(self, evaluate: Callable[[int, ModelMixin], dict[str, Any]]) -> None:
         step = self.progress.step
         if self.accelerator.is_main_process and all(entry["step"] != step for entry in self.progress.evaluations):
             averaged = self._averaged().to(self.accelerator.device)

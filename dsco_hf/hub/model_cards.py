@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
+from ..generators.denoisers import SLOTS
 from ..utils.markdown import (
     BEGIN_MARK,
     END_MARK,
@@ -32,13 +33,11 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "user/dsco-pipeline"
 FILL = re.compile(r"(<!-- dsco_hf:fill (?P<name>\w+) -->\n).*?(\n<!-- dsco_hf:filled -->)", re.DOTALL)
-ROLES = {
-    "transformer": "predicts the noise, given step and class",
+ROLES = dict.fromkeys(SLOTS, "predicts the noise, given step and class") | {
     "scheduler": "the ancestral sampler",
     "vae": "decodes latents",
     "classifier": "its pooled features define the discrepancy",
     "preview_vae": "cheap decoder for the look-ahead",
-    "unet": "predicts the noise, given step and class",
     "classifier_2": "a second classifier, whose features are matched as well",
 }
 

@@ -237,8 +237,7 @@ class FeatureSource:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
-        side = self.pipe.image_size // self.pipe.vae_scale_factor
-        return self.pipe.denoiser.config.in_channels, side, side
+        return self.pipe.latent_shape
 
     def _observe(self, pixels: Any, latents: Any, *, moments: bool = False) -> tuple[list[torch.Tensor], list, list]:
         """Features by layer in the order of the specs; logits and moments by network."""

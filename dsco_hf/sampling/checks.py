@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from ..generators.components import cannot_run, check_sizes, side_of
+from ..generators.failures import cannot_run
 from ..matching.objectives import MATCHING, OBJECTIVES
 from ..matching.targets import MatchingTargets
 from ..utils.values import check_choice, check_real
@@ -60,19 +60,13 @@ def check_call(
     for name in tensor_inputs or []:
         check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
     if latents is not None:
-        side = side_of(pipe.denoiser)
-        shape = (len(ids), pipe.denoiser.config.in_channels, side, side)
+        shape = (len(ids), *pipe.latent_shape)
         if tuple(latents.shape) != shape:
             raise ValueError(
                 f"`latents` must have shape {shape} (images, channels, height, width), got {tuple(latents.shape)}."
             )
-    if guidance_scale > 1 and pipe.null_class is None:
-        raise ValueError(
-            f"`guidance_scale={guidance_scale}` needs a null class, which the generator does not have: its "
-            f"`num_class_embeds={pipe.denoiser.config.num_class_embeds}` are {pipe.num_classes} classes. Pass "
-            "`guidance_scale=1.0`, or if its last embedding is the null class, name the other classes in `id2label`."
-        )
-    channels = pipe.denoiser.config.in_channels
+    pipe.family.check_guidance(guidance_scale)
+    channels = pipe.latent_shape[0]
     if pipe.vae is None and channels not in (1, 3) and output_type != "latent":
         raise ValueError(
             f"The generator draws {channels} channels, which is no image, and there is no VAE: pass `vae=...`, "
@@ -90,7 +84,8 @@ def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
             f"The scheduler is a {type(pipe.scheduler).__name__}; noise from outside needs a DDIMScheduler: set "
             "`pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
         )
-    names = ["transformer", "unet", "vae", "preview_vae"] + ["classifier", "classifier_2"] * uses_classifier
+    kind = pipe.family.component
+    names = [kind, "vae", "preview_vae"] + ["classifier", "classifier_2"] * uses_classifier
     for name in names:
         component = getattr(pipe, name)
         if component is not None and component.training:
@@ -98,7 +93,7 @@ def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
                 f"`{name}` is in train mode, where dropout and batch statistics change its output: call "
                 f"`pipe.{name}.eval()` first."
             )
-    check_sizes(pipe.denoiser)
+    pipe.family.check_size()
     for name in names:
         component = getattr(pipe, name)
         reason = None if component is None else cannot_run(component.dtype, pipe._execution_device)
@@ -107,7 +102,7 @@ def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
                 f"The device {pipe._execution_device} cannot run `{name}` in {component.dtype} ({reason}): load the "
                 "pipeline with `dtype=torch.bfloat16` or in float32, `pipe.to(torch.float32)`."
             )
-    kind, channels = "unet" if pipe.transformer is None else "transformer", pipe.denoiser.config.in_channels
+    channels = pipe.latent_shape[0]
     for name in ("vae", "preview_vae"):
         decoder = getattr(pipe, name)
         if decoder is not None and decoder.config.latent_channels != channels:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,10 +19,12 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
-from ..generators.components import check_index
-from ..generators.weights import check_folder, check_own_weights, check_weights, listed_files, variants_of
+from ..data.schema import nearest
+from ..generators.base import families
+from ..generators.denoisers import SLOTS
 from ..utils.files import check_path, read_json
 from ..utils.safety import explained, hub_error, is_pickle
+from .models import check_folder, check_own_weights, check_weights, listed_files, variants_of
 
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ OWN_MODULE = re.compile(r"dsco_hf(\.[a-z_]+)+")
 OWN_SHIM = re.compile(rf"{OWN_MODULE.pattern}\.py")
 # Repositories whose main branch holds pickled weights only, and where the Hub's conversion of them is.
 CONVERSIONS = {"facebook/DiT-XL-2-256": "refs/pr/1"}
+# The classes that a folder may name for a component; others have no such list, or are checked when they are used.
+KINDS = {"vae": ("AutoencoderKL", "AutoencoderTiny"), "preview_vae": ("AutoencoderTiny", "AutoencoderKL")}
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -182,6 +186,74 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             f"{folder} is not the folder of a pipeline: it has no {INDEX}. Give one that `save_pretrained` wrote."
         )
     return read_json(path, "Save the pipeline again, or download it again.")
+
+
+def check_index(
+    index: Mapping[str, Any], names: Collection[str], *, passed: Collection[str] = (), folder: Path | None = None
+) -> None:
+    """Raises ValueError if a pipeline's `model_index.json` lacks components, or names unknown ones or a wrong kind.
+
+    Args:
+        index (`Mapping[str, Any]`): its content: a component's library and class by its name, both None for one that
+            is left out; keys with an underscore and plain values are no components.
+        names (collection of `str`): the components that the pipeline has.
+        passed (collection of `str`): components that are given by the caller, and need not be there.
+        folder (`Path`, *optional*): where each component must have its own folder, if it is on this machine.
+    """
+    listed = {key: value for key, value in index.items() if isinstance(value, list) and not key.startswith("_")}
+    listed |= {key: index[key] for key in names if key in index}
+    stored = {}
+    for name, value in listed.items():
+        if not (isinstance(value, list) and len(value) == 2):
+            raise ValueError(f"`model_index.json` must give [library, class] for `{name}`, got {value!r}.")
+        if name not in names:
+            raise ValueError(
+                f"`model_index.json` names the component `{name}` ({value[1]}), which this pipeline does not have."
+                f"{nearest(name, sorted(names))} Its components are {sorted(names)}."
+            )
+        if value[1] is not None and name not in passed:
+            stored[name] = value
+    for name, (library, kind) in stored.items():
+        if name in SLOTS:
+            check_family(name, str(library), str(kind))
+        elif kind not in KINDS.get(name, (kind,)):
+            raise ValueError(
+                f"The `{name}` of `model_index.json` is of class {kind!r}, this pipeline takes "
+                f"{' or '.join(KINDS[name])}.{nearest(kind, KINDS[name])}"
+            )
+        if folder is not None and not (folder / name).is_dir():
+            raise ValueError(
+                f"`model_index.json` names the component `{name}` ({kind}), but {folder} has no folder `{name}`: copy "
+                f"the whole pipeline, or pass the component, `from_pretrained(..., {name}=...)`."
+            )
+    present = {*stored, *passed}
+    if "scheduler" not in present or not present & set(SLOTS):
+        missing = "`scheduler`" if "scheduler" not in present else " or ".join(f"`{name}`" for name in SLOTS)
+        raise ValueError(
+            f"`model_index.json` names no {missing}, only {sorted(stored)}: save the pipeline again, or pass the "
+            "component to `from_pretrained`."
+        )
+
+
+def check_family(component: str, library: str, kind: str) -> None:
+    """Raises ValueError if no registered family keeps networks of such a class in that component of a pipeline.
+
+    So only modules are imported, for their names in an index, that were imported to register a family.
+    """
+    known = {
+        known_kind: known_library
+        for family in families().values()
+        if family.component == component
+        for known_kind, known_library in family.stored_kinds().items()
+    }
+    if known.get(kind) == library:
+        return
+    takes = " or ".join(known) or "those of registered families, and there are none"
+    raise ValueError(
+        f"The `{component}` of `model_index.json` is of class {kind!r} ({library}), this pipeline takes {takes}."
+        f"{nearest(kind, known)} A family of your own is known when the module that has `@register_denoiser` was "
+        "imported."
+    )
 
 
 def own_components(index: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -9,21 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    DiffusionPipeline,
-    DiTTransformer2DModel,
-    UNet2DModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
 from ..data.labels import ClassLookup, class_mapping
 from ..data.schema import nearest
-from ..generators.components import classes_of, null_class_of, refuse_incomplete, side_of
+from ..generators.base import Denoiser, denoiser_of
+from ..generators.denoisers import SLOTS, as_components, with_slots
 from ..generators.failures import FiniteWatch, explained_out_of_memory, refuse_nonfinite
 from ..generators.latents import decode, encode, to_output
 from ..matching.features import ensure_preprocessing
@@ -73,8 +67,9 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
     (downloading, saving, running on a particular device, etc.).
 
     Parameters:
-        transformer ([`DiTTransformer2DModel`], *optional*): class-conditional noise predictor; learned variances are
-            ignored. Either this or `unet`.
+        denoiser ([`ModelMixin`], *optional*): class-conditional noise predictor of any family that is known, see
+            [`Denoiser`]; learned variances are ignored. It becomes the component of its family: `transformer` for a
+            [`DiTTransformer2DModel`], `unet` for a [`UNet2DModel`], and may be passed by that name instead.
         scheduler ([`DDIMScheduler`]): the only scheduler that takes its noise from outside and predicts the clean
             sample.
         vae ([`AutoencoderKL`], *optional*): decodes latents; None for a generator in pixel space.
@@ -82,8 +77,6 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         id2label (`dict[int, str]`, *optional*): names of the generator's classes.
         preview_vae ([`AutoencoderTiny`], *optional*): a cheap decoder of the same latents, used while noise is
             optimised.
-        unet ([`UNet2DModel`], *optional*): a class-conditional noise predictor in place of `transformer`. With one
-            embedding (`num_class_embeds`) more than `id2label` has names, the last is the null class.
         classifier_2 ([`PreTrainedModel`], *optional*): a second classifier, whose features are matched together with
             those of the first by targets that name it (`FeatureSpec(network="classifier_2")`).
 
@@ -97,28 +90,34 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
       in every optimised step. Without a preview decoder, denoiser and VAE change places in each: right, but slow.
     """
 
-    model_cpu_offload_seq = "transformer->unet->vae"
-    # the first three are optional to diffusers only: with its own error for a missing one, nobody could tell the fix
-    _optional_components = ["transformer", "unet", "scheduler", "vae", "classifier", "preview_vae", "classifier_2"]
+    model_cpu_offload_seq = "->".join((*SLOTS, "vae"))
+    # denoiser and scheduler are optional to diffusers only: its own error for a missing one does not tell the fix
+    _optional_components = [*SLOTS, "scheduler", "vae", "classifier", "preview_vae", "classifier_2"]
     _exclude_from_cpu_offload = ["classifier", "classifier_2", "preview_vae"]
     _callback_tensor_inputs = ["latents", "noise"]
 
+    @with_slots
     def __init__(
         self,
-        transformer: DiTTransformer2DModel | None = None,
+        denoiser: ModelMixin | None = None,
         scheduler: DDIMScheduler | None = None,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         classifier: PreTrainedModel | None = None,
         id2label: dict[str, str] | dict[int, str] | None = None,
         preview_vae: AutoencoderTiny | AutoencoderKL | None = None,
-        unet: UNet2DModel | None = None,
         classifier_2: PreTrainedModel | None = None,
+        **slots: ModelMixin | None,
     ) -> None:
         super().__init__()
-        refuse_incomplete(transformer, unet, scheduler)
+        components = as_components(denoiser, slots)
+        if scheduler is None:
+            raise ValueError(
+                "The pipeline has no scheduler: pass `scheduler=DDIMScheduler(...)` with the noise levels of the "
+                "training."
+            )
         self.register_modules(
-            transformer=transformer, scheduler=scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae,
-            unet=unet, classifier_2=classifier_2,
+            **components, scheduler=scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae,
+            classifier_2=classifier_2,
         )  # fmt: skip
         self.register_to_config(id2label={str(key): value for key, value in (id2label or {}).items()})
         self.id2label = {int(key): value for key, value in (id2label or {}).items()}
@@ -134,19 +133,29 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         self._watch: FiniteWatch | None = None
 
     @property
-    def denoiser(self) -> DiTTransformer2DModel | UNet2DModel:
-        """The noise predictor: `transformer` or `unet`."""
-        return self.unet if self.transformer is None else self.transformer
+    def denoiser(self) -> Any:
+        """The noise predictor, whatever component it is."""
+        return next(filter(None, (getattr(self, slot) for slot in SLOTS)))
+
+    @property
+    def family(self) -> Denoiser:
+        """What is particular to the noise predictor's family."""
+        return denoiser_of(self.denoiser, self.id2label)
 
     @property
     def num_classes(self) -> int:
         """Number of classes of the generator, without the null class."""
-        return classes_of(self.denoiser, len(self.id2label))
+        return self.family.num_classes
 
     @property
     def null_class(self) -> int | None:
-        """Index of the class that stands for none, the one after the last; None if the generator has none."""
-        return null_class_of(self.denoiser, len(self.id2label))
+        """Index of the class that stands for none; None if the generator has none."""
+        return self.family.null_class
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the denoiser draws: latents, or pixels."""
+        return self.family.sample_shape
 
     @property
     def vae_scale_factor(self) -> int:
@@ -156,12 +165,12 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
     @property
     def image_size(self) -> int:
         """Height and width of the images, in pixels."""
-        return side_of(self.denoiser) * self.vae_scale_factor
+        return self.latent_shape[1] * self.vae_scale_factor
 
     @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return self.denoiser.config.in_channels if self.vae is None else self.vae.config.out_channels
+        return self.latent_shape[0] if self.vae is None else self.vae.config.out_channels
 
     @property
     def num_timesteps(self) -> int:
@@ -225,8 +234,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         Latents and noise are float32 whatever the models run in: the steps add what bfloat16 would round away, and a
         seed draws the same noise for all.
         """
-        side, dtype = side_of(self.denoiser), torch.promote_types(self.denoiser.dtype, torch.float32)
-        shape = (batch_size, self.denoiser.config.in_channels, side, side)
+        shape, dtype = (batch_size, *self.latent_shape), torch.promote_types(self.denoiser.dtype, torch.float32)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
@@ -242,23 +250,9 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         if len(latents) > self._batch_size:
             pieces = zip(latents.split(self._batch_size), labels.split(self._batch_size), strict=True)
             return torch.cat([self.predict_noise(x, timestep, y, guidance_scale) for x, y in pieces])
-        guided = guidance_scale > 1
-        inputs, classes = latents, labels
-        if guided:
-            inputs, classes = (
-                torch.cat([latents, latents]),
-                torch.cat([labels, torch.full_like(labels, cast(int, self.null_class))]),
-            )
-        self._calls["denoiser"] += len(inputs)
-        times = torch.as_tensor(timestep, device=latents.device).expand(len(inputs))
-        inputs = self.scheduler.scale_model_input(inputs, timestep).to(self.denoiser.dtype)
-        predicted = self.denoiser(inputs, timestep=times, class_labels=classes).sample
-        # a learned variance, if there is one, fills the other half of the channels
-        predicted = predicted[:, : latents.shape[1]].to(latents.dtype)
-        if guided:
-            conditional, unconditional = predicted.chunk(2)
-            predicted = unconditional + guidance_scale * (conditional - unconditional)
-        return predicted
+        self._calls["denoiser"] += len(latents) * (2 if guidance_scale > 1 else 1)
+        inputs = self.scheduler.scale_model_input(latents, timestep)
+        return self.family.predict(inputs, timestep, labels, guidance_scale)
 
     def decode_latents(self, latents: torch.Tensor, *, preview: bool = False) -> torch.Tensor:
         """Latents `(B, C, h, w)` → pixels `(B, C, H, W)` in about [-1, 1]; gradients reach the latents."""

@@ -50,7 +50,7 @@ class NoisePlan:
         else:
             self.rows = self.targets.rows_of(ids).to(device)
         if self.objective == "quantile":
-            channels = pipe.denoiser.config.in_channels
+            channels = pipe.latent_shape[0]
             extractor = RandomExtractor(channels, seed=self.targets.seed).to(device, pipe.denoiser.dtype)
             # faster, on a CPU by a third
             self.extractor = extractor.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

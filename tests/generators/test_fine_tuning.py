@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_unet
-from dsco_hf.generators.fine_tuning import adapt_denoiser, class_tables, set_trainable, with_schedule_of
+from dsco_hf.generators.base import denoiser_of
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_denoiser, with_schedule_of
 from dsco_hf.generators.training import train_generator
 
 
@@ -25,7 +25,7 @@ def fresh_accelerate():
 
 def unet():
     config = GeneratorTrainingConfig(architecture="unet", block_out_channels="8,16", attention_levels=0)
-    return build_unet(config, num_classes=3, sample_size=8, num_channels=1)
+    return build_denoiser(config, num_classes=3, sample_size=8, num_channels=1)
 
 
 def state(module):
@@ -53,10 +53,10 @@ def tune(denoiser, trainable, classes, size=8):
 @pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_new_classes_start_from_the_mean_or_from_the_named_ones(make, kind):
     old = make.transformer() if kind == "dit" else unet()
-    new = adapt_denoiser(old, 5, mapping={0: 2, 4: [0, 1]})
-    tables = dict(class_tables(old))
+    new = denoiser_of(old).adapt(5, mapping={0: 2, 4: [0, 1]})
+    tables = dict(denoiser_of(old).class_tables())
     assert len(tables) == 1
-    for name, module in class_tables(new):
+    for name, module in denoiser_of(new).class_tables():
         known = tables[name].weight
         mean = known[:3].mean(dim=0)
         expected = torch.stack([known[2], mean, mean, mean, known[:2].mean(dim=0), known[3]])
@@ -74,13 +74,13 @@ def test_new_classes_start_from_the_mean_or_from_the_named_ones(make, kind):
 @pytest.mark.parametrize(("mapping", "said"), [({5: 0}, "5: 0"), ({0: 3}, "0: 3"), ({1: []}, "at least one")])
 def test_a_mapping_to_what_does_not_exist_is_refused(make, mapping, said):
     with pytest.raises(ValueError, match=f"{said}.*|.*{said}"):
-        adapt_denoiser(make.transformer(), 5, mapping=mapping)
+        denoiser_of(make.transformer()).adapt(5, mapping=mapping)
 
 
 def test_bias_and_norm_trains_those_alone(make):
-    denoiser = adapt_denoiser(make.transformer(), 2)
+    denoiser = denoiser_of(make.transformer()).adapt(2)
     before = state(denoiser)
-    named = set_trainable(denoiser, "bias_and_norm")
+    named = denoiser_of(denoiser).set_trainable("bias_and_norm")
     assert all(name.endswith(("bias", "embedding_table.weight")) for name in named)
     assert 0 < sum(before[name].numel() for name in named) < sum(value.numel() for value in before.values()) / 3
     result = tune(denoiser, "bias_and_norm", 2)
@@ -92,10 +92,10 @@ def test_bias_and_norm_trains_those_alone(make):
 
 def test_norms_of_a_unet_are_trained(make):
     denoiser = unet()
-    named = set_trainable(denoiser, "bias_and_norm")
+    named = denoiser_of(denoiser).set_trainable("bias_and_norm")
     assert "down_blocks.0.resnets.0.norm1.weight" in named and "class_embedding.weight" in named
     assert "down_blocks.0.resnets.0.conv1.weight" not in named and "conv_in.bias" in named
-    assert len(set_trainable(denoiser, "all")) == len(list(denoiser.parameters()))
+    assert len(denoiser_of(denoiser).set_trainable("all")) == len(list(denoiser.parameters()))
 
 
 def test_a_learned_variance_is_left_as_it_was(make):
@@ -123,20 +123,20 @@ def test_the_schedule_is_that_of_the_trained_generator():
 
 def test_a_unet_is_brought_to_another_size():
     old = unet()
-    new = adapt_denoiser(old, 3, sample_size=12, mapping={0: 0, 1: 1, 2: 2})
+    new = denoiser_of(old).adapt(3, sample_size=12, mapping={0: 0, 1: 1, 2: 2})
     assert new.config.sample_size == 12 and old.config.sample_size == 8
     assert not changed(state(old), state(new))
     trained = tune(new, "all", 3, size=12).denoiser
     assert trained.config.sample_size == 12 and changed(state(old), state(trained))
-    with pytest.raises(ValueError, match="halves its input 1 times; the sample size 9 cannot be"):
-        adapt_denoiser(old, 3, sample_size=9)
+    with pytest.raises(ValueError, match="`sample_size=9`, as it halves it .*multiple of 2, for example 10"):
+        denoiser_of(old).adapt(3, sample_size=9)
 
 
 def test_a_transformer_keeps_its_size(make):
     old = make.transformer()
-    assert adapt_denoiser(old, 3, sample_size=8).config.sample_size == 8
+    assert denoiser_of(old).adapt(3, sample_size=8).config.sample_size == 8
     with pytest.raises(ValueError, match="trained at size 8 has positions .* at 16. Leave `image_size` out"):
-        adapt_denoiser(old, 3, sample_size=16)
+        denoiser_of(old).adapt(3, sample_size=16)
 
 
 def test_what_does_not_fit_is_refused(make):

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 
 from dsco_hf.generators import checkpoints as generator_checkpoints
 from dsco_hf.generators import training as generator_training
@@ -291,18 +292,18 @@ def test_labels_are_dropped_for_all_blocks_at_once():
     pixels, labels = problem()
     seen = []
     config = dataclasses.replace(TINY, num_layers=3, class_dropout_prob=0.5, batch_size=30, train_steps=1)
-    original = generator_training.LabelEmbedding.forward
+    original = LabelEmbedding.forward
 
     def records(self, labels, force_drop_ids=None):
         assert not self.training
         seen.append(labels.clone())
         return original(self, labels, force_drop_ids)
 
-    generator_training.LabelEmbedding.forward = records
+    LabelEmbedding.forward = records
     try:
         train(config, data=(pixels, labels))
     finally:
-        generator_training.LabelEmbedding.forward = original
+        LabelEmbedding.forward = original
     assert len(seen) == 4 and all(torch.equal(seen[0], other) for other in seen)
     assert 5 < (seen[0] == 3).sum() < 25
 

@@ -5,18 +5,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from dsco_hf.generators.base import Denoiser, denoiser_of, family_of
 from dsco_hf.generators.data import TrainingData, draw_batch, encode_latents
 from dsco_hf.generators.denoisers import (
     GeneratorTrainingConfig,
     build_denoiser,
     build_scheduler,
-    build_transformer,
-    build_unet,
-    component_name,
     denoising_loss,
     learning_rate_at,
     min_snr_weights,
-    null_class,
 )
 
 
@@ -56,8 +53,8 @@ def test_config_refuses_impossible_values(field, value, message):
 
 def test_transformer_follows_its_seed_and_starts_from_zero():
     before = torch.random.get_rng_state()
-    first, again = (build_transformer(TINY, num_classes=3, sample_size=4, num_channels=1) for _ in range(2))
-    other = build_transformer(dataclasses.replace(TINY, seed=1), num_classes=3, sample_size=4, num_channels=1)
+    first, again = (build_denoiser(TINY, num_classes=3, sample_size=4, num_channels=1) for _ in range(2))
+    other = build_denoiser(dataclasses.replace(TINY, seed=1), num_classes=3, sample_size=4, num_channels=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     weights, same, different = (model.pos_embed.proj.weight for model in (first, again, other))
     assert torch.equal(weights, same) and not torch.equal(weights, different)
@@ -69,9 +66,9 @@ def test_transformer_follows_its_seed_and_starts_from_zero():
 
 def test_the_activation_reaches_every_block():
     config = dataclasses.replace(TINY, num_layers=2, activation_fn="linear-silu")
-    model = build_transformer(config, num_classes=3, sample_size=4, num_channels=1)
+    model = build_denoiser(config, num_classes=3, sample_size=4, num_channels=1)
     assert model.config.activation_fn == "linear-silu"
-    usual = build_transformer(dataclasses.replace(TINY, num_layers=2), num_classes=3, sample_size=4, num_channels=1)
+    usual = build_denoiser(dataclasses.replace(TINY, num_layers=2), num_classes=3, sample_size=4, num_channels=1)
     for block, other in zip(model.transformer_blocks, usual.transformer_blocks, strict=True):
         assert isinstance(block.ff.net[0].activation, torch.nn.SiLU) and type(block.ff.net[0]) is not type(
             other.ff.net[0]
@@ -86,14 +83,9 @@ def test_unet_has_a_null_class_and_starts_from_zero():
     first, again = (build_denoiser(UNET, num_classes=3, sample_size=4, num_channels=1) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(first.conv_in.weight, again.conv_in.weight) and first.conv_in.weight.any()
-    assert first.config.num_class_embeds == 4 and null_class(first) == 3
-    assert (
-        component_name(first),
-        component_name(build_denoiser(TINY, num_classes=3, sample_size=4, num_channels=1)),
-    ) == (
-        "unet",
-        "transformer",
-    )
+    assert first.config.num_class_embeds == 4 and denoiser_of(first).null_class == 3
+    other = build_denoiser(TINY, num_classes=3, sample_size=4, num_channels=1)
+    assert (family_of(first).component, family_of(other).component) == ("unet", "transformer")
     first.eval()
     noise = first(torch.randn(2, 1, 4, 4), torch.tensor([3, 900]), class_labels=torch.tensor([0, 3])).sample
     assert noise.shape == (2, 1, 4, 4) and not noise.any()
@@ -101,7 +93,9 @@ def test_unet_has_a_null_class_and_starts_from_zero():
 
 @pytest.mark.parametrize(("levels", "attending"), [(0, []), (1, [1]), (2, [0, 1])])
 def test_unet_attends_at_its_coarsest_levels(levels, attending):
-    unet = build_unet(dataclasses.replace(UNET, attention_levels=levels), num_classes=3, sample_size=4, num_channels=1)
+    unet = build_denoiser(
+        dataclasses.replace(UNET, attention_levels=levels), num_classes=3, sample_size=4, num_channels=1
+    )
     assert [i for i, kind in enumerate(unet.config.down_block_types) if kind == "AttnDownBlock2D"] == attending
     assert [1 - i for i, kind in enumerate(unet.config.up_block_types) if kind == "AttnUpBlock2D"] == attending[::-1]
     assert unet.config.add_attention == bool(levels)
@@ -110,13 +104,15 @@ def test_unet_attends_at_its_coarsest_levels(levels, attending):
 
 
 def test_unet_must_be_able_to_halve_its_input():
-    with pytest.raises(ValueError, match="2 levels .*halves its input 1 times; the sample size 5"):
-        build_unet(UNET, num_classes=3, sample_size=5, num_channels=1)
+    with pytest.raises(
+        ValueError, match="`sample_size=5`, as it halves it at each of its 2 levels but the last: .*for example 6"
+    ):
+        build_denoiser(UNET, num_classes=3, sample_size=5, num_channels=1)
 
 
 def test_patches_must_fit():
-    with pytest.raises(ValueError, match="`patch_size=2` does not divide the sample size 5"):
-        build_transformer(TINY, num_classes=3, sample_size=5, num_channels=1)
+    with pytest.raises(ValueError, match="`sample_size=5`, as it cuts it into patches of 2 .*for example 6"):
+        build_denoiser(TINY, num_classes=3, sample_size=5, num_channels=1)
 
 
 def test_scheduler_starts_from_pure_noise_and_clips_pixels_only():
@@ -138,15 +134,17 @@ def test_learning_rate_warms_up_and_ends():
 
 
 def test_loss_of_a_model_that_says_zero_is_the_noise_power():
-    model = build_transformer(TINY, num_classes=3, sample_size=4, num_channels=1).eval()
+    model = build_denoiser(TINY, num_classes=3, sample_size=4, num_channels=1).eval()
     scheduler = build_scheduler(TINY, latents=False)
     clean, noise = torch.randn(2, 5, 1, 4, 4)
     timesteps, labels = torch.tensor([0, 10, 300, 700, 999]), torch.arange(5) % 3
-    loss = denoising_loss(model, scheduler, clean, labels, timesteps, noise)
+    loss = denoising_loss(denoiser_of(model).forward, scheduler, clean, labels, timesteps, noise)
     torch.testing.assert_close(loss, noise.square().mean())
     snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
     expected = (noise.square().mean(dim=(1, 2, 3)) * snr.clamp(max=5) / snr).mean()
-    weighted = denoising_loss(model, scheduler, clean, labels, timesteps, noise, min_snr_gamma=5.0)
+    weighted = denoising_loss(
+        denoiser_of(model).forward, scheduler, clean, labels, timesteps, noise, min_snr_gamma=5.0
+    )
     torch.testing.assert_close(weighted, expected)
 
 
@@ -157,7 +155,7 @@ class TruthTeller(torch.nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, noisy, timesteps, class_labels):
+    def forward(self, noisy, timestep, class_labels):
         return SimpleNamespace(sample=self.answer)
 
 
@@ -168,7 +166,7 @@ def test_a_predicted_velocity_gives_noise_and_image_back():
     alphas = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
     velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
     for extra in (velocity, torch.cat([velocity, torch.full_like(velocity, 9)], dim=1)):  # learned sigma: ignored
-        assert denoising_loss(TruthTeller(extra), scheduler, clean, labels, timesteps, noise) < 1e-10
+        assert denoising_loss(Denoiser(TruthTeller(extra)).forward, scheduler, clean, labels, timesteps, noise) < 1e-10
     for row in range(4):  # the scheduler of the pipeline reads it in the same way
         noisy = scheduler.add_noise(clean[row], noise[row], timesteps[row])
         scheduler.set_timesteps(1000)

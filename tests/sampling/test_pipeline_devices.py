@@ -9,7 +9,7 @@ import torch
 from torch._inductor.exc import InductorError
 
 from dsco_hf import DsCoPipeline, MatchingTargets
-from dsco_hf.generators.components import cannot_run
+from dsco_hf.generators.failures import cannot_run
 
 
 OPTIONS = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt", "step_size": 0.1}

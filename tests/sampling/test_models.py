@@ -8,9 +8,8 @@ import torch
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from dsco_hf import DsCoPipeline
-from dsco_hf.generators.weights import check_weights, explained_model, variants_of
 from dsco_hf.matching.features import ensure_preprocessing
-from dsco_hf.sampling.models import load_classifier, load_model
+from dsco_hf.sampling.models import check_weights, explained_model, load_classifier, load_model, variants_of
 from dsco_hf.utils.files import DamagedFileError
 
 

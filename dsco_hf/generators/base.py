@@ -1,0 +1,330 @@
+"""The seam of denoisers: what a family of noise predictors says of itself, and which families there are.
+
+All that differs between a DiT, a class-conditional UNet or a network of one's own stands in one subclass of
+[`Denoiser`]. Pipelines, their checks, training, costs and records ask the subclass that takes the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ..data.schema import nearest
+from ..utils.values import plain_arguments, plain_fields
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class Denoiser:
+    """A noise predictor: a network, and all that is particular to its family.
+
+    A subclass says how many classes its network has and which of them stands for none; the rest has defaults that fit
+    a network of diffusers with `config.in_channels` and `config.sample_size` that is called as
+    `network(x, timestep=t, class_labels=y).sample`. [`register_denoiser`] makes the family known.
+
+    Attributes:
+        name (`str`): the family's name, `architecture` in a training config.
+        kinds (`tuple`): the classes of networks that the family takes; they are `ModelMixin`s of diffusers.
+        component (`str`): where a pipeline and its `model_index.json` keep the network.
+        former_names (`tuple`): names that published pipelines give one of `kinds`.
+        any_size (`bool`): whether a trained network can be trained further at another size.
+        channels_last (`bool`): whether it learns faster in that memory format, on a GPU.
+
+    Args:
+        network (`nn.Module`): of one of `kinds`.
+        class_names (`Mapping[int, str]`, *optional*): names of the classes by index, as the pipeline knows them. None
+            for a network in training, whose last embedding is the null class.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[type[nn.Module], ...]]
+    component: ClassVar[str] = "custom_denoiser"
+    former_names: ClassVar[tuple[str, ...]] = ()
+    any_size: ClassVar[bool] = False
+    channels_last: ClassVar[bool] = False
+
+    def __init__(self, network: Any, class_names: Mapping[int, str] | None = None) -> None:
+        self.network, self.class_names = network, class_names
+
+    # what it is
+
+    @classmethod
+    def stored_kinds(cls) -> dict[str, str]:
+        """The classes that a `model_index.json` may give for `component`, with the library beside each."""
+        libraries = [kind.__module__ for kind in cls.kinds]
+        libraries = ["diffusers" if library.startswith("diffusers.") else library for library in libraries]
+        kinds = dict(zip((kind.__name__ for kind in cls.kinds), libraries, strict=True))
+        return kinds | dict.fromkeys(cls.former_names, libraries[0])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null class."""
+        raise NotImplementedError(f"{type(self).__name__} must say its `num_classes`.")
+
+    @property
+    def null_class(self) -> int | None:
+        """Index of the class that stands for none; None if there is none, so that there is no guidance."""
+        return None
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what is drawn, in latents or pixels; height and width are the same.
+
+        Raises:
+            ValueError: for a network of no fixed size, or one that is not square.
+        """
+        size = self.network.config.sample_size
+        sides = {size} if isinstance(size, int) or size is None else set(size)
+        if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+            raise ValueError(
+                f"The denoiser's `sample_size` must be one whole number, the height and width of what it draws, got "
+                f"{size!r}: set it with `denoiser.register_to_config(sample_size=...)`."
+            )
+        return self.network.config.in_channels, side, side
+
+    @property
+    def side_factor(self) -> tuple[int, str]:
+        """What the side must be a multiple of, and why: "it …"."""
+        return 1, "takes any size"
+
+    def check_conditioned(self) -> None:
+        """Raises ValueError if the network is not conditioned on classes."""
+
+    def check_size(self) -> None:
+        """Raises ValueError if the network cannot take samples of its own size."""
+        check_side(type(self.network).__name__, self.sample_shape[1], *self.side_factor)
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raises ValueError for guidance without a null class."""
+        if guidance_scale > 1 and self.null_class is None:
+            raise ValueError(
+                f"`guidance_scale={guidance_scale}` needs a null class, which the generator does not have"
+                f"{self._why_no_null_class()}."
+            )
+
+    def _why_no_null_class(self) -> str:
+        """The end of that message: what is there, and what to do."""
+        return ": pass `guidance_scale=1.0`"
+
+    # what it predicts
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """The network's answer `(B, C, h, w)` to noisy samples `(B, C, h, w)`, without a learned variance.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, C, h, w)`): in the network's own type.
+            timesteps (`torch.Tensor` of shape `(B,)`): noise levels.
+            classes (`torch.Tensor` of shape `(B,)`): classes, or the null class.
+        """
+        # a learned variance, if there is one, fills the other half of the channels
+        return self.network(x, timestep=timesteps, class_labels=classes).sample[:, : x.shape[1]]
+
+    def predict(
+        self, x: torch.Tensor, timestep: torch.Tensor | int, classes: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """The same with classifier-free guidance if `guidance_scale` > 1, in one call of both branches.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, C, h, w)`): in any type, in which the answer is given.
+            timestep (`torch.Tensor` or `int`): one for all.
+            classes (`torch.Tensor` of shape `(B,)`): classes.
+            guidance_scale (`float`): 1 is off.
+        """
+        guided, inputs = guidance_scale > 1, x
+        if guided:
+            self.check_guidance(guidance_scale)
+            null: Any = self.null_class
+            inputs, classes = torch.cat([x, x]), torch.cat([classes, torch.full_like(classes, null)])
+        times = torch.as_tensor(timestep, device=x.device).expand(len(inputs))
+        predicted = self.forward(inputs.to(self.network.dtype), times, classes).to(x.dtype)
+        if guided:
+            conditional, unconditional = predicted.chunk(2)
+            predicted = unconditional + guidance_scale * (conditional - unconditional)
+        return predicted
+
+    # how it is trained
+
+    @classmethod
+    def build(cls, config: Any, *, num_classes: int, sample_size: int, num_channels: int) -> nn.Module:
+        """A new network with a null class; its random numbers are torch's own, which the caller has seeded.
+
+        Args:
+            config ([`~dsco_hf.generators.denoisers.GeneratorTrainingConfig`]): with the options of this family.
+            num_classes (`int`): classes without the null class.
+            sample_size (`int`): height and width of the samples.
+            num_channels (`int`): their channels.
+        """
+        raise ValueError(f"The architecture {cls.name!r} cannot be built: pass a network, `denoiser=...`.")
+
+    def begin_training(self) -> None:
+        """Puts the network in train mode; the labels are dropped by the training, and not by the network."""
+        self.network.train()
+
+    def class_tables(self) -> Iterator[tuple[str, nn.Embedding]]:
+        """Names and modules of the network's tables of class embeddings, the null class last."""
+        return iter(())
+
+    def classes_config(self, num_classes: int) -> dict[str, Any]:
+        """What the network's config says of so many classes and the null class."""
+        raise ValueError(f"A {type(self.network).__name__} cannot be adapted to other classes: train a new one.")
+
+    @plain_arguments()
+    def adapt(
+        self,
+        num_classes: int,
+        *,
+        mapping: Mapping[int, int | Sequence[int]] | None = None,
+        sample_size: int | None = None,
+    ) -> Any:
+        """A copy of the network with embeddings of other classes, and for another size; all other weights are its own.
+
+        The embedding of the null class stays the last one. All tables of classes are replaced.
+
+        Args:
+            num_classes (`int`): number of the new classes.
+            mapping (`dict`, *optional*): new class to old class, or to several old ones whose mean is taken. Classes
+                that are not named start from the mean of all old classes.
+            sample_size (`int`, *optional*): height and width of the samples, in pixels or latents; its own if None.
+
+        Raises:
+            ValueError: for a class of `mapping` that does not exist, or a size that the network cannot take.
+        """
+        mapping, old_classes = dict(mapping or {}), self.num_classes
+        if num_classes < 1:
+            raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
+        for new, old in mapping.items():
+            olds = [old] if isinstance(old, int) else list(old)
+            if new not in range(num_classes) or not olds or not set(olds) <= set(range(old_classes)):
+                raise ValueError(
+                    f"`mapping` has {new}: {old}; new classes are 0 to {num_classes - 1}, from at least one old class "
+                    f"of 0 to {old_classes - 1}."
+                )
+        changes = self.classes_config(num_classes)
+        if sample_size is not None and sample_size != self.network.config.sample_size:
+            if not self.any_size:
+                raise ValueError(
+                    f"A {type(self.network).__name__} trained at size {self.network.config.sample_size} has positions "
+                    f"of that size and cannot be trained at {sample_size}. Leave `image_size` out, or start from a "
+                    "denoiser that takes any size, such as a UNet."
+                )
+            check_side(type(self.network).__name__, sample_size, *self.side_factor)
+            changes["sample_size"] = sample_size
+        adapted: Any = type(self.network).from_config(self.network.config, **changes)
+        tables = {name: module.weight.detach() for name, module in self.class_tables()}
+        state = {
+            key: value for key, value in self.network.state_dict().items() if key.removesuffix(".weight") not in tables
+        }
+        for name, table in tables.items():
+            known = table[:old_classes]
+            rows = [
+                known[[old] if isinstance(old, int) else list(old)].mean(dim=0)
+                for old in (mapping.get(new, range(old_classes)) for new in range(num_classes))
+            ]
+            state[f"{name}.weight"] = torch.stack([*rows, table[old_classes]])
+        adapted.load_state_dict(state)
+        return adapted.to(self.network.device, self.network.dtype)
+
+    def set_trainable(self, trainable: str) -> list[str]:
+        """Freezes the weights that are not to be trained, and names the others.
+
+        Args:
+            trainable (`str`): "all" weights, or "bias_and_norm": every bias, every norm, and the tables of classes.
+
+        Returns:
+            `list[str]`: names of the parameters that are trained.
+        """
+        chosen = {f"{name}.weight" for name, _ in self.class_tables()}
+        for name, module in self.network.named_modules():
+            if isinstance(module, _NORMS):
+                chosen |= {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
+        for name, parameter in self.network.named_parameters():
+            # a positional table and other buffers are no parameters and never train
+            parameter.requires_grad_(trainable == "all" or name in chosen or name.rpartition(".")[2] == "bias")
+        return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class ArchitectureOptions:
+    """Base of what a family can be built with: fields with defaults, checked in `__post_init__`."""
+
+    def __post_init__(self) -> None:
+        """Makes numbers plain, and refuses those of another kind."""
+        plain_fields(self)
+
+    def check_choice(self, name: str, allowed: Sequence[str]) -> None:
+        """Raises ValueError if a field is none of the allowed values."""
+        if (value := getattr(self, name)) not in allowed:
+            raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(value, allowed)}")
+
+    def check_at_least(self, least: int, *names: str) -> None:
+        """Raises ValueError if a field is below `least`."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
+
+def check_side(kind: str, side: int, factor: int, why: str) -> None:
+    """Raises ValueError if a network of the class `kind` cannot take samples of that height and width."""
+    if side < 1 or side % factor:
+        closest = max(1, math.floor(side / factor + 0.5)) * factor
+        raise ValueError(
+            f"The {kind} cannot take `sample_size={side}`, as it {why}: it must be a multiple of {factor}, for "
+            f"example {closest}. In training it follows from `image_size`."
+        )
+
+
+_FAMILIES: list[type[Denoiser]] = []
+_Family = TypeVar("_Family", bound=type[Denoiser])
+
+
+def register_denoiser(family: _Family) -> _Family:
+    """Makes a family of denoisers known, as the decorator of its class; the latest that takes a network is asked.
+
+    Raises:
+        ValueError: if another family has the name.
+    """
+    for known in families().values():
+        same = (known.__module__, known.__qualname__) == (family.__module__, family.__qualname__)
+        if known.name == family.name and not same:
+            raise ValueError(
+                f"There is a family of denoisers named {family.name!r} already, {known.__module__}."
+                f"{known.__qualname__}: choose another `name`."
+            )
+        if same:  # the module was loaded again
+            _FAMILIES.remove(known)
+    _FAMILIES.append(family)
+    return family
+
+
+def families() -> dict[str, type[Denoiser]]:
+    """The families by name, in the order in which they were registered."""
+    return {family.name: family for family in _FAMILIES}
+
+
+def family_of(network: Any) -> type[Denoiser]:
+    """The family that takes a network.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    own = extract_model_from_parallel(network, keep_torch_compile=False) if isinstance(network, nn.Module) else network
+    for family in reversed(_FAMILIES):
+        if isinstance(own, family.kinds):
+            return family
+    known = ", ".join(kind.__name__ for family in _FAMILIES for kind in family.kinds)
+    raise ValueError(
+        f"No family of denoisers takes a {type(network).__name__}; there are some for {known}. Write one for it, see "
+        "`dsco_hf.Denoiser`, and register it with `@register_denoiser`."
+    )
+
+
+def denoiser_of(network: Any, class_names: Mapping[int, str] | None = None) -> Denoiser:
+    """A network as the [`Denoiser`] of its family; arguments as of that class."""
+    return family_of(network)(network, class_names)
