@@ -169,7 +169,10 @@ def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] 
         name = found["id"] if name is None or Path(str(name)).is_dir() else name
         revision = revision or found["revision"]
     sha256 = model_sha256(denoiser) if denoiser is not None else None
-    return _without_none({**published_origin(name), "revision": revision, "sha256": sha256})
+    family: Any = type(getattr(pipe, "family", None))
+    outside = denoiser is not None and not family.__module__.startswith("dsco_hf.")  # a name that the loader must know
+    path = f"{family.__module__}.{family.__qualname__}" if outside else None
+    return _without_none({**published_origin(name), "revision": revision, "sha256": sha256, "family": path})
 
 
 def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | None) -> dict[str, Any] | None:

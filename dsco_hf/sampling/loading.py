@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..data.schema import nearest
 from ..generators.base import families
-from ..generators.denoisers import SLOTS
+from ..generators.denoisers import SLOTS, as_components
 from ..utils.files import check_path, read_json
 from ..utils.safety import explained, hub_error, is_pickle
 from .models import check_folder, check_own_weights, check_weights, listed_files, variants_of
@@ -98,6 +98,8 @@ class StoredPipeline(DiffusionPipeline):
     @classmethod
     def _load(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> Self:
         index = read_index(folder)
+        if (network := kwargs.pop("denoiser", None)) is not None:  # in place of the stored one, wherever that is
+            kwargs |= as_components(network, {})
         given = {key for key, value in kwargs.items() if value is not None}  # passed as None: left out
         wanted = {key: value for key, value in index.items() if key not in kwargs or key in given}
         local = folder if Path(name).is_dir() else None
@@ -248,12 +250,11 @@ def check_family(component: str, library: str, kind: str) -> None:
     }
     if known.get(kind) == library:
         return
-    takes = " or ".join(known) or "those of registered families, and there are none"
-    raise ValueError(
-        f"The `{component}` of `model_index.json` is of class {kind!r} ({library}), this pipeline takes {takes}."
-        f"{nearest(kind, known)} A family of your own is known when the module that has `@register_denoiser` was "
-        "imported."
-    )
+    takes = " or ".join(known) or "those of registered families only"
+    error = f"The `{component}` of `model_index.json` is of class {kind!r}, this pipeline takes {takes}."
+    if library == "diffusers":
+        raise ValueError(error + nearest(kind, known))
+    raise ValueError(f"{error} If you trust {library!r}, import the module that registers a family for it first.")
 
 
 def own_components(index: dict[str, Any]) -> list[tuple[str, str, str]]:

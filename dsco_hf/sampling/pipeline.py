@@ -135,7 +135,7 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
     @property
     def denoiser(self) -> Any:
         """The noise predictor, whatever component it is."""
-        return next(filter(None, (getattr(self, slot) for slot in SLOTS)))
+        return next(network for slot in SLOTS if (network := getattr(self, slot)) is not None)
 
     @property
     def family(self) -> Denoiser:

@@ -89,9 +89,7 @@ def test_a_preview_decoder_of_other_latents(latent_pipe, make):
 
 def test_sizes_that_a_transformer_cannot_take(pipe, make):
     pipe.transformer.register_to_config(sample_size=9)
-    with pytest.raises(
-        ValueError, match="cannot take its `sample_size=9`, as it cuts it into patches of 2.*example 10"
-    ):
+    with pytest.raises(ValueError, match="cannot take `sample_size=9`, as it cuts it into patches of 2.*example 10"):
         draw(pipe, make)
 
 
@@ -104,7 +102,7 @@ def change(folder, **entries):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"transformer": None}, r"names no `transformer` or `unet`, only \['scheduler', 'vae'\]"),
+        ({"transformer": None}, r"names no `transformer` or `unet` or `custom_denoiser`, only \['scheduler', 'vae'\]"),
         ({"scheduler": None}, r"names no `scheduler`, only \['transformer', 'vae'\]"),
         ({"vea": ["diffusers", "AutoencoderKL"]}, r"component `vea` .*does not have. Nearest: 'vae'"),
         ({"text_encoder": ["transformers", "CLIPTextModel"]}, "component `text_encoder` .*Its components are"),

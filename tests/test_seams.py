@@ -1,0 +1,223 @@
+"""The seams: an object that is defined here, outside of the package, does all that a built-in does."""
+
+import ast
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+import dsco_hf
+from dsco_hf import (
+    Denoiser,
+    DsCoPipeline,
+    MatchingTargets,
+    concentrate,
+    concentrate_to_folder,
+    load_recorded,
+    register_denoiser,
+    save_dataset_folder,
+)
+from dsco_hf.costs.passes import pass_costs
+from dsco_hf.generators.base import denoiser_of, families
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig
+from dsco_hf.generators.training import train_generator
+
+
+# Denoiser
+
+
+class TinyNet(ModelMixin, ConfigMixin):
+    """A network that is called in a way of its own, and says what it predicts and a variance."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = 1, sample_size: int = 8, labels: int = 4, width: int = 4) -> None:
+        super().__init__()
+        self.inward = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.table = nn.Embedding(labels, width)
+        self.level = nn.Linear(1, width)
+        self.outward = nn.Conv2d(width, 2 * in_channels, 3, padding=1)
+
+    def forward(self, noisy, *, label, level):
+        shift = self.table(label) + self.level(level[:, None] / 1000)
+        return self.outward(torch.nn.functional.silu(self.inward(noisy) + shift[:, :, None, None]))
+
+
+@register_denoiser
+class Tiny(Denoiser):
+    """A family from outside."""
+
+    name = "tiny"
+    kinds = (TinyNet,)
+    any_size = True
+
+    @property
+    def num_classes(self):
+        return self.network.config.labels - 1
+
+    @property
+    def null_class(self):
+        return self.num_classes
+
+    def forward(self, x, timesteps, classes):
+        return self.network(x, label=classes, level=timesteps.to(x.dtype))[:, : x.shape[1]]
+
+    @classmethod
+    def build(cls, config, *, num_classes, sample_size, num_channels):
+        return TinyNet(in_channels=num_channels, sample_size=sample_size, labels=num_classes + 1, width=config.width)
+
+    def class_tables(self):
+        yield "table", self.network.table
+
+    def classes_config(self, num_classes):
+        return {"labels": num_classes + 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig(GeneratorTrainingConfig):
+    width: int = 4
+
+
+DRAWN = {"num_inference_steps": 4, "guidance_scale": 2.0}
+CLASSES = ("circle", "square", "triangle")
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def tiny(make):
+    torch.manual_seed(0)
+    pipe = DsCoPipeline(
+        TinyNet().eval(), DDIMScheduler(), classifier=make.convnet(), id2label=dict(enumerate(CLASSES))
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_denoiser_of_ones_own_predicts_with_guidance_in_one_call(tiny):
+    seen = []
+    tiny.denoiser.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2])
+    found = tiny.predict_noise(x, t, y, 3.0)
+    assert seen == [4] and found.shape == x.shape
+    with torch.no_grad():
+        own, null = (
+            tiny.denoiser(x, label=labels, level=t.expand(2).float())[:, :1] for labels in (y, torch.full((2,), 3))
+        )
+    torch.testing.assert_close(found, null + 3.0 * (own - null))
+    assert (tiny.num_classes, tiny.null_class, tiny.image_size, tiny.num_channels) == (3, 3, 8, 1)
+
+
+def test_a_denoiser_of_ones_own_is_saved_loaded_and_offloaded(tiny, make, tmp_path):
+    images = tiny([0, 1, 2], generator=make.generators([1, 2, 3]), output_type="pt", **DRAWN).images
+    tiny.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    assert index["custom_denoiser"] == [__name__, "TinyNet"]
+    loaded = DsCoPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.denoiser) is TinyNet and loaded.components["custom_denoiser"] is loaded.denoiser
+    again = loaded([0, 1, 2], generator=make.generators([1, 2, 3]), output_type="pt", **DRAWN).images
+    assert torch.equal(images, again) and images.std() > 0
+    assert "custom_denoiser" in loaded.model_cpu_offload_seq.split("->")
+    other = TinyNet(labels=3)
+    assert DsCoPipeline.from_pretrained(tmp_path, denoiser=other).denoiser is other
+
+
+def test_only_families_that_are_registered_are_loaded(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    for entry in (["antigravity", "TinyNet"], ["antigravity", "Net"]):
+        index = json.loads(path.read_text(encoding="utf-8")) | {"custom_denoiser": entry}
+        path.write_text(json.dumps(index), encoding="utf-8")
+        with pytest.raises(ValueError, match="trust 'antigravity', import the module that registers a family for it"):
+            DsCoPipeline.from_pretrained(tmp_path)
+    assert "antigravity" not in sys.modules
+    with pytest.raises(ValueError, match="No family of denoisers takes a Linear; there are some for .*TinyNet"):
+        DsCoPipeline(nn.Linear(2, 2), DDIMScheduler())
+    with pytest.raises(ValueError, match="`custom_denoiser` is no place for a UNet2DModel: pass it as `unet`"):
+        DsCoPipeline(custom_denoiser=UNet2DModel(block_out_channels=(32,) * 4), scheduler=DDIMScheduler())
+    with pytest.raises(ValueError, match="named 'dit' already, dsco_hf.generators.dit.DiT"):
+        register_denoiser(type("Other", (Denoiser,), {"name": "dit", "kinds": (nn.Linear,)}))
+
+
+def test_a_denoiser_of_ones_own_runs_in_a_folder_is_costed_and_recorded(tiny, real_images, tmp_path):
+    tiny.save_pretrained(tmp_path / "pipe")
+    pipe = DsCoPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    options = {**DRAWN, "block_size": 1, "progress": False}
+    targets = MatchingTargets.from_dataset(real_images, pipe, embedding_dim=32, progress=False)
+    small = concentrate(pipe, targets, 2, seed=3, **options)
+    run = concentrate_to_folder(pipe, targets, 2, tmp_path / "run", seed=3, **options)
+    assert same_pixels(run.dataset(), small)
+    save_dataset_folder(small, tmp_path / "set", targets=targets)
+    again, targets, record = load_recorded(tmp_path / "set")
+    assert record["generator"]["family"] == f"{__name__}.Tiny" and len(record["generator"]["sha256"]) == 64
+    again.set_progress_bar_config(disable=True)
+    assert same_pixels(concentrate(again, targets, 2, seed=3, **options), small)
+    # two convolutions of 3 x 3 at 64 positions, 1 -> 4 -> 2 channels, and a layer of 1 -> 4; a multiply-add is 2
+    assert pass_costs(pipe)["denoiser"].flops == 2 * (64 * 9 * (1 * 4 + 4 * 2) + 1 * 4)
+
+
+def same_pixels(one, other):
+    return [np.asarray(image).tobytes() for image in one["image"]] == [
+        np.asarray(image).tobytes() for image in other["image"]
+    ]
+
+
+def test_a_denoiser_of_ones_own_is_built_trained_and_adapted(fresh_accelerate, tmp_path):
+    pixels = torch.linspace(-1, 1, 3)[torch.arange(30) % 3][:, None, None, None].expand(-1, 1, 8, 8).clone()
+    config = TinyConfig(architecture="tiny", width=6, train_steps=60, batch_size=30, warmup_steps=0, seed=1)
+    given = {"accelerator": Accelerator(cpu=True), "progress": False}
+    result = train_generator(
+        pixels, torch.arange(30) % 3, config, num_classes=3, checkpoint_dir=tmp_path, log_every=20, **given
+    )
+    assert result.losses[-1]["loss"] < 0.7 * result.losses[0]["loss"]
+    assert list(result.components) == ["custom_denoiser"] and result.denoiser.config.width == 6
+    new = denoiser_of(result.denoiser).adapt(2, mapping={0: 2}, sample_size=5)
+    table = result.denoiser.table.weight
+    torch.testing.assert_close(new.table.weight, torch.stack([table[2], table[:3].mean(dim=0), table[3]]))
+    assert new.config.sample_size == 5
+    tuned = train_generator(
+        pixels[:, :, :5, :5],
+        torch.arange(30) % 2,
+        dataclasses.replace(config, trainable="bias_and_norm", train_steps=1),
+        num_classes=2,
+        denoiser=new,
+        **given,
+    )
+    assert torch.equal(tuned.denoiser.inward.weight, result.denoiser.inward.weight)
+    assert not torch.equal(tuned.denoiser.inward.bias, result.denoiser.inward.bias)
+
+
+def test_nobody_but_its_own_file_knows_a_family():
+    """Outside of `dit.py` and `unet.py`, no code names their components, their classes or their configs' fields."""
+    words = {family.component for family in families().values()} - {Denoiser.component}
+    words |= {kind.__name__ for family in families().values() for kind in family.kinds}
+    words |= {"num_embeds_ada_norm", "num_class_embeds"}
+    room = Path(dsco_hf.__path__[0])
+    for path in sorted(room.rglob("*.py")):
+        if path.parent.name == "generators" and path.stem in ("dit", "unet"):
+            continue
+        found = words & set(words_of(ast.parse(path.read_text(encoding="utf-8"))))
+        assert not found, f"{path.relative_to(room)} knows {found}"
+
+
+def words_of(tree):
+    """Names, attributes, arguments, keywords and texts of a module."""
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "value", "name"):
+            if isinstance(word := getattr(node, field, None), str):
+                yield word
