@@ -214,7 +214,8 @@ class Denoiser:
                     f"of that size and cannot be trained at {sample_size}. Leave `image_size` out, or start from a "
                     "denoiser that takes any size, such as a UNet."
                 )
-            check_side(type(self.network).__name__, sample_size, *self.side_factor)
+            remedy = " It follows from `image_size`."
+            check_side(type(self.network).__name__, sample_size, *self.side_factor, remedy=remedy)
             changes["sample_size"] = sample_size
         adapted: Any = type(self.network).from_config(self.network.config, **changes)
         tables = {name: module.weight.detach() for name, module in self.class_tables()}
@@ -270,13 +271,13 @@ class ArchitectureOptions:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
 
 
-def check_side(kind: str, side: int, factor: int, why: str) -> None:
+def check_side(kind: str, side: int, factor: int, why: str, *, remedy: str = "") -> None:
     """Raises ValueError if a network of the class `kind` cannot take samples of that height and width."""
     if side < 1 or side % factor:
         closest = max(1, math.floor(side / factor + 0.5)) * factor
         raise ValueError(
             f"The {kind} cannot take `sample_size={side}`, as it {why}: it must be a multiple of {factor}, for "
-            f"example {closest}. In training it follows from `image_size`."
+            f"example {closest}.{remedy}"
         )
 
 

@@ -77,7 +77,8 @@ class DiT(Denoiser):
     @classmethod
     def build(cls, config: DiTOptions, *, num_classes: int, sample_size: int, num_channels: int) -> nn.Module:
         """A new DiT, initialised as its paper says: every block starts as the identity (adaLN-zero)."""
-        check_side("DiT", sample_size, *_patches(config.patch_size))
+        remedy = " Choose another patch size, or another `image_size` for the data."
+        check_side("DiT", sample_size, *_patches(config.patch_size), remedy=remedy)
         network: Any = DiTTransformer2DModel(
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,

@@ -171,8 +171,8 @@ def _check_denoiser(family: Denoiser, data: TrainingData, num_classes: int, conf
     if found != expected:
         raise ValueError(
             f"The denoiser takes (channels, size, classes) = {found}, the data has {expected}. "
-            "`denoiser_of(network).adapt` changes classes and size; or bring the images to the size with `image_size`, "
-            "to the channels with `num_channels`."
+            "`denoiser_of(network).adapt` changes classes and size; or bring the images to the size with "
+            "`image_size`, to the channels with `num_channels`."
         )
     if family.null_class is None and config.class_dropout_prob > 0:
         raise ValueError(

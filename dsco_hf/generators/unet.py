@@ -110,7 +110,8 @@ class UNet(Denoiser):
         (https://arxiv.org/abs/2105.05233).
         """
         channels, levels = config.channels, len(config.channels)
-        check_side("UNet", sample_size, *_halvings(levels))
+        remedy = " Choose fewer levels, or another `image_size` for the data."
+        check_side("UNet", sample_size, *_halvings(levels), remedy=remedy)
         attends = [level >= levels - config.attention_levels for level in range(levels)]
         network = UNet2DModel(
             sample_size=sample_size,

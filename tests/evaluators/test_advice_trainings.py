@@ -15,8 +15,8 @@ from dsco_hf.evaluators.checks import check_images, check_soft_labels, class_col
 from dsco_hf.evaluators.evaluation import load_image_set, run_job
 from dsco_hf.evaluators.models import build_evaluator
 from dsco_hf.evaluators.protocols import protocol_from_dict
+from dsco_hf.generators.base import denoiser_of
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
-from dsco_hf.generators.fine_tuning import adapt_denoiser
 from dsco_hf.generators.training import train_generator
 
 
@@ -175,10 +175,10 @@ GENERATORS = {
     ),
     "a denoiser of other classes": (
         lambda w: generator(w, denoiser=w.make.transformer(classes=5)),
-        "`adapt_denoiser` changes classes and size; or bring the images to the size with `image_size`, to the channels "
-        "with `num_channels`",
+        r"`denoiser_of\(network\).adapt` changes classes and size; or bring the images to the size with "
+        "`image_size`, to the channels with `num_channels`",
         lambda w: [
-            generator(w, denoiser=adapt_denoiser(w.make.transformer(classes=5), num_classes=3)),
+            generator(w, denoiser=denoiser_of(w.make.transformer(classes=5)).adapt(num_classes=3)),
             generator(w, image_size=4, denoiser=w.make.transformer(sample_size=4)),
             generator(w, channels=3, denoiser=w.make.transformer(channels=3)),
         ],

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 
 from advice import FAST, follow, is_of
 from dsco_hf import DsCoPipeline, FeatureSpec, MatchingTargets, QuantileTargets
-from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_transformer, build_unet
-from dsco_hf.generators.fine_tuning import adapt_denoiser
+from dsco_hf.generators.base import denoiser_of
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_denoiser
 from dsco_hf.matching.features import observe, pool
 
 
@@ -217,7 +217,7 @@ COMPONENTS = {
     ),
     "an index without a denoiser": (
         lambda w: DsCoPipeline.from_pretrained(stored(w, "a", lambda index: index.pop("transformer"))),
-        "names no `transformer` or `unet`, .*: save the pipeline again, or pass the component to `from_pretrained`",
+        "names no `transformer` or `unet` or `custom_denoiser`, .*: save the pipeline again, or pass the component to `from_pretrained`",
         lambda w: [
             DsCoPipeline.from_pretrained(w.folder / "a", transformer=w.pipe.transformer).num_classes,
             w.pipe.save_pretrained(w.folder / "a") or DsCoPipeline.from_pretrained(w.folder / "a").num_classes,
@@ -243,31 +243,33 @@ COMPONENTS = {
         is_of(1),
     ),
     "patches that do not fit": (
-        lambda w: build_transformer(GeneratorTrainingConfig(patch_size=3), sample_size=8, **SIZES),
+        lambda w: build_denoiser(GeneratorTrainingConfig(patch_size=3), sample_size=8, **SIZES),
         "Choose another patch size, or another `image_size` for the data",
         lambda w: [
-            build_transformer(GeneratorTrainingConfig(patch_size=patch), sample_size=size, **SIZES).config.sample_size
+            build_denoiser(GeneratorTrainingConfig(patch_size=patch), sample_size=size, **SIZES).config.sample_size
             for patch, size in ((4, 8), (3, 9))
         ],
         [8, 9],
     ),
     "levels that do not fit": (
-        lambda w: build_unet(GeneratorTrainingConfig(block_out_channels="8,8,8"), sample_size=6, **SIZES),
+        lambda w: build_denoiser(
+            GeneratorTrainingConfig(architecture="unet", block_out_channels="8,8,8"), sample_size=6, **SIZES
+        ),
         "Choose fewer levels, or another `image_size` for the data",
         lambda w: [
-            build_unet(
-                GeneratorTrainingConfig(block_out_channels=levels), sample_size=size, **SIZES
+            build_denoiser(
+                GeneratorTrainingConfig(architecture="unet", block_out_channels=levels), sample_size=size, **SIZES
             ).config.sample_size
             for levels, size in (("8,8", 6), ("8,8,8", 8))
         ],
         [6, 8],
     ),
     "another size of a trained DiT": (
-        lambda w: adapt_denoiser(w.make.transformer(), num_classes=2, sample_size=16),
-        "Leave `image_size` out, or start from a UNet",
+        lambda w: denoiser_of(w.make.transformer()).adapt(num_classes=2, sample_size=16),
+        "Leave `image_size` out, or start from a denoiser that takes any size, such as a UNet",
         lambda w: [
-            adapt_denoiser(w.make.transformer(), num_classes=2).config.sample_size,
-            adapt_denoiser(w.make.unet(), num_classes=2, sample_size=16).config.sample_size,
+            denoiser_of(w.make.transformer()).adapt(num_classes=2).config.sample_size,
+            denoiser_of(w.make.unet()).adapt(num_classes=2, sample_size=16).config.sample_size,
         ],
         [8, 16],
     ),
