@@ -1,10 +1,11 @@
 """dsco_hf: concentrates image-classification datasets with class-conditional diffusion models."""
 
 from .concentration.concentrate import ConcentrationReport, concentrate, concentrate_and_report, measure_discrepancy
-from .concentration.doping import clearest, dope
+from .concentration.doping import dope, recorded_doping, select
 from .concentration.records import concentration_record
 from .concentration.runs import concentrate_to_folder
-from .data.datasets import load_digits_dataset, load_image_dataset
+from .concentration.selection import Clarity, Clearest, Herding, Random, Selection
+from .data.datasets import Pool, load_digits_dataset, load_image_dataset
 from .evaluators import ConvNetConfig, ConvNetForImageClassification, build_evaluator, get_protocol, train_evaluator
 from .generators.base import Denoiser, register_denoiser
 from .generators.failures import NonFiniteError
@@ -22,7 +23,9 @@ from .studies.generator_check import GeneratorCheck, check_generator
 __version__ = "0.1.0"
 
 __all__ = [
+    "Clarity",
     "ClassifierObjective",
+    "Clearest",
     "ConcentrationReport",
     "ConvNetConfig",
     "ConvNetForImageClassification",
@@ -32,12 +35,15 @@ __all__ = [
     "DsCoPipelineOutput",
     "FeatureSpec",
     "GeneratorCheck",
+    "Herding",
     "MatchingTargets",
     "NonFiniteError",
+    "Pool",
     "QuantileTargets",
+    "Random",
+    "Selection",
     "build_evaluator",
     "check_generator",
-    "clearest",
     "concentrate",
     "concentrate_and_report",
     "concentrate_to_folder",
@@ -52,8 +58,10 @@ __all__ = [
     "publish_evaluator",
     "publish_pipeline",
     "read_concentration",
+    "recorded_doping",
     "register_denoiser",
     "save_dataset_folder",
+    "select",
     "train_evaluator",
     "verify",
 ]

@@ -25,14 +25,15 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from dsco_hf.concentration.doping import select
 from dsco_hf.concentration.methods import chance_level, dataset_title, network_title
-from dsco_hf.data.datasets import find_columns, load_image_dataset, load_splits, select_per_class
+from dsco_hf.concentration.selection import Herding
+from dsco_hf.data.datasets import find_columns, load_image_dataset, load_splits
 from dsco_hf.data.pixels import default_image_size, image_sizes
 from dsco_hf.evaluators import (
     ImageSet,
     Protocol,
     get_protocol,
-    herd_per_class,
     job_identity,
     load_image_set,
     protocol_to_dict,
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
             own = frozen(recipe.teacher, recipe.teacher_revision, accelerator)
             teacher = classifier if own is None else own
         sets = load_compared(recipe, protocol, compared, real)
-    sets |= {("herding", budget): real.select(rows) for budget, rows in herd(real, recipe.budgets, classifier).items()}
+    sets |= {("herding", budget): images for budget, images in herd(real, recipe.budgets, classifier).items()}
     options = json.loads(recipe.model_options)
     cells = [(method, budget) for budget in recipe.budgets for method in ("random", "herding", *dataset_names(recipe))]
     cells += [("full", 0)] if recipe.full else []
@@ -160,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def training_set(method: str, budget: int, seed: int) -> ImageSet:
         if method == "random":
-            return real.select(select_per_class(real.labels, budget, seed=seed, names=real.names))
+            return select(real, "random", images_per_class=budget, seed=seed)
         return real if method == "full" else sets[method, budget]
 
     def run(key: str, checkpoint: Path) -> dict[str, Any]:
@@ -204,11 +205,10 @@ def main(arguments: list[str] | None = None) -> None:
     save(results, output)
 
 
-def herd(real: ImageSet, budgets: Sequence[int], classifier: PreTrainedModel | None) -> dict[int, torch.Tensor]:
-    """Rows of the herded real images of each budget; herding is greedy, so a small set is the start of a large one."""
-    most = max(budgets)
-    rows = herd_per_class(real, most, classifier=classifier).view(-1, most)  # (K, most)
-    return {budget: rows[:, :budget].flatten() for budget in budgets}
+def herd(real: ImageSet, budgets: Sequence[int], classifier: PreTrainedModel | None) -> dict[int, ImageSet]:
+    """The herded real images of each budget."""
+    rule = Herding(features="pixels" if classifier is None else classifier)
+    return {budget: select(real, rule, images_per_class=budget) for budget in budgets}
 
 
 def open_real(recipe: ComparisonRecipe, protocol: Protocol) -> tuple[Dataset, Dataset, dict[str, Any]]:

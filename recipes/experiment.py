@@ -30,8 +30,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset
 
 from dsco_hf.concentration.concentrate import concentrate_and_report
-from dsco_hf.concentration.doping import clearest, dope
-from dsco_hf.data.datasets import check_classes
+from dsco_hf.concentration.doping import dope, select
+from dsco_hf.concentration.selection import Clearest, find_selection
+from dsco_hf.data.datasets import Pool, check_classes
 from dsco_hf.data.shards import file_sha256
 from dsco_hf.evaluators import ImageSet, get_protocol, load_image_set
 from dsco_hf.evaluators.evaluation import run_environment
@@ -185,6 +186,7 @@ class Experiment:
             )  # fmt: skip
         tested = f"{len(self.test.labels)} test images: {self.splits['test_split']}"
         self.clock.say(f"{len(self.real)} training images, {tested}")
+        self.pool = Pool(self.real, progress=False, **self.columns)
         self.recipe = recipe = recipe.for_classes(int(self.train.labels.bincount().min()))
         check_classes(self.train.labels, self.train.names, images_per_class=max(recipe.sizes))
         if recipe.features != "trained":
@@ -216,7 +218,7 @@ class Experiment:
         def of_images(share: float = 1.0, **shared: Any) -> MatchingTargets:
             chosen = self.real
             if share < 1:
-                chosen = clearest(self.real, self.pipe, share=share, progress=False, **self.columns)
+                chosen = select(self.pool, Clearest(share), pipe=self.pipe)
             return MatchingTargets.from_dataset(chosen, self.pipe, **recipe.matched, **self.columns, **shared)
 
         # the discrepancy of all sets is measured by the first
@@ -287,23 +289,18 @@ class Experiment:
             if bases[name] not in self.kept or self.clock.is_over():
                 self.clock.unfinished = True
                 continue
-            doping: dict[str, Any] = {"strategy": recipe.doping_strategy, "images_per_class": budget, "seed": seed}
-            if recipe.doping_strategy == "clarity":
-                doping |= {"num_students": 4, "protocol": self.protocol, "architecture": recipe.architecture}
-                students = {"mixed_precision": self.accelerator.mixed_precision}
-            else:
-                students = {}
-            base = file_sha256(self.kept.file(bases[name]))
-            made_with = {**self.made_with, "set": identity(base=base, **doping, **students)}
+            rule = find_selection(
+                recipe.doping_strategy, targets=self.targets["real"], num_students=4, protocol=self.protocol,
+                architecture=recipe.architecture,
+            )  # fmt: skip
+            doping: dict[str, Any] = {"strategy": rule, "images_per_class": budget, "seed": seed}
+            base, precision = file_sha256(self.kept.file(bases[name])), self.accelerator.mixed_precision
+            made_with = {**self.made_with, "set": identity(base=base, mixed_precision=precision, **doping)}
             if self.kept.is_made(name, made_with):
                 continue
             self.clock.say(f"doping: {name}")
             start = time.perf_counter()
-            targets = self.targets["real"] if recipe.doping_strategy == "herding" else None
-            rows = dope(
-                self.kept.rows(bases[name]), self.real, self.pipe, targets=targets, progress=False, **doping,
-                **self.columns,
-            )  # fmt: skip
+            rows = dope(self.kept.rows(bases[name]), self.pool, self.pipe, progress=False, **doping)
             self.kept.save(name, rows, made_with, population="real", seconds=time.perf_counter() - start)
         self.accelerator.wait_for_everyone()
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -39,9 +38,11 @@ from dsco_hf import (
     train_evaluator,
 )
 from dsco_hf.concentration.concentrate import embed_pixels
-from dsco_hf.data.datasets import select_per_class
+from dsco_hf.concentration.doping import select, selected_rows
+from dsco_hf.concentration.selection import Herding, find_selection
+from dsco_hf.data.datasets import Pool
 from dsco_hf.data.shards import file_sha256
-from dsco_hf.evaluators import herd_per_class, load_image_set
+from dsco_hf.evaluators import load_image_set
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
@@ -264,7 +265,8 @@ def train_classifiers(run: Run) -> None:
         if seed == 0:
             classifier.save_pretrained(run.work / "classifier")
         budgets = (*BUDGETS, run.doped_per_class)
-        rows = {budget: herd_per_class(run.train, budget, classifier=classifier.eval()).tolist() for budget in budgets}
+        pool, rule = Pool(run.train), Herding(features=classifier.eval())
+        rows = {budget: selected_rows(pool, rule, images_per_class=budget).tolist() for budget in budgets}
         write_atomically(run.herded(seed), json.dumps(rows).encode())
     run.accelerator.wait_for_everyone()
 
@@ -346,15 +348,15 @@ def synthesise(run: Run, pipe: DsCoPipeline, targets: dict[str, MatchingTargets]
 
 def real_sets(run: Run) -> dict[str, Dataset]:
     """The baselines that need no generator: random and herded real images at every budget."""
-    chosen: dict[str, torch.Tensor] = {}
+    found: dict[str, Dataset] = {}
     for budget in (*BUDGETS, run.doped_per_class):
         for seed in range(run.recipe.herding_seeds if budget in BUDGETS else 1):
             herded = read_json(run.herded(seed), DRAW_AGAIN)
-            chosen[f"herding-ipc{budget}-seed{seed}"] = torch.tensor(herded[str(budget)])
+            found[f"herding-ipc{budget}-seed{seed}"] = run.real.select(herded[str(budget)])
         many = budget in (1, run.doped_per_class)
         for seed in range(run.recipe.random_seeds if many else run.recipe.synthesis_seeds):
-            chosen[f"random-ipc{budget}-seed{seed}"] = select_per_class(run.train.labels, budget, seed=seed)
-    return {name: run.real.select(rows.tolist()) for name, rows in chosen.items()}
+            found[f"random-ipc{budget}-seed{seed}"] = select(run.real, "random", images_per_class=budget, seed=seed)
+    return found
 
 
 def doped_sets(run: Run, pipe: DsCoPipeline, sets: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -364,8 +366,8 @@ def doped_sets(run: Run, pipe: DsCoPipeline, sets: dict[str, Dataset]) -> dict[s
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     for seed in list(names)[rank::world]:
         base = f"nopt-ipc{BUDGETS[-1]}-seed{seed}"
-        options = {"total": run.doped_per_class * len(run.train.names), **DOPING, "protocol": run.protocol,
-                   "architecture": EVALUATOR["architecture"], "seed": seed}  # fmt: skip
+        rule = find_selection(**DOPING, protocol=run.protocol, architecture=EVALUATOR["architecture"])
+        options = {"total": run.doped_per_class * len(run.train.names), "strategy": rule, "seed": seed}
         made_with = pipeline_identity(pipe, run.real, base=file_sha256(run.kept.file(base)), **options)
         if not run.kept.is_made(names[seed], made_with):
             start = time.perf_counter()

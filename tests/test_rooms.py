@@ -26,7 +26,7 @@ ORDER = {
         *["protocols", "checks", "training", "evaluation"],
     ],
     "concentration": [
-        *["clarity", "methods", "config_records", "set_records", "concentrate"],
+        *["methods", "config_records", "set_records", "concentrate", "selection"],
         *["doping", "records", "run_folder", "runs"],
     ],
     "costs": ["tracing", "passes", "probe"],

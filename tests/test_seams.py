@@ -20,12 +20,17 @@ from dsco_hf import (
     Denoiser,
     DsCoPipeline,
     MatchingTargets,
+    Selection,
     concentrate,
     concentrate_to_folder,
+    dope,
     load_recorded,
+    recorded_doping,
     register_denoiser,
     save_dataset_folder,
+    select,
 )
+from dsco_hf.concentration.records import config_record
 from dsco_hf.costs.passes import pass_costs
 from dsco_hf.generators.base import denoiser_of, families
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
@@ -221,3 +226,41 @@ def words_of(tree):
         for field in ("id", "attr", "arg", "value", "name"):
             if isinstance(word := getattr(node, field, None), str):
                 yield word
+
+
+# Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Darkest(Selection):
+    """The images of a class whose mean is farthest below, or above, a level."""
+
+    level: float = 0.0
+    signs: tuple[int, ...] = (1,)
+
+    def rank(self, pool, small, wanted, pipe, seed):
+        """`(N,)`: the darkest first."""
+        return (self.signs[0] * (pool.pixels(num_channels=1).mean((1, 2, 3)) - self.level)).argsort(stable=True)
+
+
+def brightness(dataset):
+    return [np.asarray(image.convert("L")).mean() for image in dataset["image"]]
+
+
+@pytest.mark.parametrize("rule", [Darkest(), Darkest(level=0.5, signs=(-1,))])
+def test_a_selection_of_ones_own_chooses_dopes_and_is_made_again_from_its_record(real_images, make, tmp_path, rule):
+    ranked = sorted(range(21), key=lambda row: rule.signs[0] * brightness(real_images)[row])
+    expected = [row for label in range(3) for row in [r for r in ranked if real_images["label"][r] == label][:2]]
+    numbered = real_images.add_column("row", range(21))
+    assert select(numbered, rule, images_per_class=2, progress=False)["row"][:] == expected
+    small = make.images((1, 1, 1), seed=3)
+    mixed = dope(small, real_images, strategy=rule, images_per_class=3, seed=4, progress=False)
+    assert mixed["real_index"][3:] == expected
+    save_dataset_folder(mixed, tmp_path / "set")
+    record = config_record(json.loads((tmp_path / "set" / "concentration.json").read_text(encoding="utf-8")))
+    told = {"name": f"{__name__}:Darkest", "level": rule.level, "signs": list(rule.signs)}
+    assert record["doping"]["strategy"] == told and record["doping"]["seed"] == 4
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    assert "Real images were added by the rule" in card and "Darkest" in card
+    again = dope(small, real_images, progress=False, **recorded_doping(record["doping"]))
+    assert again["real_index"][3:] == expected

@@ -154,7 +154,10 @@ def what_was_done(record: Mapping[str, Any]) -> list[str]:
     method = str(record.get("method") or "")
     objective = parameters.get("objective") or ("nopt" if method.startswith("nopt") else "")
     drawn = _DRAWN.get("plain" if method.startswith("plain") else str(objective), "")
-    return [text for text in (drawn, _ADDED.get(str(doping.get("strategy")), "")) if text]
+    rule = doping.get("strategy")
+    name = rule.get("name") if isinstance(rule, Mapping) else rule  # a text in records of version 0.1
+    other = f"Real images were added by the rule {escape_markdown(str(name))}." if name else ""
+    return [text for text in (drawn, _ADDED.get(str(name), other)) if text]
 
 
 def method_label(record: Mapping[str, Any]) -> str:

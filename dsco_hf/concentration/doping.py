@@ -1,59 +1,43 @@
-"""Doping: mixes chosen real images into a synthetic dataset, which reaches accuracies that synthesis alone cannot."""
+"""Real images chosen by a rule of `selection`: alone, or mixed into a synthetic dataset.
+
+Doping, as the authors of DsCo call the latter, reaches accuracies that synthesis alone cannot.
+"""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, Image, concatenate_datasets
-from transformers import PreTrainedModel
 
-from ..data.datasets import dataset_fingerprint, load_pixels, present_classes
+from ..data.datasets import Pool
 from ..data.images import stored_at
-from ..data.labels import class_mapping
-from ..data.pixels import class_places, place_of
 from ..data.schema import class_names, find_columns
 from ..data.shards import rows_record, synthetic_rows
-from ..evaluators import predict_logits
-from ..evaluators.checks import class_columns
-from ..evaluators.protocols import Protocol, protocol_to_dict
-from ..matching.kernels import herd
-from ..matching.objectives import class_margin
-from ..matching.targets import MatchingTargets
+from ..evaluators import ImageSet
 from ..sampling.pipeline import DsCoPipeline
-from ..utils.origins import model_sha256, targets_sha256
-from ..utils.values import check_choice, check_real, check_whole, plain_arguments
-from .clarity import clarity as clarity
-from .clarity import clarity_scores as clarity_scores
-from .clarity import student_protocol
-from .concentrate import SOURCES, embed_pixels, row_features
+from ..utils.origins import from_recorded, model_sha256
+from ..utils.values import check_whole, plain_arguments
+from .concentrate import SOURCES, row_features
+from .selection import SELECTIONS, Selection, find_selection, selection_name
 from .set_records import record_of, with_record
 
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES = ("herding", "clarity", "random")
-
 
 @plain_arguments()
 def dope(
     small: Dataset,
-    real: Dataset,
+    real: Dataset | Pool,
     pipe: DsCoPipeline | None = None,
     *,
     images_per_class: int | None = None,
     total: int | None = None,
-    strategy: str = "herding",
-    targets: MatchingTargets | None = None,
-    student: PreTrainedModel | None = None,
-    protocol: str | Protocol = "quick",
-    architecture: str = "convnet",
-    num_students: int = 1,
+    strategy: str | Selection = "herding",
     class_wise: bool | None = None,
     image_size: int | str | None = None,
     image_column: str | None = None,
@@ -63,36 +47,26 @@ def dope(
 ) -> Dataset:
     """Adds chosen real images to a synthetic dataset until it has the given size.
 
-    Strategies:
-        - "herding": class by class, the real image that lowers the discrepancy of the mixture most, so the real images
-          fill what the synthesis left unmatched.
-        - "clarity": the real images that a student trained on the synthetic ones finds least clear, by
-          p(label) - max p(other); the rule the DsCo authors released (repository kkkkqq/Dataset-Concentration).
-        - "random": a random choice, as the baseline.
-
     Args:
         small (`Dataset`): from [`concentrate`], or anybody's set with an `Image` and a `ClassLabel` column.
-        real (`Dataset`): the images to choose from. Classes are found by name, in any order; images of classes that
-            `small` does not have are not chosen.
+        real (`Dataset` or [`~dsco_hf.data.datasets.Pool`]): the images to choose from; a pool keeps what was read for
+            the next set. Classes are found by name, in any order; images of classes that `small` does not have are
+            not chosen.
         pipe (`DsCoPipeline`, *optional*): its classifier gives the features for "herding", and the soft labels on
-            which a student for "clarity" is trained. Not needed for "random" or with a `student`.
+            which a student for "clarity" is trained. Not needed for "random" or `Clarity(student=...)`.
         images_per_class (`int`, *optional*): size of the result per class, synthetic images included.
         total (`int`, *optional*): size of the result. Pass one of the two.
-        strategy (`str`): "herding", "clarity" or "random".
-        targets (`MatchingTargets`, *optional*): for "herding"; made from `real` if None.
-        student (`PreTrainedModel`, *optional*): for "clarity"; one is trained on `small` if None.
-        protocol (`str` or `Protocol`): how that student is trained.
-        architecture (`str`): of that student.
-        num_students (`int`): students that are trained for "clarity"; the mean of theirs ranks the images more
-            steadily than that of one, which is what the authors take.
-        class_wise (`bool`, *optional*): fill every class to the same number. If False, "clarity" ranks over the whole
-            dataset; the others always go by class. By default True with `images_per_class`, False with `total`.
+        strategy (`str` or [`Selection`]): by which rule, with its own options, such as `Clarity(num_students=4)`; or
+            the name of one with its defaults: "herding", "clarity", "random" or "clearest".
+        class_wise (`bool`, *optional*): fill every class to the same number. If False, a rule that compares images
+            across classes, such as "clarity", ranks over the whole dataset; the others always go by class. By default
+            True with `images_per_class`, False with `total`.
         image_size (`int` or `str`, *optional*): what the chosen images are stored at: "original", or a size to resize
             and crop to. By default that of the images of `small`, which then must have one. Files that have that size
             already are kept as they are; the others become PNGs.
-        image_column (`str`, *optional*): of `real`, where there are several of the kind.
-        label_column (`str`, *optional*): of `real`, where there are several of the kind.
-        seed (`int`): of the random choice and the student.
+        image_column (`str`, *optional*): of `real`, where there are several of the kind; a pool has its own.
+        label_column (`str`, *optional*): likewise.
+        seed (`int`): of all that is random in the rule.
         progress (`bool`): show progress bars.
 
     Returns:
@@ -101,15 +75,9 @@ def dope(
 
     Raises:
         ValueError: for class names that differ, images of several sizes in `small` without `image_size`, a budget
-            smaller than `small` or larger than the data, less than one student or several beside a given one, a
-            missing classifier, or for "clarity" one that was trained on other classes.
+            smaller than `small` or larger than the data, or what the rule says of models that it misses.
     """
-    check_choice("strategy", strategy, STRATEGIES)
-    if num_students < 1 or (student is not None and num_students > 1):
-        raise ValueError(
-            f"`num_students` must be at least 1, and 1 where a `student` is given; got {num_students}"
-            f"{' and a student' if student is not None else ''}."
-        )
+    rule = find_selection(strategy)
     if (images_per_class is None) == (total is None):
         raise ValueError(
             "Pass either `images_per_class` or `total`, the size of the result with its synthetic images."
@@ -117,27 +85,25 @@ def dope(
     record = record_of(small) or {}
     small = as_concentrated(small)
     names, stored_size = class_names(small), check_size(image_size, small)
-    columns = {"image_column": image_column, "label_column": label_column}
-    pool = _Pool.of(real, names, **columns)
+    whole = Pool.of(real, image_column=image_column, label_column=label_column, progress=progress)
+    pool, mine = whole.of_classes(names), Pool(small, progress=progress)
     class_wise = total is None if class_wise is None else class_wise
-    held = torch.bincount(torch.tensor(small["label"]), minlength=len(names))
-    ask = (pipe, student, protocol, architecture, num_students, seed, progress, image_column, label_column)
-    if strategy == "clarity" and not class_wise:
+    budget = None
+    if rule.across_classes and not class_wise:
         size = total if total is not None else (images_per_class or 0) * len(names)
         budget = _check_budget(size, len(small), len(pool.labels))
-        chosen = clarity(small, pool.dataset, *ask).argsort(stable=True)[:budget]
+        wanted = [min(budget, count) for count in pool.counts]
     else:
-        wanted = _per_class(names, held, torch.bincount(pool.labels, minlength=len(names)), images_per_class, total)
-        if strategy == "random":
-            chosen = _random(pool.labels, wanted, seed)
-        elif strategy == "herding":
-            chosen = _herded(small, pool, wanted, pipe, targets, progress)
-        else:
-            order = clarity(small, pool.dataset, *ask).argsort(stable=True)
-            chosen = torch.cat([order[pool.labels[order] == row][:count] for row, count in enumerate(wanted)])
-    doping = {"strategy": strategy, "images_per_class": images_per_class, "total": total, "class_wise": class_wise}
-    doping |= {"image_size": stored_size or "original", "seed": seed, **_asked(strategy, names, targets, *ask[:5])}
-    doping |= {"real_fingerprint": dataset_fingerprint(real, **columns), "real_rows": len(real), **columns}
+        held, available = torch.tensor(mine.counts), torch.tensor(pool.counts)
+        wanted = _per_class(names, held, available, images_per_class, total)
+    chosen = choose(rule, pool, mine, wanted, pipe, seed, budget=budget)
+    classifier = None if pipe is None else pipe.classifier
+    doping = {
+        **{"strategy": rule.record(names, pipe), "images_per_class": images_per_class, "total": total},
+        **{"class_wise": class_wise, "image_size": stored_size or "original", "seed": seed},
+        **({} if classifier is None else {"classifier_sha256": model_sha256(classifier)}),
+        **{"real_fingerprint": whole.fingerprint, "real_rows": len(whole.real), **whole.columns},
+    }
     if record.get("doping") is not None:  # real images were in it before
         doping["before"] = record["doping"]
     mixed = concatenate_datasets([small, _as_rows(pool, chosen, small, stored_size)])
@@ -150,27 +116,134 @@ def dope(
     return with_record(mixed, {**record, **{key: value for key, value in given.items() if value is not None}})
 
 
-def _asked(
-    strategy: str,
-    names: Sequence[str],
-    targets: MatchingTargets | None,
+def recorded_doping(doping: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """A recorded doping as arguments of [`dope`]: `dope(small, real, pipe, **recorded_doping(record["doping"]))`.
+
+    Args:
+        doping (mapping): what a record holds under `doping`, also one of an earlier version.
+        given: models and targets of the rule, of which the record knows the SHA-256 only, such as `targets=`.
+
+    Raises:
+        ValueError: for a rule that is not there, and models or targets that are missing or others.
+    """
+    told = doping.get("strategy")
+    if isinstance(told, str):  # of dsco_hf 0.1, where the fields of the rule stood beside its name
+        fields = {"clarity": ("student", "protocol", "architecture", "num_students")}.get(told, ())
+        told = {"name": told, **{name: doping[name] for name in fields if name in doping}}
+        if "targets_sha256" in doping:
+            told["targets"] = {"sha256": doping["targets_sha256"]}
+    if not isinstance(told, Mapping):
+        raise ValueError(f"The record has no `strategy` of a doping, but {sorted(doping)}.")
+    names = ("images_per_class", "total", "class_wise", "image_size", "image_column", "label_column", "seed")
+    options = {name: doping[name] for name in names if doping.get(name) is not None}
+    return {"strategy": from_recorded(told, SELECTIONS, Selection, **given), **options}
+
+
+@plain_arguments()
+def select(
+    real: Dataset | ImageSet | Pool,
+    strategy: str | Selection,
+    *,
+    images_per_class: int | None = None,
+    pipe: DsCoPipeline | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Any:
+    """Chooses real images by a rule, without a small set: a baseline, or what a small set should match.
+
+    Args:
+        real (`Dataset`, `ImageSet` or [`Pool`]): the images; a pool keeps what was read for the next selection.
+        strategy (`str` or [`Selection`]): a rule, or the name of one with its defaults.
+        images_per_class (`int`, *optional*): at least 1; a smaller choice is part of a larger one. Only rules that
+            say themselves how many, such as [`Clearest`], need none.
+        pipe (`DsCoPipeline`, *optional*): for rules that ask its models.
+        image_column (`str`, *optional*): where there are several of the kind.
+        label_column (`str`, *optional*): likewise.
+        seed (`int`): of all that is random.
+        progress (`bool`): show progress bars.
+
+    Returns:
+        `Dataset` or `ImageSet`, as `real` is: class by class, best first; in the order of `real` without
+            `images_per_class`.
+
+    Raises:
+        ValueError: where a class that has images has fewer than wanted, or a rule misses what it needs.
+    """
+    pool = Pool.of(real, image_column=image_column, label_column=label_column, progress=progress)
+    rows = selected_rows(pool, strategy, images_per_class=images_per_class, pipe=pipe, seed=seed)
+    return pool.real.select(rows.tolist())
+
+
+def selected_rows(
+    pool: Pool,
+    strategy: str | Selection,
+    *,
+    images_per_class: int | None = None,
+    pipe: DsCoPipeline | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """The rows of [`select`] in what the pool was made of: `(n,)`, int64."""
+    rule = find_selection(strategy)
+    if not len(pool.labels):
+        raise ValueError("No image to choose from: the dataset is empty.")
+    if images_per_class is None:
+        if not rule.picks:
+            raise ValueError(f"`images_per_class` is missing: {selection_name(rule)!r} ranks all images there are.")
+        return pool.rows[choose(rule, pool, None, pool.counts, pipe, seed, budget=len(pool.labels)).sort().values]
+    count = check_whole("images_per_class", images_per_class, 1)
+    present = [(name, have) for name, have in zip(pool.names, pool.counts, strict=True) if have]
+    if lacking := [f"{name!r} has {have}" for name, have in present if have < count]:
+        raise ValueError(
+            f"Every class needs at least {count} images, but {', '.join(lacking[:10])}{', …' * (len(lacking) > 10)}. "
+            "Add images, ask for fewer per class, or leave the class out: remove its rows with `dataset.filter`."
+        )
+    return pool.rows[choose(rule, pool, None, [count if have else 0 for have in pool.counts], pipe, seed)]
+
+
+def choose(
+    rule: Selection,
+    pool: Pool,
+    small: Pool | None,
+    wanted: Sequence[int],
     pipe: DsCoPipeline | None,
-    student: PreTrainedModel | None,
-    protocol: str | Protocol,
-    architecture: str,
-    num_students: int,
-) -> dict[str, Any]:
-    """What a strategy took beside the images, for the record: in full, so that it can be repeated."""
-    if strategy == "random":
-        return {}
-    if strategy == "herding":
-        made = {"classifier_sha256": model_sha256(pipe.classifier)} if pipe is not None and pipe.classifier else {}
-        return made | ({} if targets is None else {"targets_sha256": targets_sha256(targets)})
-    if student is not None:
-        return {"student": {"architecture": type(student).__name__, "sha256": model_sha256(student)}}
-    teacher, used = student_protocol(pipe, names, protocol)
-    told = {"protocol": protocol_to_dict(used), "architecture": architecture, "num_students": num_students}
-    return told | ({} if teacher is None else {"teacher_sha256": model_sha256(teacher)})
+    seed: int,
+    *,
+    budget: int | None = None,
+) -> torch.Tensor:
+    """Places in the pool, `(n,)`: the first of every class by a rule's ranking, or the first of all.
+
+    Args:
+        rule ([`Selection`]): which ranks.
+        pool ([`Pool`]): real images.
+        small ([`Pool`], *optional*): what they are added to.
+        wanted (sequence of `int`): of each class.
+        pipe (`DsCoPipeline`, *optional*): for the rule.
+        seed (`int`): for the rule.
+        budget (`int`, *optional*): up to so many of all classes together, in place of `wanted`.
+
+    Raises:
+        ValueError: for what is no ranking of the pool, or one with too few images of a class.
+    """
+    name, size = selection_name(rule), len(pool.labels)
+    order = torch.as_tensor(rule.rank(pool, small, wanted, pipe, seed)).cpu()
+    if order.ndim != 1 or order.is_floating_point() or (len(order) and not 0 <= order.min() <= order.max() < size):
+        raise ValueError(
+            f"`rank` of {name!r} must return places in the pool, whole numbers from 0 to {size - 1}, of shape (M,); "
+            f"got {order.dtype} of shape {tuple(order.shape)}. Scores are ranked by their `argsort`."
+        )
+    if len(order.unique()) < len(order):
+        raise ValueError(f"`rank` of {name!r} returned a place twice: each image can be chosen once.")
+    if budget is not None:
+        return order[:budget]
+    parts = [order[pool.labels[order] == row][:count] for row, count in enumerate(wanted)]
+    for class_name, part, count in zip(pool.names, parts, wanted, strict=True):
+        if len(part) < count:
+            raise ValueError(
+                f"{name!r} ranks {len(part)} images of class {class_name!r}, and {count} are wanted: ask for fewer."
+            )
+    return torch.cat(parts)
 
 
 def as_concentrated(small: Dataset) -> Dataset:
@@ -192,100 +265,6 @@ def as_concentrated(small: Dataset) -> Dataset:
     if further := [name for name in small.column_names if name not in features]:
         logger.warning("Columns that the doped set cannot have for its real images are left out: %s", further)
     return small.select_columns(list(features)).cast(features)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pool:
-    """The real images that may be chosen.
-
-    Attributes:
-        dataset (`Dataset`): the rows of the small set's classes, as they are stored.
-        labels (`torch.Tensor` of shape `(N,)`): of these rows, numbered as in the small set.
-        rows (`torch.Tensor` of shape `(N,)`): their rows in the dataset that was given.
-        columns (`dict`): how they are read: `image_column`, `label_column` and the small set's `classes`.
-    """
-
-    dataset: Dataset
-    labels: torch.Tensor
-    rows: torch.Tensor
-    columns: dict[str, Any]
-
-    @classmethod
-    def of(cls, real: Dataset, names: Sequence[str], **columns: str | None) -> _Pool:
-        """Of a dataset the images of the named classes."""
-        image_column, label_column = find_columns(real, **columns)
-        theirs = class_names(real, label_column=label_column)
-        places = class_places(theirs, names)
-        real = real.with_format(None)  # formats and transforms are how a dataset is shown, not what it is
-        given = real[label_column][:]
-        rows = [row for row, label in enumerate(given) if not isinstance(place_of(label, row, places), str)]
-        if not rows:
-            raise ValueError(f"No real image is of a class of the small set, {list(names)[:10]}: got {theirs[:10]}.")
-        labels = torch.tensor([places[given[row]] for row in rows])
-        return cls(
-            real if len(rows) == len(real) else real.select(rows),
-            labels,
-            torch.tensor(rows),
-            {"image_column": image_column, "label_column": label_column, "classes": list(names)},
-        )
-
-
-@plain_arguments()
-def clearest(
-    real: Dataset,
-    pipe: DsCoPipeline,
-    *,
-    share: float = 0.2,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    progress: bool = True,
-) -> Dataset:
-    """The real images of every class that the pipeline's classifier is surest of: what a small set should match.
-
-    Few images that match all of a class, its unclear images included, train worse evaluators than few that match its
-    clearest part: `MatchingTargets.from_dataset(clearest(real, pipe), pipe)`.
-
-    Args:
-        real (`Dataset`): one split with an `Image` and a `ClassLabel` column.
-        pipe (`DsCoPipeline`): its classifier must know the dataset's classes.
-        share (`float`): of the images of a class, in (0, 1]; at least one is taken.
-        image_column (`str`, *optional*): where there are several of the kind.
-        label_column (`str`, *optional*): where there are several of the kind.
-        progress (`bool`): show a progress bar.
-
-    Returns:
-        `Dataset`: rows of `real`, in their order. Images are ranked by log p / (1 - p), p the probability of their
-        class, and by their place where that is the same.
-
-    Raises:
-        ValueError: for a share out of range, a missing classifier, or one that was trained on other classes.
-    """
-    check_real("share", share, 0, 1, open_low=True)
-    if pipe.classifier is None:
-        raise ValueError(
-            "Choosing the clearest images asks the pipeline's classifier, and there is none: pass `classifier=` to "
-            "`DsCoPipeline.from_pretrained`."
-        )
-    names, config = class_names(real, label_column=label_column), pipe.classifier.config
-    present = present_classes(real, label_column=label_column)
-    try:
-        known = torch.tensor(
-            class_mapping(names, config.id2label, config.num_labels, present=present, owner="classifier")
-        )
-    except ValueError as error:
-        raise ValueError(f"The classifier was trained on other classes than the dataset: {error}") from error
-    pixels, labels, indices = load_pixels(
-        real, image_size=pipe.image_size, num_channels=pipe.num_channels, image_column=image_column,
-        label_column=label_column, classes=present, progress=progress,
-    )  # fmt: skip
-    labels = labels.cpu()
-    margins = class_margin(predict_logits(pipe.classifier, pixels).cpu(), known[labels])
-    chosen = []
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        order = margins[members].argsort(descending=True, stable=True)
-        chosen.append(members[order[: math.ceil(share * len(members))]])
-    return real.select(indices[torch.cat(chosen)].sort().values.tolist())
 
 
 def _check_budget(total: int, synthetic: int, real: int) -> int:
@@ -320,57 +299,9 @@ def _per_class(
     return wanted.tolist()
 
 
-def _random(labels: torch.Tensor, wanted: Sequence[int], seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for row, count in enumerate(wanted):
-        members = (labels == row).nonzero()[:, 0]
-        parts.append(members[torch.randperm(len(members), generator=generator)[:count]])
-    return torch.cat(parts)
-
-
-def _herded(
-    small: Dataset,
-    pool: _Pool,
-    wanted: Sequence[int],
-    pipe: DsCoPipeline | None,
-    targets: MatchingTargets | None,
-    progress: bool,
-) -> torch.Tensor:
-    if pipe is None:
-        raise ValueError(
-            "strategy='herding' needs `pipe`, whose classifier gives the features, or choose another strategy."
-        )
-    columns = {name: pool.columns[name] for name in ("image_column", "label_column")}
-    targets = targets or MatchingTargets.from_dataset(pool.dataset, pipe, **columns, progress=progress)
-    targets.check_pipeline(pipe)
-    aims = class_columns(
-        [name for name, count in zip(pool.columns["classes"], wanted, strict=True) if count],
-        targets.class_names,
-        what="the targets",
-    )
-    options: dict[str, Any] = {"image_size": pipe.image_size, "num_channels": pipe.num_channels, "progress": progress}
-    small_pixels, small_labels, _ = load_pixels(small, **options)
-    real_pixels, labels, indices = load_pixels(pool.dataset, **pool.columns, **options)
-    have, candidates = (embed_pixels(pixels, pipe, targets) for pixels in (small_pixels, real_pixels))
-    parts = []
-    for aim, row in zip(aims, [row for row, count in enumerate(wanted) if count], strict=True):
-        members = (labels == row).nonzero()[:, 0]
-        mine = have[small_labels == row]
-        picked = herd(
-            candidates[members],
-            targets.embeddings[aim],
-            wanted[row],
-            initial_sum=mine.sum(dim=0),
-            initial_count=len(mine),
-        )
-        parts.append(indices[members[picked]])
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def _as_rows(pool: _Pool, chosen: torch.Tensor, small: Dataset, size: int | None) -> Dataset:
+def _as_rows(pool: Pool, chosen: torch.Tensor, small: Dataset, size: int | None) -> Dataset:
     """Chosen real images as rows of a concentrated dataset; files of the right size are taken over byte by byte."""
-    image_column = pool.columns["image_column"]
+    image_column, _ = find_columns(pool.dataset, **pool.columns)
     encoded = pool.dataset.select(chosen.tolist()).select_columns([image_column])
     images = [stored_at(value, size) for value in encoded.cast_column(image_column, Image(decode=False))[image_column]]
     count, features = len(chosen), small.features

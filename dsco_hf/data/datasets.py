@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .opening import load_image_dataset as load_image_dataset
 from .opening import load_splits as load_splits
 from .opening import load_test_split as load_test_split
 from .pixels import PixelBatch as PixelBatch
-from .pixels import encoded_columns
+from .pixels import class_places, default_image_size, encoded_columns, place_of
 from .pixels import iterate_pixels as iterate_pixels
 from .pixels import load_pixels as load_pixels
 from .schema import AnyDataset, features_of, find_column
@@ -113,39 +114,6 @@ def present_classes(dataset: AnyDataset, *, label_column: str | None = None) -> 
     return present or names  # without a single label, reading says which row has none
 
 
-@plain_arguments(images_per_class=1)
-def select_per_class(
-    labels: torch.Tensor, images_per_class: int, *, seed: int, names: Sequence[str] | None = None
-) -> torch.Tensor:
-    """Draws the same number of rows from every class: the random-real baseline.
-
-    The choice for a class depends on the seed and that class only, and a smaller choice is part of a larger one.
-
-    Args:
-        labels (`torch.Tensor` of shape `(N,)`, int64): labels of the rows.
-        images_per_class (`int`): rows to draw from each class, at least 1.
-        seed (`int`): the same seed gives the same rows.
-        names (sequence of `str`, *optional*): all classes, by label. Without it, classes are 0 to the largest label.
-
-    Returns:
-        `torch.Tensor` of shape `(classes * images_per_class,)`, int64: rows, class by class.
-
-    Raises:
-        ValueError: if a class has fewer rows, or none.
-    """
-    if len(labels) == 0:
-        raise ValueError("There are no labels to choose from: the dataset is empty.")
-    labels = labels.cpu()
-    names = names or [str(label) for label in range(int(labels.max()) + 1)]
-    check_classes(labels, names, images_per_class=images_per_class)
-    chosen = []
-    for label in range(len(names)):
-        rows = torch.nonzero(labels == label).flatten()
-        order = np.random.default_rng([seed, label]).permutation(len(rows))
-        chosen.append(rows[torch.from_numpy(order[:images_per_class])])
-    return torch.cat(chosen)
-
-
 def dataset_fingerprint(
     dataset: AnyDataset, *, image_column: str | None = None, label_column: str | None = None
 ) -> str:
@@ -175,3 +143,97 @@ def _stored(value: dict[str, Any] | None) -> bytes | None:
     if content is None and path is not None:
         return Path(path).read_bytes() if Path(path).is_file() else str(path).encode()
     return content
+
+
+class Pool:
+    """Real images that may be chosen: read when a rule asks for them, and kept for the next selection from this pool.
+
+    Args:
+        real (`Dataset` or `ImageSet`): the images; those in memory keep their size and channels.
+        image_column (`str`, *optional*): where there are several of the kind.
+        label_column (`str`, *optional*): likewise.
+        classes (sequence of `str`, *optional*): only the images of these classes, numbered in this order.
+        progress (`bool`): show progress bars.
+
+    Attributes:
+        names (`tuple[str, ...]`): the classes, by label; some may have no image.
+        labels (`torch.Tensor` of shape `(N,)`, int64): of the images.
+        rows (`torch.Tensor` of shape `(N,)`, int64): their rows in `real`.
+
+    Raises:
+        ValueError: for a row without a label, or where no image is of one of the `classes`.
+    """
+
+    def __init__(
+        self,
+        real: Any,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        classes: Sequence[str] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.real, self.progress = real, progress
+        self.columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+        self._pixels: dict[tuple[int | None, int | None], torch.Tensor] = {}
+        self._parts: dict[tuple[str, ...], Pool] = {}
+        if not isinstance(real, Dataset) and hasattr(real, "pixels"):
+            self.names, self.labels, self.rows = tuple(real.names), real.labels.cpu(), torch.arange(len(real.labels))
+            return
+        _, label_column = find_columns(real, **self.columns)
+        theirs = class_names(real, label_column=label_column)
+        self.names = tuple(theirs if classes is None else classes)
+        places = class_places(theirs, self.names)
+        given = real.with_format(None)[label_column][:]  # formats are how a dataset is shown, not what it is
+        rows = [row for row, label in enumerate(given) if not isinstance(place_of(label, row, places), str)]
+        if not rows and classes is not None:
+            raise ValueError(f"No real image is of a class of the small set, {list(classes)[:10]}: got {theirs[:10]}.")
+        self.labels = torch.tensor([places[given[row]] for row in rows], dtype=torch.int64)
+        self.rows = torch.tensor(rows, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, real: Any, **options: Any) -> Pool:
+        """The pool of a dataset; one that is given already is kept, and its own options with it."""
+        return real if isinstance(real, Pool) else cls(real, **options)
+
+    def of_classes(self, names: Sequence[str]) -> Pool:
+        """The images of these classes of a dataset, numbered in this order; what it reads is kept here, too."""
+        key = tuple(names)
+        if key not in self._parts:
+            self._parts[key] = Pool(self.dataset, classes=names, progress=self.progress, **self.columns)
+        return self._parts[key]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Images of each class."""
+        return torch.bincount(self.labels, minlength=len(self.names)).tolist()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the whole dataset, see [`dataset_fingerprint`]."""
+        return dataset_fingerprint(self.real, **self.columns) if isinstance(self.real, Dataset) else self.real.digest
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The rows of a dataset that may be chosen, as they are stored."""
+        if not isinstance(self.real, Dataset):
+            raise TypeError("These images are in memory only: pass the `Dataset` that they were read from.")
+        stored = self.real.with_format(None)
+        return stored if len(self.rows) == len(stored) else stored.select(self.rows.tolist())
+
+    def pixels(self, image_size: int | None = None, num_channels: int | None = None) -> torch.Tensor:
+        """All images `(N, C, H, W)`, float32, in [-1, 1].
+
+        Args:
+            image_size (`int`, *optional*): px; by default their own if all are squares of one size, else 32.
+            num_channels (`int`, *optional*): 1 or 3, by default 3.
+        """
+        if not isinstance(self.real, Dataset):
+            return self.real.pixels
+        key = (image_size, num_channels)
+        if key not in self._pixels:
+            self._pixels[key], _, _ = load_pixels(
+                self.dataset, image_size=image_size or default_image_size(self.dataset, **self.columns),
+                num_channels=num_channels or 3, classes=self.names, progress=self.progress, **self.columns,
+            )  # fmt: skip
+        return self._pixels[key]

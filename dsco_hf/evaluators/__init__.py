@@ -3,7 +3,7 @@
 from .augmentation import Augmented, augment
 from .batches import accuracy
 from .checks import check_same_classes, class_columns, model_classes
-from .evaluation import ImageSet, herd_per_class, job_identity, load_image_set, run_job, run_jobs, summarise, train_job
+from .evaluation import ImageSet, job_identity, load_image_set, run_job, run_jobs, summarise, train_job
 from .models import (
     ARCHITECTURES,
     ConvNetConfig,
@@ -38,7 +38,6 @@ __all__ = [
     "check_same_classes",
     "class_columns",
     "get_protocol",
-    "herd_per_class",
     "job_identity",
     "load_image_set",
     "model_classes",

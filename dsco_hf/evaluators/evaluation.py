@@ -25,8 +25,6 @@ from transformers import PreTrainedModel
 
 from ..data.datasets import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
 from ..data.pixels import default_image_size
-from ..matching.features import features_and_logits
-from ..matching.kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
 from ..utils.files import DamagedFileError, read_json, write_json
 from ..utils.origins import differences, fingerprint, identity, in_words, versions
 from ..utils.values import plain, plain_arguments
@@ -401,48 +399,6 @@ def summarise(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if None not in best:
         row |= {"accuracy_best_mean": float(np.mean(best)), "accuracies_best": best}
     return row
-
-
-@plain_arguments(images_per_class=1)
-def herd_per_class(
-    images: ImageSet, images_per_class: int, *, classifier: PreTrainedModel | None = None, seed: int = 0
-) -> torch.Tensor:
-    """The herded-real baseline: per class, the real images whose mean embedding is nearest to the whole class's.
-
-    Args:
-        images (`ImageSet`): real images.
-        images_per_class (`int`): rows to pick from each class, at least 1.
-        classifier (`PreTrainedModel`, *optional*): in eval mode; its pooled features are matched. Otherwise pixels.
-        seed (`int`): of the random Fourier features.
-
-    Returns:
-        `torch.Tensor` of shape `(classes · images_per_class,)`: rows, class by class, best first.
-
-    Raises:
-        ValueError: where a class has fewer images.
-    """
-    for label in images.labels.unique().tolist():
-        if (count := int((images.labels == label).sum())) < images_per_class:
-            raise ValueError(
-                f"Class {images.names[label]!r} has {count} images, but {images_per_class} per class were asked for."
-            )
-    if classifier is None:
-        features = images.pixels.flatten(1)
-    else:
-        with torch.no_grad():
-            batches = [features_and_logits(classifier, b.to(classifier.device))[0] for b in images.pixels.split(128)]
-        features = torch.cat(batches).cpu()
-    std = features.std(0, correction=0)
-    features = (features - features.mean(0)) / torch.where(std > 0, std, 1.0)
-    generator = torch.Generator().manual_seed(seed)
-    sample = features[torch.randperm(len(features), generator=generator)[:1000]]
-    frequencies = draw_frequencies(features.shape[1], 2048, median_bandwidth(sample), generator=generator)
-    picked = []
-    for label in images.labels.unique():
-        rows = (images.labels == label).nonzero()[:, 0]
-        psi = fourier_embedding(features[rows], frequencies)
-        picked.append(rows[herd(psi, psi.mean(0), images_per_class)])
-    return torch.cat(picked)
 
 
 def run_environment(accelerator: Accelerator) -> dict[str, Any]:

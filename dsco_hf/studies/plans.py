@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from ..concentration.doping import STRATEGIES
+from ..concentration.selection import SELECTIONS
 from ..data.schema import nearest
 from ..matching.objectives import MATCHING
 from ..utils.values import check_choice
@@ -109,7 +109,7 @@ class StudyPlan:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
-        check_choice("doping_strategy", self.doping_strategy, STRATEGIES)
+        check_choice("doping_strategy", self.doping_strategy, list(SELECTIONS))
         for budget in self.doping_budgets:
             if "nopt" not in self.methods:
                 raise ValueError(f"Real images are added to sets of 'nopt', which `methods` {self.methods} lacks.")

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..concentration.concentrate import measure_discrepancy
-from ..data.datasets import load_pixels, load_splits, select_per_class
+from ..concentration.doping import select, selected_rows
+from ..concentration.selection import Herding
+from ..data.datasets import Pool, load_pixels, load_splits
 from ..evaluators import (
     ImageSet,
     Protocol,
     build_evaluator,
-    herd_per_class,
     job_identity,
     load_image_set,
     run_job,
@@ -210,13 +211,13 @@ def real_baselines(
     """
     check_whole("random_seeds", random_seeds, 1)
     most = max(budgets)
-    herded = herd_per_class(train, most, classifier=classifier).view(-1, most)  # (K, most)
+    rule = Herding(features="pixels" if classifier is None else classifier)
+    herded = selected_rows(Pool(train), rule, images_per_class=most).view(-1, most)  # (K, most)
     found = {}
     for budget in budgets:
         found[set_name("herding", budget, 0)] = train.select(herded[:, :budget].flatten())
         for seed in range(random_seeds):
-            rows = select_per_class(train.labels, budget, seed=seed)
-            found[set_name("random", budget, seed)] = train.select(rows)
+            found[set_name("random", budget, seed)] = select(train, "random", images_per_class=budget, seed=seed)
     return found
 
 

@@ -40,7 +40,6 @@ from dsco_hf import (
     FeatureSpec,
     MatchingTargets,
     build_evaluator,
-    clearest,
     concentrate,
     concentrate_to_folder,
     dope,
@@ -48,10 +47,12 @@ from dsco_hf import (
     publish_pipeline,
     read_concentration,
     save_dataset_folder,
+    select,
     verify,
 )
+from dsco_hf.concentration.selection import Clearest
 from dsco_hf.concentration.set_records import record_of
-from dsco_hf.data.datasets import class_mapping, load_pixels, select_per_class, stratified_split
+from dsco_hf.data.datasets import class_mapping, load_pixels, stratified_split
 from dsco_hf.evaluators import get_protocol, load_image_set, protocol_from_dict
 from dsco_hf.evaluators.checks import check_same_classes
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
@@ -473,7 +474,7 @@ def orders(folder: Path) -> Iterator[Input]:
         )  # fmt: skip
     yield Input(
         "clearest with classes in another order than the classifier",
-        lambda: gray_of_classes(clearest(turned, pipe, share=0.5, progress=False)), equals(levels),
+        lambda: gray_of_classes(select(turned, Clearest(0.5), pipe=pipe, progress=False)), equals(levels),
     )  # fmt: skip
     some = real.filter(lambda label: label != 1, input_columns="label")
     yield Input(
@@ -493,10 +494,10 @@ def orders(folder: Path) -> Iterator[Input]:
         ["triangle"],
     )
     yield Input(
-        "select_per_class of an empty class",
-        lambda: select_per_class(torch.tensor([0, 0, 2]), 1, seed=0, names=NAMES),
+        "select of a class with too few images",
+        lambda: select(some.select(range(5)), "random", images_per_class=3),
         None,
-        ["square"],
+        ["triangle"],
     )
 
 
@@ -559,7 +560,7 @@ def numbers(folder: Path) -> Iterator[Input]:
     taken: dict[str, Callable[[Any], Any]] = {
         "concentrate": lambda n: len(concentrate(pipe, targets, n, **SAMPLING)) // 3,
         "dope": lambda n: len(dope(small, real, pipe, images_per_class=n, strategy="random")) // 3,
-        "select_per_class": lambda n: len(select_per_class(torch.tensor([0, 1, 2] * 3), n, seed=0)) // 3,
+        "select": lambda n: len(select(real, "random", images_per_class=n)) // 3,
         "a run folder": lambda n: len(concentrate_to_folder(
             pipe, targets, n, folder / f"run-{type(n).__name__}-{n}", **SAMPLING).dataset()) // 3,
         "batch_size of load_pixels": lambda n: len(load_pixels(real, num_channels=1, batch_size=n)[0]) // 9 * 2,
@@ -618,7 +619,7 @@ def dtypes(folder: Path) -> Iterator[Input]:
         calls: dict[str, tuple[Callable[[], Any], Any]] = {
             "targets": (lambda t=targets: bool(t().embeddings.isfinite().all()), True),
             "concentrate": (lambda p=pipe, t=targets: len(concentrate(p, t(), 1, **SAMPLING)), 3),
-            "clearest": (lambda p=pipe: len(clearest(real, p, share=0.3, progress=False)), 3),
+            "clearest": (lambda p=pipe: len(select(real, Clearest(0.3), pipe=p, progress=False)), 3),
             "herding": (lambda p=pipe: len(dope(small, real, p, images_per_class=2, strategy="herding")), 6),
         }
         for what, (run, expected) in calls.items():

@@ -43,7 +43,8 @@ from datasets import disable_progress_bars
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dsco_hf.data.datasets import load_image_dataset, select_per_class
+from dsco_hf.concentration.doping import select
+from dsco_hf.data.datasets import load_image_dataset
 from dsco_hf.evaluators import build_evaluator, get_protocol, load_image_set, train_evaluator
 from dsco_hf.evaluators.augmentation import IMAGENET_MEAN, IMAGENET_STD, LUMA
 from dsco_hf.evaluators.configurations import InstanceNorm
@@ -122,12 +123,11 @@ def measure_round(settings: dict[str, Any]) -> dict[str, float]:
 def write_images(folder: Path, options: argparse.Namespace) -> None:
     """Real digits, enlarged, as one JPEG file each: what an image folder on disk looks like."""
     digits = load_image_dataset("digits", split="train")
-    labels = torch.tensor(digits["label"])
-    for place, row in enumerate(select_per_class(labels, options.images_per_class, seed=0).tolist()):
-        path = folder / NAMES[int(labels[row])] / f"{place:05d}.jpg"
+    for place, row in enumerate(select(digits, "random", images_per_class=options.images_per_class)):
+        path = folder / NAMES[row["label"]] / f"{place:05d}.jpg"
         path.parent.mkdir(exist_ok=True)
         size = (options.image_size,) * 2
-        digits[row]["image"].convert("RGB").resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
+        row["image"].convert("RGB").resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
 
 
 def run_processes(

@@ -14,8 +14,8 @@ features, which is the same measure for all; `features`: the specs behind the na
 by images per class; `classifiers`: the accuracies of the two. Two rows weigh the layers otherwise than the package,
 where each counts alike: "by size" leaves every dimension its weight, "kernel each" gives every layer a kernel of its
 own bandwidth and as many of the random features. Rows "pooled (default), contrast ..." and "..., clearest fifth" match
-the default features with `contrast`, and targets of `clearest` images. Rows "ridge, ..." have that objective: with the
-default features, those of an untrained ConvNet-2 of another seed than the evaluators', or of both.
+the default features with `contrast`, and targets of the clearest images. Rows "ridge, ..." have that objective: with
+the default features, those of an untrained ConvNet-2 of another seed than the evaluators', or of both.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, build_evaluator, clearest, concentrate, load_digits_dataset
+from dsco_hf import DsCoPipeline, MatchingTargets, build_evaluator, concentrate, load_digits_dataset, select
 from dsco_hf.concentration.concentrate import measure_discrepancy
-from dsco_hf.data.datasets import load_pixels, select_per_class
+from dsco_hf.data.datasets import load_pixels
 from dsco_hf.evaluators import get_protocol, load_image_set, predict_logits, train_evaluator, train_job
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
@@ -101,7 +101,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     variants: dict[str, tuple[DsCoPipeline, MatchingTargets | None, dict[str, Any]]] = {"plain": (pipe, None, {})}
     variants |= {name: (pipe, value, {}) for name, value in targets.items()}
     if DEFAULT in targets:
-        clear = MatchingTargets.from_dataset(clearest(train, pipe, progress=False), pipe, progress=False)
+        chosen = select(train, "clearest", pipe=pipe, progress=False)
+        clear = MatchingTargets.from_dataset(chosen, pipe, progress=False)
         variants |= {name: (pipe, targets[DEFAULT], changes) for name, changes in CONTRASTS.items()}
         variants |= {name: (pipe, clear, changes) for name, changes in CLEAR.items()}
         untrained = build_evaluator("convnet-2", class_names=list(pipe.id2label.values()), **UNTRAINED).eval()
@@ -112,8 +113,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     sets: dict[tuple[str, int, int], Dataset] = {}
     for budget in options.budgets:
         for seed in range(options.synthesis_seeds):
-            labels = torch.tensor(train["label"])
-            sets["random real", budget, seed] = train.select(select_per_class(labels, budget, seed=seed).tolist())
+            sets["random real", budget, seed] = select(train, "random", images_per_class=budget, seed=seed)
             for name, (drawing, chosen, changes) in variants.items():
                 sets[name, budget, seed] = concentrate(drawing, chosen, budget, seed=seed, **changes, **SAMPLING)
     rows = evaluate(sets, options)

@@ -6,6 +6,7 @@ from datasets import ClassLabel
 
 from advice import FAST, follow, is_of
 from dsco_hf import (
+    Clarity,
     MatchingTargets,
     QuantileTargets,
     concentrate,
@@ -195,11 +196,11 @@ SETS = {
     ),
     "clarity by a classifier of other classes": (
         lambda w: doped(w, others(w), strategy="clarity"),
-        "Or pass a `student` of the dataset's classes, leave `pipe` out to train one on hard labels, or choose "
-        "strategy='herding'",
+        r"Or pass a `student` of the dataset's classes, `Clarity\(student=...\)`, leave `pipe` out to train one on "
+        "hard labels, or choose strategy='herding'",
         lambda w: [
-            *doped(w, others(w), strategy="clarity", student=w.make.convnet()),
-            *doped(w, strategy="clarity", architecture="convnet-1", protocol=get_protocol("quick", steps=1)),
+            *doped(w, others(w), strategy=Clarity(student=w.make.convnet())),
+            *doped(w, strategy=Clarity(architecture="convnet-1", protocol=get_protocol("quick", steps=1))),
             *doped(w, others(w), strategy="herding"),
         ],
         is_of(18),

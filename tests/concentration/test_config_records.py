@@ -8,7 +8,16 @@ import pytest
 from datasets import ClassLabel, Features, List, Value, load_dataset
 
 from conftest import tiny_convnet
-from dsco_hf import MatchingTargets, concentrate, concentration_record, dope, get_protocol, save_dataset_folder, verify
+from dsco_hf import (
+    Clarity,
+    MatchingTargets,
+    concentrate,
+    concentration_record,
+    dope,
+    get_protocol,
+    save_dataset_folder,
+    verify,
+)
 from dsco_hf.concentration.config_records import by_config, laid_out, shared
 from dsco_hf.concentration.records import config_record
 from dsco_hf.concentration.set_records import record_of
@@ -290,17 +299,18 @@ def test_soft_labels_are_stored_as_the_card_says(kind, one, tmp_path):
 
 def test_the_protocol_of_a_students_clarity_is_recorded_in_full(one, real_images, pipe):
     protocol = get_protocol("quick", steps=2, learning_rate=0.005)
-    options = {"strategy": "clarity", "images_per_class": 2, "num_students": 2, "architecture": "convnet-2"}
-    doping = record_of(dope(one, real_images, pipe, protocol=protocol, progress=False, **options))["doping"]
-    told = protocol_from_dict(doping["protocol"])
+    rule = Clarity(protocol=protocol, num_students=2, architecture="convnet-2")
+    doping = record_of(dope(one, real_images, pipe, images_per_class=2, strategy=rule, progress=False))["doping"]
+    told = protocol_from_dict(doping["strategy"]["protocol"])
     # the student learns the labels of the pipeline's classifier
     assert told.learning_rate == 0.005 and told.steps == 2 and told.label_type == "teacher" and told.temperature == 1
-    assert (
-        doping["architecture"] == "convnet-2" and doping["num_students"] == 2 and len(doping["teacher_sha256"]) == 64
-    )
-    given = record_of(dope(one, real_images, student=pipe.classifier, strategy="clarity", total=6, progress=False))
-    assert given["doping"]["student"]["architecture"] == "ConvNetForImageClassification"
-    assert "protocol" not in given["doping"]
+    assert doping["strategy"] | {"protocol": None} == {
+        **{"name": "clarity", "student": None, "protocol": None, "architecture": "convnet-2", "num_students": 2}
+    }
+    assert len(doping["classifier_sha256"]) == 64
+    rule = Clarity(student=pipe.classifier)
+    given = record_of(dope(one, real_images, strategy=rule, total=6, progress=False))["doping"]["strategy"]
+    assert given["student"]["architecture"] == "ConvNetForImageClassification" and "protocol" not in given
 
 
 def test_a_small_set_of_several_sizes_has_no_size_of_its_own(make):

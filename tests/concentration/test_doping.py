@@ -1,5 +1,4 @@
 import copy
-import logging
 
 import numpy as np
 import PIL.Image
@@ -7,9 +6,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
-from dsco_hf import ConvNetForImageClassification, MatchingTargets, clearest, concentrate, dope, get_protocol
+from dsco_hf import Clarity, ConvNetForImageClassification, Herding, MatchingTargets, concentrate, dope
 from dsco_hf.concentration.concentrate import embed_pixels
-from dsco_hf.concentration.doping import clarity, clarity_scores
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.kernels import mmd2
 
@@ -36,13 +34,16 @@ def per_class(dataset):
 STRATEGIES = ["herding", "clarity", "random"]
 
 
+def rule(strategy, pipe):
+    return Clarity(student=pipe.classifier) if strategy == "clarity" else strategy
+
+
 @pytest.fixture
 def mix(small, real_images, pipe):
     """`dope` with a student for "clarity", so that nothing is trained."""
 
     def run(*, strategy, small=small, real=real_images, **options):
-        student = {"student": pipe.classifier} if strategy == "clarity" else {}
-        return dope(small, real, pipe, strategy=strategy, progress=False, **{**student, **options})
+        return dope(small, real, pipe, strategy=rule(strategy, pipe), progress=False, **options)
 
     return run
 
@@ -113,7 +114,7 @@ def test_a_class_without_synthetic_image(mix, small, strategy):
 
 
 def test_herding_takes_what_lowers_the_discrepancy_of_the_mixture(mix, small, real_images, pipe, targets):
-    mixed = mix(strategy="herding", images_per_class=5, targets=targets)
+    mixed = mix(strategy=Herding(targets), images_per_class=5)
     pixels, labels, _ = load_pixels(real_images, num_channels=1)
     have, candidates = (embed_pixels(x, pipe, targets) for x in (load_pixels(small, num_channels=1)[0], pixels))
     for row in range(3):
@@ -127,75 +128,6 @@ def test_herding_takes_what_lowers_the_discrepancy_of_the_mixture(mix, small, re
     # targets of the real images are what it makes itself
     default = mix(strategy="herding", images_per_class=4)
     assert len(default) == 12
-
-
-def test_clarity_by_the_formula():
-    p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.5, 0.0]])
-    torch.testing.assert_close(clarity_scores(p, torch.tensor([0, 1, 0])), torch.tensor([0.5, -0.3, 0.0]))
-
-
-def test_clarity_of_images(small, real_images, pipe):
-    scores = clarity(small, real_images, pipe, pipe.classifier, progress=False)
-    pixels, labels, _ = load_pixels(real_images, num_channels=1)
-    with torch.no_grad():
-        p = pipe.classifier(pixels).logits.softmax(1)
-    expected = [p[i, y] - max(p[i, k] for k in range(3) if k != y) for i, y in enumerate(labels.tolist())]
-    torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=0)
-    assert scores.std() > 1e-4
-
-
-def test_clarity_takes_the_least_clear(mix, small, real_images, pipe):
-    scores = clarity(small, real_images, pipe, pipe.classifier, progress=False)
-    ranked = scores.argsort().tolist()
-    assert mix(strategy="clarity", total=11)["real_index"][6:] == ranked[:5]
-    assert mix(strategy="clarity", images_per_class=3, class_wise=False)["real_index"][6:] == ranked[:3]
-    labels = list(real_images["label"])
-    chosen = mix(strategy="clarity", images_per_class=4)["real_index"][6:]
-    assert chosen == [i for row in range(3) for i in [j for j in ranked if labels[j] == row][:2]]
-
-
-def test_clarity_trains_a_student(small, real_images, pipe, caplog):
-    protocol = short_protocol()
-    options = {"strategy": "clarity", "protocol": protocol, "total": 10, "progress": False}
-    with caplog.at_level(logging.WARNING, "dsco_hf.concentration.doping"):
-        first, again = (dope(small, real_images, pipe, **options) for _ in range(2))
-    assert not caplog.records  # the pipeline's classifier is the teacher
-    assert list(first["real_index"]) == list(again["real_index"])
-    with caplog.at_level(logging.WARNING, "dsco_hf.concentration.doping"):
-        gray = dope(small, real_images, None, student=None, **options)
-    assert "hard labels" in caplog.text and len(gray) == 10
-
-
-def test_the_mean_of_several_students_ranks(small, real_images, pipe):
-    def scores(students, seed=0):
-        return clarity(
-            small, real_images, pipe, protocol=short_protocol(), num_students=students, seed=seed, progress=False
-        )
-
-    one, three, again = scores(1), scores(3), scores(3)
-    assert torch.equal(three, again) and not torch.equal(one, three)
-    others = 3 * three - one  # the sum of two students, each within [-1, 1], none of them the first again
-    assert others.abs().max() <= 2 and not torch.allclose(others, 2 * one, atol=1e-4)
-    mixed = dope(
-        small, real_images, pipe, total=10, strategy="clarity", protocol=short_protocol(), num_students=3,
-        progress=False,
-    )  # fmt: skip
-    assert list(mixed["real_index"])[6:] == three.argsort(stable=True)[:4].tolist()
-
-
-@pytest.mark.parametrize("students", [0, -1])
-def test_a_number_of_students_that_cannot_be(mix, students):
-    with pytest.raises(ValueError, match=f"`num_students` must be at least 1.*got {students}"):
-        mix(strategy="clarity", student=None, num_students=students, total=8)
-
-
-def test_a_given_student_stands_alone(mix, pipe):
-    with pytest.raises(ValueError, match="1 where a `student` is given; got 2 and a student"):
-        mix(strategy="clarity", student=pipe.classifier, num_students=2, total=8)
-
-
-def short_protocol():
-    return get_protocol("quick", epochs=2)
 
 
 def test_random_choice_follows_its_seed(mix, small, real_images):
@@ -240,7 +172,7 @@ def test_bad_input(mix, small, real_images, pipe, targets, make):
         dope(small, real_images, make.pipe(), strategy="herding", total=8, progress=False)
     other = make.pipe(classifier=make.convnet(seed=9))
     with pytest.raises(ValueError, match="is not the one that the targets were made with"):
-        dope(small, real_images, other, strategy="herding", total=8, targets=targets, progress=False)
+        dope(small, real_images, other, strategy=Herding(targets), total=8, progress=False)
     with pytest.raises(ValueError, match="'triangle' has 2 synthetic and 0 real images"):
         mix(strategy="random", real=make.images((3, 3), names=("circle", "square")), images_per_class=3)
     with pytest.raises(ValueError, match=r"of a class of the small set, .*got \['cat', 'dog'\]"):
@@ -250,53 +182,13 @@ def test_bad_input(mix, small, real_images, pipe, targets, make):
     student = make.convnet(names=("cat", "dog", "cow"))
     assert isinstance(student, ConvNetForImageClassification)
     with pytest.raises(ValueError, match="student"):
-        mix(strategy="clarity", student=student, total=8)
+        mix(strategy=Clarity(student=student), total=8)
 
 
 def test_targets_are_made_of_the_real_images(mix, real_images, pipe):
     made = MatchingTargets.from_dataset(real_images, pipe, progress=False)
-    given = mix(strategy="herding", images_per_class=4, targets=made)
+    given = mix(strategy=Herding(made), images_per_class=4)
     assert list(given["real_index"]) == list(mix(strategy="herding", images_per_class=4)["real_index"])
-
-
-@pytest.mark.parametrize(("share", "sizes"), [(0.01, [1, 1, 1]), (0.5, [5, 4, 3]), (1.0, [9, 7, 5])])
-def test_the_clearest_of_every_class(real_images, pipe, share, sizes):
-    numbered = real_images.add_column("row", range(len(real_images)))
-    chosen = clearest(numbered, pipe, share=share, progress=False)
-    assert per_class(chosen) == sizes and chosen.features == numbered.features
-    rows = list(chosen["row"])
-    assert rows == sorted(rows)
-    pixels, labels, _ = load_pixels(real_images, num_channels=1)
-    with torch.no_grad():
-        p = pipe.classifier(pixels).logits.double().softmax(1)[range(len(labels)), labels]
-    for label in range(3):
-        taken = [row for row in rows if labels[row] == label]
-        left = [row for row in range(len(labels)) if labels[row] == label and row not in rows]
-        assert all(p[a] >= p[b] for a in taken for b in left)
-
-
-def test_the_clearest_by_a_classifier_that_orders_classes_otherwise(real_images, make):
-    names = ("square", "circle", "triangle")
-    turned = make.pipe(classifier=make.convnet(names=names))
-    chosen = clearest(real_images.add_column("row", range(len(real_images))), turned, share=0.01, progress=False)
-    pixels, labels, _ = load_pixels(real_images, num_channels=1)
-    own = torch.tensor([1, 0, 2])[labels]
-    with torch.no_grad():
-        p = turned.classifier(pixels).logits.double().softmax(1)[range(len(labels)), own]
-    best = [max((i for i in range(len(labels)) if labels[i] == label), key=lambda i: p[i]) for label in range(3)]
-    assert sorted(best) == list(chosen["row"])
-
-
-def test_clearest_bad_input(real_images, pipe, make):
-    for share in (0, -0.2, 1.5):
-        with pytest.raises(ValueError, match="`share` must be a finite number above 0 and at most 1, got"):
-            clearest(real_images, pipe, share=share)
-    with pytest.raises(ValueError, match="`share` must be a finite number, got nan"):
-        clearest(real_images, pipe, share=float("nan"))
-    with pytest.raises(ValueError, match="there is none: pass `classifier=`"):
-        clearest(real_images, make.pipe())
-    with pytest.raises(ValueError, match="trained on other classes than the dataset"):
-        clearest(real_images, make.pipe(classifier=make.convnet(names=("cat", "dog", "cow"))))
 
 
 def levels(dataset):
@@ -320,9 +212,7 @@ def test_classes_are_found_by_name_in_any_order(strategy, make, pipe):
     turned = real.align_labels_with_mapping({name: i for i, name in enumerate(names)}, "label")
     small = turned.select(range(3))
     for chosen_from in (real, turned):
-        mixed = dope(
-            small, chosen_from, pipe, images_per_class=3, strategy=strategy, student=pipe.classifier, progress=False
-        )
+        mixed = dope(small, chosen_from, pipe, images_per_class=3, strategy=rule(strategy, pipe), progress=False)
         assert levels(mixed) == SHOWN and per_class(mixed) == [3, 3, 3]
         assert mixed.features["label"].names == names
 
@@ -335,12 +225,10 @@ def test_a_small_set_of_some_classes_takes_images_of_those(strategy, make, pipe)
         some.select(range(2)),
         some.select(range(2)).align_labels_with_mapping({"circle": 0, "triangle": 1}, "label"),
     ):
-        mixed = dope(small, real, pipe, images_per_class=2, strategy=strategy, student=pipe.classifier, progress=False)
+        mixed = dope(small, real, pipe, images_per_class=2, strategy=rule(strategy, pipe), progress=False)
         expected = {"circle", "triangle"} | ({"square"} if len(small.features["label"].names) == 3 else set())
         assert set(levels(mixed)) == expected and all(levels(mixed)[name] == SHOWN[name] for name in expected)
-        filtered = dope(
-            small, some, pipe, images_per_class=2, strategy=strategy, student=pipe.classifier, progress=False
-        )
+        filtered = dope(small, some, pipe, images_per_class=2, strategy=rule(strategy, pipe), progress=False)
         assert set(levels(filtered)) == {"circle", "triangle"}
 
 
@@ -354,9 +242,7 @@ def test_anybodys_small_set_and_columns_by_name(strategy, make, pipe, caplog):
     small = make.images((1, 1, 1), seed=3).rename_columns({"label": "kind", "image": "img"})
     small = small.add_column("author", ["ann"] * 3)
     columns = {"image_column": "photo", "label_column": "fine"}
-    mixed = dope(
-        small, real, pipe, images_per_class=2, strategy=strategy, student=pipe.classifier, progress=False, **columns
-    )
+    mixed = dope(small, real, pipe, images_per_class=2, strategy=rule(strategy, pipe), progress=False, **columns)
     assert levels(mixed) == SHOWN and per_class(mixed) == [2, 2, 2] and "['author']" in caplog.text
     assert mixed["source"][:] == [0] * 3 + [1] * 3 and mixed["seed"][:] == [-1] * 6
     with pytest.raises(ValueError, match="Choose one with `label_column=`"):

@@ -84,7 +84,7 @@ def test_it_survives_what_is_done_with_datasets(small, tmp_path):
 def test_doping_adds_its_own(strategy, small, real_images, pipe):
     record = record_of(dope(small, real_images, pipe, images_per_class=4, strategy=strategy, seed=7, progress=False))
     assert record["method"] == "nopt+doping" and record["parameters"] == record_of(small)["parameters"]
-    assert record["doping"]["strategy"] == strategy and record["doping"]["images_per_class"] == 4
+    assert record["doping"]["strategy"]["name"] == strategy and record["doping"]["images_per_class"] == 4
     assert record["doping"]["seed"] == 7 and record["doping"]["real_fingerprint"]
     theirs = real_images.select(range(3))
     assert record_of(dope(theirs, real_images, images_per_class=2, strategy="random"))["doping"]["total"] is None
@@ -96,7 +96,7 @@ def test_nobody_types_it_again(small, real_images, pipe, targets, tmp_path):
     record = read(tmp_path / "set")
     drawn, doped = (config_record(record, name) for name in ("ipc2", "ipc4"))
     assert drawn["parameters"]["guidance_scale"] == doped["parameters"]["guidance_scale"] == 1.0
-    assert doped["doping"]["strategy"] == "random" and "doping" not in drawn
+    assert doped["doping"]["strategy"] == {"name": "random"} and "doping" not in drawn
     card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
     assert "together match the features of the whole class" in card and "Real images were added at random." in card
     verify(tmp_path / "set")

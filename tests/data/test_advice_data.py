@@ -4,13 +4,12 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDatasetDict
+from datasets import ClassLabel, Dataset, Features, Image, IterableDatasetDict, concatenate_datasets
 from PIL import Image as Pillow
 
 from advice import follow, is_of
-from dsco_hf import load_image_dataset, save_dataset_folder
-from dsco_hf.data.datasets import find_columns, load_pixels, select_per_class, stratified_split
+from dsco_hf import load_image_dataset, save_dataset_folder, select
+from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
 from dsco_hf.data.labels import class_mapping
 from dsco_hf.data.schema import features_of
 from dsco_hf.data.splits import divide, divide_streams
@@ -252,14 +251,14 @@ COLUMNS = {
         is_of(20),
     ),
     "too few images of a class": (
-        lambda w: select_per_class(torch.tensor([0, 0, 1]), 2, seed=0),
+        lambda w: select(w.real, "random", images_per_class=6),
         "Add images, ask for fewer per class, or leave the class out",
         lambda w: [
-            len(select_per_class(torch.tensor([0, 0, 1, 1]), 2, seed=0)),
-            len(select_per_class(torch.tensor([0, 0, 1]), 1, seed=0)),
-            len(select_per_class(torch.tensor([0, 0]), 2, seed=0)),
+            len(select(concatenate_datasets([w.real] * 2), "random", images_per_class=6)),
+            len(select(w.real, "random", images_per_class=5)),
+            len(select(w.real.filter(lambda row: row["label"] != 2), "random", images_per_class=6)),
         ],
-        [4, 2, 2],
+        [18, 15, 12],
     ),
 }
 

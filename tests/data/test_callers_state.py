@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from dsco_hf import (
+    Clarity,
     MatchingTargets,
     QuantileTargets,
     build_evaluator,
-    clearest,
     concentrate,
     concentrate_to_folder,
     dope,
     get_protocol,
     save_dataset_folder,
+    select,
     train_evaluator,
 )
 from dsco_hf.data.datasets import load_pixels, stratified_split
@@ -86,9 +87,9 @@ CALLS = {
     ),
     "dope by herding": lambda pipe, real, small, folder: dope(small, real, pipe, images_per_class=2, progress=False),
     "dope by clarity": lambda pipe, real, small, folder: dope(
-        small, real, pipe, images_per_class=2, strategy="clarity", protocol=SHORT, progress=False
+        small, real, pipe, images_per_class=2, strategy=Clarity(protocol=SHORT), progress=False
     ),
-    "clearest": lambda pipe, real, small, folder: clearest(real, pipe, progress=False),
+    "clearest": lambda pipe, real, small, folder: select(real, "clearest", pipe=pipe, progress=False),
     "split": lambda pipe, real, small, folder: stratified_split(real, test_size=3, seed=0),
     "images": lambda pipe, real, small, folder: load_image_set(real, protocol=SHORT, num_channels=1),
     "save": lambda pipe, real, small, folder: save_dataset_folder(small, folder / "saved"),

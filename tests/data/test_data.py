@@ -405,29 +405,6 @@ def test_stratified_split_refuses_classes_too_small_and_streams(dataset):
         data.stratified_split(dataset.to_iterable_dataset(), test_size=2, seed=0)
 
 
-def test_select_per_class_is_balanced_seeded_and_nested():
-    labels = torch.randint(0, 3, (90,), generator=torch.Generator().manual_seed(0))
-    chosen = data.select_per_class(labels, 5, seed=1)
-    assert labels[chosen].tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    assert len(set(chosen.tolist())) == 15
-    assert torch.equal(chosen, data.select_per_class(labels, 5, seed=1))
-    assert not torch.equal(chosen, data.select_per_class(labels, 5, seed=2))
-    assert torch.equal(chosen.view(3, 5)[:, :2].flatten(), data.select_per_class(labels, 2, seed=1))
-    assert data.select_per_class(torch.zeros(1, dtype=torch.int64), 1, seed=0).tolist() == [0]
-
-
-def test_select_per_class_names_the_class_that_is_short():
-    labels = torch.tensor([0, 0, 2, 2])
-    with pytest.raises(ValueError, match="'dog' has 0"):
-        data.select_per_class(labels, 1, seed=0, names=NAMES)
-    with pytest.raises(ValueError, match="at least 3 images.*'cat' has 2.*'owl' has 2"):
-        data.select_per_class(labels, 3, seed=0, names=NAMES)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        data.select_per_class(labels, 0, seed=0)
-    with pytest.raises(ValueError, match="empty"):
-        data.select_per_class(labels[:0], 1, seed=0)
-
-
 def test_fingerprint_follows_the_content(dataset):
     fingerprint = data.dataset_fingerprint(dataset)
     assert fingerprint == data.dataset_fingerprint(make_dataset([make_image(seed=i) for i in range(7)]))

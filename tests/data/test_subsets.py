@@ -5,8 +5,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dsco_hf import MatchingTargets, concentrate, dope
-from dsco_hf.concentration.doping import clearest
+from dsco_hf import Clearest, Herding, MatchingTargets, concentrate, dope
+from dsco_hf.concentration.doping import select
 from dsco_hf.data.datasets import class_names, load_pixels
 from dsco_hf.data.labels import class_mapping
 from dsco_hf.evaluators.checks import check_same_classes
@@ -43,11 +43,11 @@ def test_a_filtered_dataset_is_matched_concentrated_and_doped_as_it_is(make):
     for mapping in (None, "index", [0, 1, 2], {"square": 1, "circle": 0}):
         targets = MatchingTargets.from_dataset(part, pipe, mapping=mapping, **OPTIONS)
         assert (targets.class_names, targets.class_labels) == (["circle", "triangle"], [0, 2])
-    sure = clearest(part, pipe, share=0.5, progress=False)
+    sure = select(part, Clearest(0.5), pipe=pipe, progress=False)
     assert sorted(sure["label"]) == [0, 0, 2, 2, 2]
     small = concentrate(pipe, targets, images_per_class=1, num_inference_steps=2, optimization_steps=0, progress=False)
     assert small.features["label"].names == ["circle", "triangle"]
-    mixed = dope(small, part, pipe, images_per_class=3, targets=targets, progress=False)
+    mixed = dope(small, part, pipe, images_per_class=3, strategy=Herding(targets), progress=False)
     taken = [row for row in mixed if row["real_index"] >= 0]
     assert [row["label"] for row in taken] == [0, 0, 1, 1]
     assert [part[row["real_index"]]["label"] for row in taken] == [0, 0, 2, 2]
@@ -94,7 +94,7 @@ def test_a_column_that_was_named_is_advised_on_whatever_its_name():
 def test_advice_for_a_classifier_that_knows_the_classes_by_other_names_works(make):
     pipe, real = make.pipe(classifier=make.convnet(names=("x", "y", "z"))), make.images((2, 2, 2))
     calls = (
-        lambda: clearest(real, pipe, progress=False),
+        lambda: select(real, Clearest(), pipe=pipe, progress=False),
         lambda: MatchingTargets.from_generator(pipe, samples_per_class=2, num_inference_steps=2, **OPTIONS),
         lambda: pipe.classifier_labels([0, 1, 2]),
     )
@@ -103,7 +103,7 @@ def test_advice_for_a_classifier_that_knows_the_classes_by_other_names_works(mak
             call()
         assert "`mapping=" not in str(error.value)  # which these do not take
     pipe.classifier.config.id2label = dict(enumerate(real.features["label"].names))
-    clearest(real, pipe, progress=False)
+    select(real, Clearest(), pipe=pipe, progress=False)
     assert pipe.classifier_labels([2, 0]) == [2, 0]
     with pytest.raises(ValueError, match="no class 'circel'. Nearest: 'circle'"):
         pipe.get_label_ids(["circel"])

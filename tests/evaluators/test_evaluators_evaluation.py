@@ -9,12 +9,9 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
-from dsco_hf.data.datasets import images_from_pixels, load_image_dataset
+from dsco_hf.data.datasets import images_from_pixels
 from dsco_hf.evaluators import (
-    ImageSet,
-    build_evaluator,
     get_protocol,
-    herd_per_class,
     load_image_set,
     run_jobs,
     summarise,
@@ -133,23 +130,3 @@ def test_summary():
     single = summarise([job(0, 0.5)])
     assert single["accuracy_std"] is None and "accuracy_best_mean" not in single
     json.dumps(row)
-
-
-def test_herded_images_match_the_class_better_than_the_first_ones():
-    digits = load_image_set(load_image_dataset("digits", split="train"), protocol=QUICK, num_channels=1)
-    rows = herd_per_class(digits, 3)
-    assert digits.labels[rows].bincount().tolist() == [3] * 10
-    few = digits.select(rows)
-    for label in range(10):
-        whole = digits.pixels[digits.labels == label]
-        gap = (few.pixels[few.labels == label].mean(0) - whole.mean(0)).norm()
-        assert gap < (whole[:3].mean(0) - whole.mean(0)).norm()
-    classifier = build_evaluator("convnet-2", class_names=digits.names, image_size=8, num_channels=1, width=4).eval()
-    assert len(herd_per_class(digits, 1, classifier=classifier)) == 10
-    with pytest.raises(ValueError, match="Class '0' has .* images, but 500"):
-        herd_per_class(digits, 500)
-
-
-def test_one_image_per_class():
-    images = ImageSet(torch.rand(3, 1, 8, 8), torch.arange(3), ("a", "b", "c"))
-    assert herd_per_class(images, 1).tolist() == [0, 1, 2]

@@ -574,7 +574,7 @@ def test_only_loopback_was_asked(hub, ann, stranger):
 def test_the_record_goes_from_folder_to_folder_to_the_hub_and_back(ann, stranger):
     code = """
     from datasets import load_dataset
-    from dsco_hf import concentrate, dope, publish, save_dataset_folder
+    from dsco_hf import Herding, concentrate, dope, publish, save_dataset_folder
     from dsco_hf.concentration.set_records import record_of
     from hub.samples import tiny_dataset
     from hub.tiny import tiny_pipeline, tiny_targets
@@ -584,7 +584,7 @@ def test_the_record_goes_from_folder_to_folder_to_the_hub_and_back(ann, stranger
     drawn = concentrate(pipe, targets, 1, seed=3, num_inference_steps=2, guidance_scale=1.0, progress=False)
     save_dataset_folder(drawn, "drawn", targets=targets)
     loaded = load_dataset("drawn", split="train")
-    mixed = dope(loaded, real, pipe, images_per_class=3, seed=5, targets=targets, progress=False)
+    mixed = dope(loaded, real, pipe, images_per_class=3, seed=5, strategy=Herding(targets), progress=False)
     save_dataset_folder({"doped": mixed, "drawn": loaded}, "mixed")
     again = {name: load_dataset("mixed", name, split="train") for name in ("doped", "drawn")}
     publish(again, "ann/journey", concentration={"source": {"license": "mit"}}, targets=targets)

@@ -17,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, dope
+from dsco_hf import DsCoPipeline, Herding, MatchingTargets, concentrate, dope
 from dsco_hf.concentration.concentrate import measure_discrepancy
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.feature_spec import DEFAULT_FEATURES, FeatureSource, FeatureSpec, feature_specs, layer_weights
@@ -260,7 +260,7 @@ def test_noise_is_optimised_for_any_features(colour_pipe, build, real_images, fe
 def test_blocks_and_herding_use_the_features_of_the_targets(pipe, real_images):
     targets = MatchingTargets.from_dataset(real_images, pipe, features=FeatureSpec(network="random"), **SMALL)
     small = concentrate(pipe, targets, 2, block_size=1, **FAST)
-    mixed = dope(small, real_images, pipe, images_per_class=3, strategy="herding", targets=targets, progress=False)
+    mixed = dope(small, real_images, pipe, images_per_class=3, strategy=Herding(targets), progress=False)
     assert len(small) == 6 and len(mixed) == 9
 
 

@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from dsco_hf import clearest, dope, get_protocol, train_evaluator
+from dsco_hf import Clarity, Clearest, dope, get_protocol, select, train_evaluator
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.evaluators import predict_logits
 from dsco_hf.matching.preprocessing import Preprocessing, as_dict, center_crop, check_against, from_dict
@@ -167,10 +167,10 @@ def test_networks_of_every_precision_are_asked_alike(dtype, pipe, real_images, m
     found = predict_logits(pipe.classifier, pixels)
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
     assert found.dtype == torch.float32 and pipe.classifier.dtype == dtype
-    assert len(clearest(real_images, pipe, share=0.3, progress=False)) == 8
+    assert len(select(real_images, Clearest(0.3), pipe=pipe, progress=False)) == 8
     small = real_images.select(range(3))
-    for strategy in ("herding", "clarity"):
-        mixed = dope(small, real_images, pipe, images_per_class=2, strategy=strategy, progress=False, protocol=SHORT)
+    for strategy in ("herding", Clarity(protocol=SHORT)):
+        mixed = dope(small, real_images, pipe, images_per_class=2, strategy=strategy, progress=False)
         assert len(mixed) == 6
     taught = train_evaluator(
         make.convnet(),

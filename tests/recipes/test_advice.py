@@ -25,7 +25,7 @@ from test_recipe_options import RECIPES
 import dsco_hf
 from advice import FAST, follow, is_of
 from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, dope, get_protocol, load_image_dataset
-from dsco_hf.concentration.doping import clearest
+from dsco_hf.concentration.doping import select
 from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
 from dsco_hf.data.splits import divide, refuse_slice
 from dsco_hf.evaluators.checks import check_same_classes
@@ -112,11 +112,12 @@ TABLE = {
         is_of(3),
     ),
     "no classifier to choose with": (
-        lambda w: clearest(w.real, w.without, progress=False),
+        lambda w: select(w.real, "clearest", pipe=w.without, progress=False),
         r"pass `classifier=` to `DsCoPipeline.from_pretrained`",
-        lambda w: clearest(
+        lambda w: select(
             w.real,
-            DsCoPipeline.from_pretrained(w.saved("plain"), classifier=w.pipe.classifier),
+            "clearest",
+            pipe=DsCoPipeline.from_pretrained(w.saved("plain"), classifier=w.pipe.classifier),
             progress=False,
         ),
         is_of(5),

@@ -5,8 +5,9 @@ import torch
 from accelerate import Accelerator
 
 from conftest import NAMES, striped_images
-from dsco_hf import get_protocol
-from dsco_hf.evaluators import herd_per_class, load_image_set
+from dsco_hf import Herding, Pool, get_protocol
+from dsco_hf.concentration.doping import selected_rows
+from dsco_hf.evaluators import load_image_set
 from dsco_hf.studies.plans import StudyPlan, set_name, set_parts
 from dsco_hf.studies.stages import (
     Clock,
@@ -59,7 +60,7 @@ def test_real_baselines_are_nested_and_of_as_many_images(train, make):
         for budget in (1, 3)
         for method, seed in (("herding", 0), ("random", 0), ("random", 1))
     ]
-    rows = herd_per_class(train, 3, classifier=make.convnet()).view(3, 3)
+    rows = selected_rows(Pool(train), Herding(features=make.convnet()), images_per_class=3).view(3, 3)
     assert torch.equal(found["herding-ipc1-seed0"].pixels, train.pixels[rows[:, 0]])
     assert found["random-ipc3-seed1"].labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
