@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from dsco_hf.data.datasets import load_image_dataset, load_splits, load_test_split
 from dsco_hf.data.schema import nearest
+from dsco_hf.data.splits import NothingToTestError
 from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
 from dsco_hf.evaluators.evaluation import job_identity, load_image_set, run_environment, run_jobs, summarise, train_job
 from dsco_hf.sampling.models import load_classifier
@@ -192,12 +193,16 @@ def open_sets(recipe: EvaluatorRecipe) -> tuple[Dataset, Dataset, dict[str, Any]
     other = [name for name in ("test_dataset", "test_name", "test_revision") if getattr(recipe, name)]
     if not other:
         small |= {"train_split": recipe.split, "label_column": recipe.label_column}
-        dataset, test, splits = load_splits(recipe.dataset, recipe.dataset_name, **small, **tested)
+        own = (
+            f"{recipe.dataset} is a small dataset without a test split, and its own images would tell nothing: "
+            "name the real dataset that its networks are to be tested on with --test_dataset."
+        )
+        try:
+            dataset, test, splits = load_splits(recipe.dataset, recipe.dataset_name, **small, **tested)
+        except NothingToTestError as error:
+            raise ValueError(own) from error
         if "holdout" in splits and "source" in dataset.column_names:
-            raise ValueError(
-                f"{recipe.dataset} is a small dataset without a test split, and its own images would tell nothing: "
-                "name the real dataset that its networks are to be tested on with --test_dataset."
-            )
+            raise ValueError(own)
         return dataset, test, splits
     dataset = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, **small)
     test, splits = load_test_split(

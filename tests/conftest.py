@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -172,8 +173,10 @@ def targets(_targets):
 
 @pytest.fixture
 def world(pipe, targets, real_images, make, tmp_path):
-    """What the tables of advice work with."""
-    return World(pipe, targets, real_images, make, tmp_path)
+    """What the tables of advice work with; accelerate's state is that of the process, and left as it was found."""
+    yield World(pipe, targets, real_images, make, tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,10 @@ ALIASES = {
 }
 
 
+class NothingToTestError(ValueError):
+    """There is no split to test on, and no image that can be held out."""
+
+
 def split_named(name: str) -> str | None:
     """The split that a folder is called after: "train", "validation", "test"; None for other names."""
     return next((split for split, names in ALIASES.items() if name.lower() in names), None)
@@ -249,7 +253,7 @@ def _held_out(
         test_rows += np.random.default_rng([seed, label]).permutation(rows)[:count].tolist()
     names = class_names(train, label_column=label_column)
     if not test_rows:
-        raise ValueError(
+        raise NothingToTestError(
             f"No image can be held out of {len(train)} to test on, as no class has two. Pass `test_split='none'`, or "
             "more images."
         )

@@ -1,5 +1,6 @@
 """What errors about matching, drawing, doping and runs say to do is done, and works."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel
@@ -18,6 +19,7 @@ from dsco_hf.concentration.concentrate import plan_units
 from dsco_hf.concentration.run_folder import RunFolder, check_settings
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 from dsco_hf.matching.kernels import herd
+from dsco_hf.studies.metrics import Coverage
 from dsco_hf.studies.plans import StudyPlan
 from dsco_hf.utils.files import locked
 from dsco_hf.utils.origins import fingerprint
@@ -161,6 +163,12 @@ MATCHING = {
         lambda w: samples(w, others(w), weighting="none"),
         is_of(3),
     ),
+    "samples that nobody weighs": (
+        lambda w: samples(w, w.without, features={"network": "random"}),
+        "asks the pipeline's classifier, and there is none: pass `weighting='none'`",
+        lambda w: samples(w, w.without, features={"network": "random"}, weighting="none"),
+        is_of(3),
+    ),
     "features of another pass": (
         lambda w: [worked(w, "a", seed=0), other_pass(w, "a")],
         "Choose another `work_dir`, or set them as they were",
@@ -175,9 +183,15 @@ MATCHING = {
     ),
     "more rows than there are": (
         lambda w: herd(torch.eye(3), torch.ones(3), 4),
-        "pass 0 <= count <= 3",
+        "Cannot pick 4 rows out of 3 candidates: pass 0 <= count <= 3",
         lambda w: [len(herd(torch.eye(3), torch.ones(3), count)) for count in (0, 3)],
         [0, 3],
+    ),
+    "features of two classifiers": (
+        lambda w: Coverage().compute(predictions=np.zeros((2, 2)), real_features=np.eye(9)[:, :3]),
+        "The features have 2 and 3 dimensions; use one classifier for both",
+        lambda w: Coverage().compute(predictions=np.zeros((2, 2)), real_features=np.eye(9)[:, :2]),
+        is_of(2),
     ),
     "what cannot be told from another": (
         lambda w: fingerprint(object()),

@@ -109,7 +109,7 @@ OPENING = {
     ),
     "an option without a meaning: name": (
         lambda w: load_image_dataset(images(w.folder / "set", "a/0.png"), name="x"),
-        "`name='x'` has no meaning for the folder of images .*; leave it out",
+        "has no meaning for .*; leave it out",
         lambda w: opened(w, "a/0.png"),
         {"train": ["a"]},
     ),

@@ -165,7 +165,7 @@ FOLDERS = {
     ),
     "default is the default": (
         lambda w: published(w, {"default": w.real, "a": w.real}, default_config="a"),
-        "Rename it",
+        "so default_config cannot be 'a'. Rename it",
         lambda w: published(w, {"all": w.real, "a": w.real}, default_config="a")["default_config"],
         "a",
     ),
@@ -180,6 +180,12 @@ FOLDERS = {
         "is missing, but .* lists it. Write the folder again",
         lambda w: list(read_folder(save_dataset_folder(w.real, w.folder / "set"))["configs"]),
         ["default"],
+    ),
+    "configs that are a list": (
+        lambda w: parse_record('{"configs": []}', "x.json"),
+        "`configs` of x.json must be a JSON object. Delete the file there",
+        lambda w: parse_record("{}", "x.json"),
+        {},
     ),
     "metadata that are no YAML": (
         lambda w: merge_cards("---\nlicense: [\n---\n\n# Mine\n", CARD),

@@ -145,7 +145,7 @@ TABLE = {
     ),
     "several columns": (
         lambda w: find_columns(w.two),
-        "Choose one with `label_column=`",
+        "Several columns are of type ClassLabel: .* Choose one with `label_column=`",
         lambda w: find_columns(w.two, label_column="shape"),
         lambda found: found == ("image", "shape"),
     ),
@@ -231,7 +231,7 @@ TABLE = {
     ),
     "samples without a classifier": (
         lambda w: MatchingTargets.from_generator(w.without, progress=False, samples_per_class=2, **FAST),
-        "pass `(weighting='none'|classifier=)`",
+        "the pipeline has none: pass `classifier=` to `DsCoPipeline.from_pretrained`",
         lambda w: (
             MatchingTargets.from_generator(
                 w.pipe, weighting="none", progress=False, samples_per_class=2, embedding_dim=8, **FAST
@@ -277,7 +277,7 @@ TABLE = {
     ),
     "too large a k": (
         lambda w: Accuracy().compute(predictions=np.eye(3), references=[0, 1, 2]),
-        "pass a smaller `k=`",
+        "classes, got 5: pass a smaller `k=`",
         lambda w: [Accuracy().compute(predictions=np.eye(3), references=[0, 1, 2], k=3)["top_k"]],
         lambda found: found == [1.0],
     ),
@@ -301,7 +301,7 @@ TABLE = {
     ),
     "a config without a file": (
         lambda w: parse_config(ClassifierRecipe, ["--config"]),
-        "`--config FILE`",
+        "needs a file: `--config FILE`",
         lambda w: (
             (w.folder / "c.yaml").write_text("seed: 3")
             and [parse_config(ClassifierRecipe, ["--config", str(w.folder / "c.yaml")]).seed]

@@ -217,8 +217,7 @@ COMPONENTS = {
     ),
     "an index without a denoiser": (
         lambda w: DsCoPipeline.from_pretrained(stored(w, "a", lambda index: index.pop("transformer"))),
-        "names no `transformer` or `unet` or `custom_denoiser`, .*: save the pipeline again, "
-        "or pass the component to `from_pretrained`",
+        "names no .*: save the pipeline again, or pass the component to `from_pretrained`",
         lambda w: [
             DsCoPipeline.from_pretrained(w.folder / "a", transformer=w.pipe.transformer).num_classes,
             w.pipe.save_pretrained(w.folder / "a") or DsCoPipeline.from_pretrained(w.folder / "a").num_classes,
