@@ -10,7 +10,15 @@ from .evaluators import ConvNetConfig, ConvNetForImageClassification, build_eval
 from .generators.base import Denoiser, register_denoiser
 from .generators.failures import NonFiniteError
 from .hub.cards import DatasetCardFields
-from .hub.publish import publish, publish_evaluator, publish_pipeline, read_concentration, save_dataset_folder, verify
+from .hub.publish import (
+    PushOptions,
+    publish,
+    publish_evaluator,
+    publish_pipeline,
+    read_concentration,
+    save_dataset_folder,
+    verify,
+)
 from .hub.remake import load_recorded
 from .matching.feature_spec import FeatureSpec
 from .matching.objectives import ClassifierObjective
@@ -39,6 +47,7 @@ __all__ = [
     "MatchingTargets",
     "NonFiniteError",
     "Pool",
+    "PushOptions",
     "QuantileTargets",
     "Random",
     "Selection",

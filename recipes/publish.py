@@ -14,10 +14,11 @@ import logging
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import CONCENTRATION
-from dsco_hf.hub.publish import PublishResult, publish, publish_evaluator, publish_pipeline
+from dsco_hf.hub.publish import PublishResult, PushOptions, publish, publish_evaluator, publish_pipeline
 from dsco_hf.utils.configs import parse_config
 
 
@@ -28,7 +29,7 @@ class PublishRecipe:
     Attributes:
         folder: what to publish.
         repo_id: "user/name"; your own name is put before a bare "name".
-        private, revision, create_pr, commit_message, dry_run, max_retries: see `dsco_hf.hub.publish`.
+        private, revision, create_pr, commit_message, dry_run, max_retries: see `dsco_hf.hub.PushOptions`.
         license: licence of what is published, such as "cc-by-4.0".
         pretty_name, description, source_license, generator_license: for the card of a dataset.
         default_config, overwrite_features: for a dataset; see `dsco_hf.hub.publish`.
@@ -66,8 +67,8 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
     """Publishes a folder as what it holds."""
     folder = Path(recipe.folder)
     names = ("revision", "create_pr", "commit_message", "dry_run", "max_retries")
-    options = {name: getattr(recipe, name) for name in names}
-    options["private"] = recipe.private or None  # None leaves the account's default, False would override it
+    # None leaves the account's default, False would override it
+    push = PushOptions(**{name: getattr(recipe, name) for name in names}, private=recipe.private or None)
     if (folder / CONCENTRATION).is_file():
         said = {field.name: getattr(recipe, field.name, None) for field in fields(DatasetCardFields)}
         said = {name: value for name, value in said.items() if value and name != "repo_id"}
@@ -77,9 +78,9 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
             card=DatasetCardFields(**said) if said else None,
             default_config=recipe.default_config,
             overwrite_features=recipe.overwrite_features,
-            **options,
+            push=push,
         )
-    options |= {"license": recipe.license, "dataset_id": recipe.dataset_id}
+    options: dict[str, Any] = {"license": recipe.license, "dataset_id": recipe.dataset_id, "push": push}
     if (folder / "model_index.json").is_file():
         from dsco_hf.matching.targets import MatchingTargets
         from dsco_hf.sampling.pipeline import DsCoPipeline

@@ -2,6 +2,7 @@
 
 from .publish import (
     PublishResult,
+    PushOptions,
     load_recorded,
     publish,
     publish_evaluator,
@@ -14,6 +15,7 @@ from .publish import (
 
 __all__ = [
     "PublishResult",
+    "PushOptions",
     "load_recorded",
     "publish",
     "publish_evaluator",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from accelerate import PartialState
 from ..sampling.loading import StoredPipeline
 from ..utils.markdown import merge_cards
 from ..utils.origins import without_places
-from ..utils.safety import Token, explained
+from ..utils.safety import explained
 from ..utils.values import plain_arguments
 from .model_cards import render_evaluator_card, render_pipeline_card
-from .push import PublishResult, Remote, make_target, push, with_retries
+from .push import PublishResult, PushOptions, Remote, make_target, send
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ CARD = "README.md"
 LIBRARIES = ("diffusers", "transformers", "dsco_hf")  # whose classes the users of a published pipeline have
 
 
-@plain_arguments(max_retries=0)
+@plain_arguments()
 def publish_pipeline(
     pipeline: DiffusionPipeline,
     repo_id: str,
@@ -38,13 +38,7 @@ def publish_pipeline(
     targets: MatchingTargets | None = None,
     dataset_id: str | None = None,
     license: str | None = None,
-    token: Token = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    dry_run: bool = False,
-    max_retries: int = 5,
+    push: PushOptions | None = None,
 ) -> PublishResult | None:
     """Publishes a pipeline: components, targets, card, and the one-line `pipeline.py` that finds the installed class.
 
@@ -58,13 +52,7 @@ def publish_pipeline(
         targets: Targets to send along.
         dataset_id: Dataset that the generator was trained on or the targets were made of, linked on the card.
         license: Licence identifier of the weights.
-        token: See `publish`, as for all arguments below.
-        private: Whether a new repository is private.
-        revision: Branch to push to.
-        create_pr: Whether to open a pull request.
-        commit_message: Title of the commit.
-        dry_run: Whether to stop before anything is sent.
-        max_retries: Further attempts after a conflict or a passing error.
+        push: Token, branch or pull request, message, dry run and the like, see `PushOptions`.
 
     Returns:
         What was sent; `None` on all processes but the main one.
@@ -99,13 +87,10 @@ def publish_pipeline(
             pipeline, repo_id=full_id, has_targets=targets is not None, dataset_id=dataset_id, license=license
         )
 
-    return _publish_model(
-        save, card, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
-        commit_message=commit_message or "Publish a pipeline with dsco_hf", dry_run=dry_run, max_retries=max_retries,
-    )  # fmt: skip
+    return _publish_model(save, card, repo_id, push, "Publish a pipeline with dsco_hf")
 
 
-@plain_arguments(max_retries=0)
+@plain_arguments()
 def publish_evaluator(
     model: PreTrainedModel,
     repo_id: str,
@@ -118,13 +103,7 @@ def publish_evaluator(
     protocol: Mapping[str, Any] | None = None,
     seed: int | None = None,
     license: str | None = None,
-    token: Token = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    dry_run: bool = False,
-    max_retries: int = 5,
+    push: PushOptions | None = None,
 ) -> PublishResult | None:
     """Publishes a trained evaluator, with a `model-index` result that links the dataset it was trained on.
 
@@ -139,13 +118,7 @@ def publish_evaluator(
         protocol: Training settings, for the card.
         seed: Training seed.
         license: Licence identifier of the weights.
-        token: See `publish`, as for all arguments below.
-        private: Whether a new repository is private.
-        revision: Branch to push to.
-        create_pr: Whether to open a pull request.
-        commit_message: Title of the commit.
-        dry_run: Whether to stop before anything is sent.
-        max_retries: Further attempts after a conflict or a passing error.
+        push: Token, branch or pull request, message, dry run and the like, see `PushOptions`.
 
     Returns:
         What was sent; `None` on all processes but the main one.
@@ -166,10 +139,8 @@ def publish_evaluator(
     _check_texts(dataset_id=dataset_id, license=license, dataset_config=dataset_config, test_dataset=test_dataset)
     card("user/name")  # its errors come before anything is written
     return _publish_model(
-        lambda folder: model.save_pretrained(folder), card, repo_id, token=token, private=private, revision=revision,
-        create_pr=create_pr, commit_message=commit_message or "Publish an evaluator with dsco_hf", dry_run=dry_run,
-        max_retries=max_retries,
-    )  # fmt: skip
+        lambda folder: model.save_pretrained(folder), card, repo_id, push, "Publish an evaluator with dsco_hf"
+    )
 
 
 def _check_texts(**values: Any) -> None:
@@ -179,15 +150,13 @@ def _check_texts(**values: Any) -> None:
 
 
 def _publish_model(
-    save: Any, card: Any, repo_id: str, *, token: Token, private: bool | None, revision: str | None, create_pr: bool,
-    commit_message: str, dry_run: bool, max_retries: int,
-) -> PublishResult | None:  # fmt: skip
+    save: Callable[[Path], object], card: Callable[[str], str], repo_id: str, push: PushOptions | None, message: str
+) -> PublishResult | None:
+    push = push or PushOptions()
     if not PartialState().is_main_process:
         return None
-    with explained(repo_id, token=token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
-        target = make_target(
-            repo_id, "model", token=token, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run
-        )
+    with explained(repo_id, token=push.token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
+        target = make_target(repo_id, "model", push)
         folder = Path(scratch) / "model"
         folder.mkdir()
         save(folder)
@@ -198,11 +167,7 @@ def _publish_model(
             (folder / CARD).write_text(merge_cards(remote.read(CARD), text), encoding="utf-8", newline="\n")
             return []
 
-        return with_retries(
-            lambda: push(target, folder, prepare, commit_message, None, dry_run=dry_run),
-            max_retries=max_retries,
-            what=f"Publishing to {target.repo_id}",
-        )
+        return send(target, folder, prepare, message)
 
 
 def _forget_places(folder: Path) -> None:
@@ -214,4 +179,19 @@ def _forget_places(folder: Path) -> None:
             path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-StoredPipeline.publisher = staticmethod(publish_pipeline)  # `pipe.push_to_hub(...)`
+def _push_to_hub(
+    pipeline: DiffusionPipeline,
+    repo_id: str,
+    *,
+    targets: MatchingTargets | None = None,
+    dataset_id: str | None = None,
+    license: str | None = None,
+    **push: Any,
+) -> PublishResult | None:
+    """`publish_pipeline` with the options of the push as diffusers names them, beside the others."""
+    return publish_pipeline(
+        pipeline, repo_id, targets=targets, dataset_id=dataset_id, license=license, push=PushOptions(**push)
+    )
+
+
+StoredPipeline.publisher = staticmethod(_push_to_hub)  # `pipe.push_to_hub(...)`

@@ -41,7 +41,8 @@ from .folder import save_dataset_folder as save_dataset_folder
 from .given import check_given
 from .models import publish_evaluator as publish_evaluator
 from .models import publish_pipeline as publish_pipeline
-from .push import PublishResult, Remote, make_target, push, with_retries
+from .push import PublishResult, Remote, make_target, send
+from .push import PushOptions as PushOptions
 from .remake import load_recorded as load_recorded
 from .remake import read_concentration as read_concentration
 from .verification import verify_folder
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 SHARD = re.compile(r"[\w.]+-\d{5}-of-\d{5}\.parquet")
 
 
-@plain_arguments(max_retries=0)
+@plain_arguments()
 def publish(
     dataset: DatasetLike | Mapping[str, DatasetLike] | str | Path,
     repo_id: str,
@@ -65,15 +66,8 @@ def publish(
     figures: Sequence[Path | str] = (),
     targets: TargetsLike = None,
     soft_label_top_k: int | None = None,
-    token: Token = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
     overwrite_features: bool = False,
-    dry_run: bool = False,
-    max_retries: int = 5,
+    push: PushOptions | None = None,
 ) -> PublishResult | None:
     """Publishes a concentrated dataset, with its card and its records, in one commit.
 
@@ -95,15 +89,8 @@ def publish(
         targets: What the images were matched to, to be sent along, so that anybody can make them again without the
             data; one for all configs, or by config.
         soft_label_top_k: Keep this many classes of each soft label; all of them, in half precision, if `None`.
-        token: Token with write permission; the one of `hf auth login` if `None`.
-        private: Whether a new repository is private; an existing one stays as it is.
-        revision: Branch to push to, made if it is missing; `main` if `None`.
-        create_pr: Whether to open a pull request instead of pushing to `main`.
-        commit_message: Title of the commit.
-        commit_description: Further text of the commit.
         overwrite_features: Whether a config may get other columns or class names than it has in the repository.
-        dry_run: Whether to stop before anything is sent; the result tells what would be.
-        max_retries: Further attempts after a conflict (409, 412) or a passing error (429, 5xx, cut connection).
+        push: Token, branch or pull request, message, dry run and the like: `PushOptions(dry_run=True)`.
 
     Returns:
         What was sent; `None` on all processes but the main one of a multi-process launch, which do nothing.
@@ -121,10 +108,9 @@ def publish(
     content = _gather(
         dataset, config_name, default_config, card, results, concentration, figures, targets, soft_label_top_k
     )
-    with explained(repo_id, token=token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
-        target = make_target(
-            repo_id, "dataset", token=token, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run
-        )
+    push = push or PushOptions()
+    with explained(repo_id, token=push.token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
+        target = make_target(repo_id, "dataset", push)
         described = write_configs(content.configs, Path(scratch))
 
         def prepare(folder: Path, remote: Remote) -> list[str]:
@@ -133,12 +119,7 @@ def publish(
             content.write(folder, remote, described, target.repo_id)
             return _stale_shards(remote, content.configs, folder)
 
-        message = commit_message or f"Publish {', '.join(content.configs)} with dsco_hf"
-        return with_retries(
-            lambda: push(target, Path(scratch), prepare, message, commit_description, dry_run=dry_run),
-            max_retries=max_retries,
-            what=f"Publishing to {target.repo_id}",
-        )
+        return send(target, Path(scratch), prepare, f"Publish {', '.join(content.configs)} with dsco_hf")
 
 
 @dataclass(frozen=True)

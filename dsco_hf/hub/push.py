@@ -22,6 +22,7 @@ from huggingface_hub.utils.sha import git_hash
 from ..data.shards import file_sha256
 from ..utils.files import reading
 from ..utils.safety import Token, ambient_token, hub_error, is_pickle, is_transport_error, status_of
+from ..utils.values import plain_fields
 
 
 logger = logging.getLogger(__name__)
@@ -86,16 +87,53 @@ class Remote:
 
 
 @dataclass(frozen=True)
+class PushOptions:
+    """How something is sent to the Hub, whatever it is; names as in `huggingface_hub`.
+
+    Attributes:
+        token: Token with write permission; the one of `hf auth login` if `None`.
+        private: Whether a new repository is private; an existing one stays as it is.
+        revision: Branch to push to, made if it is missing; `main` if `None`.
+        create_pr: Whether to open a pull request instead of pushing to `main`.
+        commit_message: Title of the commit.
+        commit_description: Further text of the commit.
+        dry_run: Whether to stop before anything is sent; the result tells what would be.
+        max_retries: Further attempts after a conflict (409, 412) or a passing error (429, 5xx, cut connection).
+    """
+
+    token: Token = field(default=None, repr=False)
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    commit_description: str | None = None
+    dry_run: bool = False
+    max_retries: int = 5
+
+    def __post_init__(self) -> None:
+        """Checks where to push to, before anything is read or sent."""
+        plain_fields(self, max_retries=0)
+        if not isinstance(self.revision, str | None):
+            raise ValueError(f"`revision` must be the name of a branch, got {self.revision!r}.")
+        if self.create_pr and self.revision not in (None, "main"):
+            raise ValueError(
+                f"A pull request is opened against 'main', but revision is {self.revision!r}. Leave one of them out."
+            )
+
+
+@dataclass(frozen=True)
 class Target:
-    """Where to push."""
+    """Where to push, and how."""
 
     api: HfApi
     repo_id: str
     repo_type: str
-    revision: str
-    private: bool | None
-    create_pr: bool
-    token: Token = field(repr=False)
+    options: PushOptions
+
+    @property
+    def revision(self) -> str:
+        """The branch."""
+        return self.options.revision or "main"
 
 
 def with_retries(attempt: Callable[[], PublishResult], *, max_retries: int, what: str) -> PublishResult:
@@ -160,42 +198,47 @@ def _local_oids(path: Path) -> set[str]:
 def _create_missing(target: Target, remote: Remote) -> None:
     api = target.api
     if remote.head is None:
-        api.create_repo(target.repo_id, repo_type=target.repo_type, private=target.private, exist_ok=True)
+        private = target.options.private
+        api.create_repo(target.repo_id, repo_type=target.repo_type, private=private, exist_ok=True)
     if target.revision != "main":
         api.create_branch(target.repo_id, repo_type=target.repo_type, branch=target.revision, exist_ok=True)
 
 
-def push(
-    target: Target,
-    folder: Path,
-    prepare: Callable[[Path, Remote], Sequence[str]],
-    commit_message: str,
-    commit_description: str | None = None,
-    *,
-    dry_run: bool = False,
+def send(
+    target: Target, folder: Path, prepare: Callable[[Path, Remote], Sequence[str]], commit_message: str
 ) -> PublishResult:
     """Makes the repository hold what is in `folder`, in one commit on top of the head that `prepare` saw.
+
+    Conflicts and passing errors are met by further attempts.
 
     Args:
         target: Where to.
         folder: Files to send.
         prepare: Writes what depends on the repository (the merged card) into the folder; returns paths to delete.
-        commit_message: Title of the commit.
-        commit_description: Further text of the commit.
-        dry_run: Whether to stop before anything is sent.
+        commit_message: Title of the commit, where the options have none.
 
     Raises:
         ValueError: If a file must not be published. Errors of `prepare` and of the Hub's client are passed on.
     """
-    compared = True
+    return with_retries(
+        lambda: _send_once(target, folder, prepare, commit_message),
+        max_retries=target.options.max_retries,
+        what=f"Publishing to {target.repo_id}",
+    )
+
+
+def _send_once(
+    target: Target, folder: Path, prepare: Callable[[Path, Remote], Sequence[str]], commit_message: str
+) -> PublishResult:
+    compared, options = True, target.options
     try:
         remote = read_remote(target)
     except Exception as error:
-        if not dry_run or not _unreadable(error):
+        if not options.dry_run or not _unreadable(error):
             raise
         remote, compared = Remote(None, False, {}, lambda path: None), False
     planned = _plan(target, folder, remote, prepare(folder, remote))
-    if dry_run:
+    if options.dry_run:
         return replace(planned, dry_run=True, compared=compared)
     if not remote.has_branch:
         _create_missing(target, remote)
@@ -207,11 +250,11 @@ def push(
     commit = target.api.create_commit(
         target.repo_id,
         [*additions, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in planned.deleted)],
-        commit_message=commit_message,
-        commit_description=commit_description,
+        commit_message=options.commit_message or commit_message,
+        commit_description=options.commit_description,
         repo_type=target.repo_type,
         revision=target.revision,
-        create_pr=target.create_pr,
+        create_pr=options.create_pr,
         parent_commit=remote.head,
     )
     if commit.pr_url:
@@ -229,7 +272,7 @@ def _unreadable(error: Exception) -> bool:
 def _plan(target: Target, folder: Path, remote: Remote, deleted: Sequence[str]) -> PublishResult:
     """What a push would do; raises if a file must not be published."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    refuse_secrets(folder, paths, target.token)
+    refuse_secrets(folder, paths, target.options.token)
     if pickles := [path for path in paths if is_pickle(path)]:
         raise ValueError(f"{pickles[0]} is a pickle file, which can run code when loaded. Save it as safetensors.")
     unchanged = [path for path in paths if path in remote.files and remote.files[path] in _local_oids(folder / path)]
@@ -258,27 +301,12 @@ def refuse_secrets(folder: Path, paths: Sequence[str], token: Token) -> None:
                 )
 
 
-def make_target(
-    repo_id: str,
-    repo_type: str,
-    *,
-    token: Token,
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    dry_run: bool = False,
-) -> Target:
-    """Checks a repository id and where to push to, before anything is read or sent."""
+def make_target(repo_id: str, repo_type: str, options: PushOptions) -> Target:
+    """Checks a repository id, before anything is read or sent; your own name is put before a bare one."""
     if not isinstance(repo_id, str):
         raise ValueError(f"The repository id must be text such as 'user/name', got {repo_id!r}.")
     validate_repo_id(repo_id)
-    if not isinstance(revision, str | None):
-        raise ValueError(f"`revision` must be the name of a branch, got {revision!r}.")
-    if create_pr and revision not in (None, "main"):
-        raise ValueError(
-            f"A pull request is opened against 'main', but revision is {revision!r}. Leave one of them out."
-        )
-    api = HfApi(token=token, library_name="dsco_hf")
-    if "/" not in repo_id and not dry_run:
+    api = HfApi(token=options.token, library_name="dsco_hf")
+    if "/" not in repo_id and not options.dry_run:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
-    return Target(api, repo_id, repo_type, revision or "main", private, create_pr, token)
+    return Target(api, repo_id, repo_type, options)

@@ -158,8 +158,8 @@ class StoredPipeline(DiffusionPipeline):
 
         Args:
             repo_id (`str`): `"user/name"`.
-            options: see [`publish_pipeline`]: `targets`, `dataset_id`, `license`, `token`, `private`, `revision`,
-                `create_pr`, `commit_message`, ...
+            options: `targets`, `dataset_id` and `license` of [`publish_pipeline`], and fields of `PushOptions`:
+                `token`, `private`, `revision`, `create_pr`, `commit_message`, ...
         """
         return type(self).publisher(self, repo_id, **options)
 

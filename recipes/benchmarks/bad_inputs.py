@@ -39,6 +39,7 @@ from dsco_hf import (
     DsCoPipeline,
     FeatureSpec,
     MatchingTargets,
+    PushOptions,
     build_evaluator,
     concentrate,
     concentrate_to_folder,
@@ -835,11 +836,12 @@ def settings(folder: Path) -> Iterator[Input]:
 def published(folder: Path) -> Iterator[Input]:
     """Dry runs, and records of the wrong kind."""
     pipe, rows = tiny_pipe(), images_of([0, 1, 2])
-    sent = "README.md", "model_index.json", "pipeline.py"
+    sent, pushed = ("README.md", "model_index.json", "pipeline.py"), ("revision", "max_retries", "private")
 
     def dry(**options: Any) -> bool:
+        push = PushOptions(dry_run=True, **{name: options.pop(name) for name in pushed if name in options})
         arguments = {"pipeline": pipe, "repo_id": "ann/pipe", **options}
-        result = publish_pipeline(arguments.pop("pipeline"), arguments.pop("repo_id"), dry_run=True, **arguments)
+        result = publish_pipeline(arguments.pop("pipeline"), arguments.pop("repo_id"), push=push, **arguments)
         return result is not None and set(sent) <= set(result.added)
 
     yield Input("a dry run of a pipeline that lies nowhere", dry, equals(True))

@@ -9,6 +9,7 @@ from conftest import pixel_pipeline
 from dsco_hf import (
     DsCoPipeline,
     MatchingTargets,
+    PushOptions,
     concentrate,
     concentrate_to_folder,
     concentration_record,
@@ -199,7 +200,7 @@ def test_cards_say_what_was_done(record, says):
 def test_a_dry_run_needs_neither_network_nor_token(small, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    result = publish(small, "name", dry_run=True)
+    result = publish(small, "name", push=PushOptions(dry_run=True))
     assert result.dry_run and not result.compared and result.commit is None
     assert {"README.md", "concentration.json"} <= set(result.added) and "not compared" in str(result)
 

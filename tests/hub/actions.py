@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import datasets
@@ -18,6 +19,8 @@ def publish_tiny(repo_id: str, configs: dict[str, dict[str, Any]], **options: An
     push.FIRST_WAIT = 0.02
     if "card" in options:
         options["card"] = DatasetCardFields(**options["card"])
+    pushed = {field.name for field in dataclasses.fields(push.PushOptions)} & set(options)
+    options["push"] = push.PushOptions(**{name: options.pop(name) for name in pushed})
     result = publish({name: tiny_dataset(**values) for name, values in configs.items()}, repo_id, **options)
     return {**vars(result), "text": str(result)}
 

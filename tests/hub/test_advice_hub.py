@@ -11,7 +11,7 @@ from dsco_hf.concentration.config_records import by_config, to_json
 from dsco_hf.concentration.records import concentration_record
 from dsco_hf.data.shards import as_configs
 from dsco_hf.hub.folder import parse_record, read_folder
-from dsco_hf.hub.push import make_target, refuse_secrets
+from dsco_hf.hub.push import PushOptions, make_target, refuse_secrets
 from dsco_hf.hub.remake import load_recorded
 from dsco_hf.utils.markdown import merge_cards
 
@@ -275,10 +275,10 @@ RECORDS = {
 
 PUSHES = {
     "a pull request of a branch": (
-        lambda w: make_target("a/b", "dataset", token=None, private=None, revision="x", create_pr=True, dry_run=True),
+        lambda w: PushOptions(revision="x", create_pr=True),
         "Leave one of them out",
         lambda w: [
-            make_target("a/b", "dataset", token=None, private=None, dry_run=True, **one).revision
+            make_target("a/b", "dataset", PushOptions(dry_run=True, **one)).revision
             for one in ({"revision": None, "create_pr": True}, {"revision": "x", "create_pr": False})
         ],
         ["main", "x"],

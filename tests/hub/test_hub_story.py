@@ -7,7 +7,7 @@ from hub.samples import TOKEN
 
 
 MAKE = """
-from dsco_hf.concentrate import concentrate_and_report
+from dsco_hf import concentrate_and_report
 from dsco_hf.hub import publish, publish_pipeline
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.concentration.records import concentration_record

@@ -77,12 +77,8 @@ def test_the_dataset_says_how_it_was_drawn_and_is_drawn_again(output, capsys):
     for name, contrast in (("ipc1", 2.0), ("ipc10", 0.0), ("doped", 0.0)):
         told = config_record(record, name)["parameters"]
         assert (told["contrast"], told["optimize_from"], told["num_inference_steps"]) == (contrast, 0.5, 10)
-    doping = config_record(record, "doped")["doping"]
-    assert (
-        doping["strategy"] == "clarity"
-        and doping["num_students"] == 4
-        and doping["protocol"]["name"].startswith("quick")
-    )
+    rule = config_record(record, "doped")["doping"]["strategy"]
+    assert (rule["name"], rule["num_students"]) == ("clarity", 4) and rule["protocol"]["name"].startswith("quick")
     assert record_of(load_dataset(str(output / "dataset"), "ipc3", split="train"))["cost"]["images"] == 30
     again = ["--from", str(output / "dataset"), "--from_config", "ipc1", "--output_dir", str(output / "again")]
     concentrate.main(again)
