@@ -51,11 +51,11 @@ from dsco_hf import (
     DsCoPipeline, MatchingTargets, build_evaluator, concentrate_to_folder, dope, get_protocol, load_digits_dataset,
     save_dataset_folder, train_evaluator, verify,
 )
-from dsco_hf.concentrate import peak_memory_bytes
+from dsco_hf.concentration.concentrate import peak_memory_bytes
 from dsco_hf.utils.configs import keep_freed_memory
 from dsco_hf.hub.folder import read_folder
 from dsco_hf.generators.training import train_generator
-from dsco_hf.generators import GeneratorTrainingConfig
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 
 work = Path(sys.argv[1])
 torch.manual_seed(0)
