@@ -32,7 +32,7 @@ from dsco_hf import (
 )
 from dsco_hf.concentration.records import config_record
 from dsco_hf.costs.passes import pass_costs
-from dsco_hf.generators.base import denoiser_of, families
+from dsco_hf.generators.base import FAMILIES, denoiser_of
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 from dsco_hf.generators.training import train_generator
 
@@ -62,15 +62,9 @@ class Tiny(Denoiser):
 
     name = "tiny"
     kinds = (TinyNet,)
+    classes_field = "labels"
+    counts_null = True
     any_size = True
-
-    @property
-    def num_classes(self):
-        return self.network.config.labels - 1
-
-    @property
-    def null_class(self):
-        return self.num_classes
 
     def forward(self, x, timesteps, classes):
         return self.network(x, label=classes, level=timesteps.to(x.dtype))[:, : x.shape[1]]
@@ -81,9 +75,6 @@ class Tiny(Denoiser):
 
     def class_tables(self):
         yield "table", self.network.table
-
-    def classes_config(self, num_classes):
-        return {"labels": num_classes + 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +200,8 @@ def test_a_denoiser_of_ones_own_is_built_trained_and_adapted(fresh_accelerate, t
 
 def test_nobody_but_its_own_file_knows_a_family():
     """Outside of `dit.py` and `unet.py`, no code names their components, their classes or their configs' fields."""
-    words = {family.component for family in families().values()} - {Denoiser.component}
-    words |= {kind.__name__ for family in families().values() for kind in family.kinds}
+    words = {family.component for family in FAMILIES.values()} - {Denoiser.component}
+    words |= {kind.__name__ for family in FAMILIES.values() for kind in family.kinds}
     words |= {"num_embeds_ada_norm", "num_class_embeds"}
     room = Path(dsco_hf.__path__[0])
     for path in sorted(room.rglob("*.py")):

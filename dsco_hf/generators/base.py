@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from diffusers import ModelMixin
 from torch import nn
 
 from ..data.schema import nearest
@@ -25,32 +26,37 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 class Denoiser:
     """A noise predictor: a network, and all that is particular to its family.
 
-    A subclass says how many classes its network has and which of them stands for none; the rest has defaults that fit
-    a network of diffusers with `config.in_channels` and `config.sample_size` that is called as
+    A subclass names the classes of networks and where their config holds the number of classes; all else has defaults
+    that fit a network of diffusers with `config.in_channels` and `config.sample_size`, square, that is called as
     `network(x, timestep=t, class_labels=y).sample`. [`register_denoiser`] makes the family known.
 
     Attributes:
         name (`str`): the family's name, `architecture` in a training config.
         kinds (`tuple`): the classes of networks that the family takes; they are `ModelMixin`s of diffusers.
+        classes_field (`str`): of the network's config: how many classes it has.
+        counts_null (`bool`): whether the null class is one of those. If so, it is there if the pipeline has a name for
+            each of them but the last.
         component (`str`): where a pipeline and its `model_index.json` keep the network.
         former_names (`tuple`): names that published pipelines give one of `kinds`.
         any_size (`bool`): whether a trained network can be trained further at another size.
         channels_last (`bool`): whether it learns faster in that memory format, on a GPU.
 
     Args:
-        network (`nn.Module`): of one of `kinds`.
+        network (`ModelMixin`): of one of `kinds`.
         class_names (`Mapping[int, str]`, *optional*): names of the classes by index, as the pipeline knows them. None
             for a network in training, whose last embedding is the null class.
     """
 
     name: ClassVar[str]
-    kinds: ClassVar[tuple[type[nn.Module], ...]]
+    kinds: ClassVar[tuple[type[ModelMixin], ...]]
+    classes_field: ClassVar[str]
+    counts_null: ClassVar[bool] = False
     component: ClassVar[str] = "custom_denoiser"
     former_names: ClassVar[tuple[str, ...]] = ()
     any_size: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
 
-    def __init__(self, network: Any, class_names: Mapping[int, str] | None = None) -> None:
+    def __init__(self, network: ModelMixin, class_names: Mapping[int, str] | None = None) -> None:
         self.network, self.class_names = network, class_names
 
     # what it is
@@ -66,12 +72,14 @@ class Denoiser:
     @property
     def num_classes(self) -> int:
         """Number of classes, without the null class."""
-        raise NotImplementedError(f"{type(self).__name__} must say its `num_classes`.")
+        embeddings, names = self.network.config[self.classes_field], self.class_names
+        return embeddings - (self.counts_null and (names is None or embeddings == len(names) + 1 > 1))
 
     @property
     def null_class(self) -> int | None:
-        """Index of the class that stands for none; None if there is none, so that there is no guidance."""
-        return None
+        """Index of the class that stands for none, the one after the last; None if all embeddings are classes."""
+        classes = self.num_classes
+        return None if self.counts_null and classes == self.network.config[self.classes_field] else classes
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -96,6 +104,13 @@ class Denoiser:
 
     def check_conditioned(self) -> None:
         """Raises ValueError if the network is not conditioned on classes."""
+        found = {key: self.network.config.get(key) for key in (self.classes_field, "class_embed_type")}
+        if found[self.classes_field] is None or found["class_embed_type"] is not None:
+            raise ValueError(
+                f"The `{self.component}` (a {type(self.network).__name__}) is not conditioned on classes: "
+                f"{', '.join(f'{key}={value!r}' for key, value in found.items())}. Take one that was trained with "
+                f"`{self.classes_field}=...`."
+            )
 
     def check_size(self) -> None:
         """Raises ValueError if the network cannot take samples of its own size."""
@@ -105,13 +120,10 @@ class Denoiser:
         """Raises ValueError for guidance without a null class."""
         if guidance_scale > 1 and self.null_class is None:
             raise ValueError(
-                f"`guidance_scale={guidance_scale}` needs a null class, which the generator does not have"
-                f"{self._why_no_null_class()}."
+                f"`guidance_scale={guidance_scale}` needs a null class, which the generator does not have: its "
+                f"`{self.classes_field}={self.num_classes}` are as many classes. Pass `guidance_scale=1.0`, or if its "
+                "last embedding is the null class, name the other classes in `id2label`."
             )
-
-    def _why_no_null_class(self) -> str:
-        """The end of that message: what is there, and what to do."""
-        return ": pass `guidance_scale=1.0`"
 
     # what it predicts
 
@@ -140,8 +152,8 @@ class Denoiser:
         guided, inputs = guidance_scale > 1, x
         if guided:
             self.check_guidance(guidance_scale)
-            null: Any = self.null_class
-            inputs, classes = torch.cat([x, x]), torch.cat([classes, torch.full_like(classes, null)])
+            inputs = torch.cat([x, x])
+            classes = torch.cat([classes, torch.full_like(classes, cast(int, self.null_class))])
         times = torch.as_tensor(timestep, device=x.device).expand(len(inputs))
         predicted = self.forward(inputs.to(self.network.dtype), times, classes).to(x.dtype)
         if guided:
@@ -152,7 +164,7 @@ class Denoiser:
     # how it is trained
 
     @classmethod
-    def build(cls, config: Any, *, num_classes: int, sample_size: int, num_channels: int) -> nn.Module:
+    def build(cls, config: Any, *, num_classes: int, sample_size: int, num_channels: int) -> ModelMixin:
         """A new network with a null class; its random numbers are torch's own, which the caller has seeded.
 
         Args:
@@ -168,12 +180,8 @@ class Denoiser:
         self.network.train()
 
     def class_tables(self) -> Iterator[tuple[str, nn.Embedding]]:
-        """Names and modules of the network's tables of class embeddings, the null class last."""
+        """Names and modules of the network's tables of class embeddings, the null class last; for other classes."""
         return iter(())
-
-    def classes_config(self, num_classes: int) -> dict[str, Any]:
-        """What the network's config says of so many classes and the null class."""
-        raise ValueError(f"A {type(self.network).__name__} cannot be adapted to other classes: train a new one.")
 
     @plain_arguments()
     def adapt(
@@ -182,7 +190,7 @@ class Denoiser:
         *,
         mapping: Mapping[int, int | Sequence[int]] | None = None,
         sample_size: int | None = None,
-    ) -> Any:
+    ) -> ModelMixin:
         """A copy of the network with embeddings of other classes, and for another size; all other weights are its own.
 
         The embedding of the null class stays the last one. All tables of classes are replaced.
@@ -206,7 +214,7 @@ class Denoiser:
                     f"`mapping` has {new}: {old}; new classes are 0 to {num_classes - 1}, from at least one old class "
                     f"of 0 to {old_classes - 1}."
                 )
-        changes = self.classes_config(num_classes)
+        changes = {self.classes_field: num_classes + self.counts_null}
         if sample_size is not None and sample_size != self.network.config.sample_size:
             if not self.any_size:
                 raise ValueError(
@@ -217,7 +225,7 @@ class Denoiser:
             remedy = " It follows from `image_size`."
             check_side(type(self.network).__name__, sample_size, *self.side_factor, remedy=remedy)
             changes["sample_size"] = sample_size
-        adapted: Any = type(self.network).from_config(self.network.config, **changes)
+        adapted = type(self.network).from_config(self.network.config, **changes)
         tables = {name: module.weight.detach() for name, module in self.class_tables()}
         state = {
             key: value for key, value in self.network.state_dict().items() if key.removesuffix(".weight") not in tables
@@ -281,7 +289,7 @@ def check_side(kind: str, side: int, factor: int, why: str, *, remedy: str = "")
         )
 
 
-_FAMILIES: list[type[Denoiser]] = []
+FAMILIES: dict[str, type[Denoiser]] = {}  # by name
 _Family = TypeVar("_Family", bound=type[Denoiser])
 
 
@@ -291,41 +299,34 @@ def register_denoiser(family: _Family) -> _Family:
     Raises:
         ValueError: if another family has the name.
     """
-    for known in families().values():
-        same = (known.__module__, known.__qualname__) == (family.__module__, family.__qualname__)
-        if known.name == family.name and not same:
-            raise ValueError(
-                f"There is a family of denoisers named {family.name!r} already, {known.__module__}."
-                f"{known.__qualname__}: choose another `name`."
-            )
-        if same:  # the module was loaded again
-            _FAMILIES.remove(known)
-    _FAMILIES.append(family)
+    known = FAMILIES.get(family.name, family)
+    if (known.__module__, known.__qualname__) != (family.__module__, family.__qualname__):
+        raise ValueError(
+            f"There is a family of denoisers named {family.name!r} already, {known.__module__}.{known.__qualname__}: "
+            "choose another `name`."
+        )
+    FAMILIES.pop(family.name, None)
+    FAMILIES[family.name] = family
     return family
 
 
-def families() -> dict[str, type[Denoiser]]:
-    """The families by name, in the order in which they were registered."""
-    return {family.name: family for family in _FAMILIES}
-
-
-def family_of(network: Any) -> type[Denoiser]:
+def family_of(network: nn.Module) -> type[Denoiser]:
     """The family that takes a network.
 
     Raises:
         ValueError: if there is none.
     """
-    own = extract_model_from_parallel(network, keep_torch_compile=False) if isinstance(network, nn.Module) else network
-    for family in reversed(_FAMILIES):
+    own = extract_model_from_parallel(network, keep_torch_compile=False)
+    for family in reversed(FAMILIES.values()):
         if isinstance(own, family.kinds):
             return family
-    known = ", ".join(kind.__name__ for family in _FAMILIES for kind in family.kinds)
+    known = ", ".join(kind.__name__ for family in FAMILIES.values() for kind in family.kinds)
     raise ValueError(
         f"No family of denoisers takes a {type(network).__name__}; there are some for {known}. Write one for it, see "
         "`dsco_hf.Denoiser`, and register it with `@register_denoiser`."
     )
 
 
-def denoiser_of(network: Any, class_names: Mapping[int, str] | None = None) -> Denoiser:
+def denoiser_of(network: ModelMixin, class_names: Mapping[int, str] | None = None) -> Denoiser:
     """A network as the [`Denoiser`] of its family; arguments as of that class."""
     return family_of(network)(network, class_names)

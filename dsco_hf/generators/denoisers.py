@@ -7,15 +7,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
-from torch import nn
+from diffusers import DDIMScheduler, ModelMixin
 
 from ..data.schema import nearest
-from .base import Denoiser, denoiser_of, families, family_of
+from .base import FAMILIES, Denoiser, denoiser_of, family_of
 from .dit import DiT, DiTOptions
 from .unet import UNet, UNetOptions
 
@@ -98,7 +96,7 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
     def __post_init__(self) -> None:
         """Refuses values that no training can use."""
         super().__post_init__()
-        for name, allowed in {"architecture": tuple(families()), **_CHOICES}.items():
+        for name, allowed in {"architecture": tuple(FAMILIES), **_CHOICES}.items():
             self.check_choice(name, allowed)
         self.check_at_least(1, "num_train_timesteps", "train_steps", "batch_size")
         self.check_at_least(0, "warmup_steps")
@@ -114,23 +112,23 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
 
 def build_denoiser(
     config: GeneratorTrainingConfig, *, num_classes: int, sample_size: int, num_channels: int
-) -> nn.Module:
+) -> ModelMixin:
     """A new network of the configured architecture, see [`Denoiser.build`].
 
     The weights depend on `config.seed` only; the global random state is left as it is.
     """
-    family = families()[config.architecture]
+    family = FAMILIES[config.architecture]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return family.build(config, num_classes=num_classes, sample_size=sample_size, num_channels=num_channels)
 
 
-def as_components(denoiser: Any, named: Mapping[str, Any]) -> dict[str, Any]:
+def as_components(denoiser: ModelMixin | None, named: Mapping[str, ModelMixin | None]) -> dict[str, ModelMixin | None]:
     """What a pipeline has in each of `SLOTS`: None but for the one where the denoiser's family keeps it.
 
     Args:
         denoiser: a network, to be put where it belongs; None if it is among `named`.
-        named (`Mapping[str, Any]`): networks by slot, as a pipeline's `__init__` is given them.
+        named (`Mapping`): networks by slot, as a pipeline's `__init__` is given them.
 
     Raises:
         TypeError: for another name than a slot's.
@@ -142,7 +140,7 @@ def as_components(denoiser: Any, named: Mapping[str, Any]) -> dict[str, Any]:
     if denoiser is not None:
         given.append((family_of(denoiser).component, denoiser))
     if len(given) != 1:
-        places = ", ".join(f"`{family.component}` (a {family.kinds[0].__name__})" for family in families().values())
+        places = ", ".join(f"`{family.component}` (a {family.kinds[0].__name__})" for family in FAMILIES.values())
         got = f"both {' and '.join(f'`{name}`' for name, _ in given)}" if given else f"neither of {places}"
         raise ValueError(f"The pipeline needs one denoiser, got {got}: pass exactly one.")
     ((name, network),) = given

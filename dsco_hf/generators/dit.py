@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
@@ -49,37 +48,20 @@ class DiT(Denoiser):
     name = "dit"
     component = "transformer"
     kinds = (DiTTransformer2DModel,)
+    classes_field = "num_embeds_ada_norm"
     former_names = ("Transformer2DModel",)  # facebook/DiT-XL-2-256 was saved when it was called so
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, without the null class."""
-        return self.network.config.num_embeds_ada_norm
-
-    @property
-    def null_class(self) -> int:
-        """Index of the class that stands for none, the one after the last."""
-        return self.num_classes
 
     @property
     def side_factor(self) -> tuple[int, str]:
         """The patches."""
         return _patches(self.network.config.patch_size)
 
-    def check_conditioned(self) -> None:
-        """Raises ValueError if the network is not conditioned on classes."""
-        if self.network.config.get("num_embeds_ada_norm") is None:
-            raise ValueError(
-                f"The `{self.component}` (a {type(self.network).__name__}) is not conditioned on classes: "
-                "num_embeds_ada_norm=None. Take one that was trained with `num_embeds_ada_norm=...`."
-            )
-
     @classmethod
-    def build(cls, config: DiTOptions, *, num_classes: int, sample_size: int, num_channels: int) -> nn.Module:
+    def build(cls, config: DiTOptions, *, num_classes: int, sample_size: int, num_channels: int) -> ModelMixin:
         """A new DiT, initialised as its paper says: every block starts as the identity (adaLN-zero)."""
         remedy = " Choose another patch size, or another `image_size` for the data."
         check_side("DiT", sample_size, *_patches(config.patch_size), remedy=remedy)
-        network: Any = DiTTransformer2DModel(
+        network = DiTTransformer2DModel(
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,
             in_channels=num_channels,
@@ -110,16 +92,12 @@ class DiT(Denoiser):
             if isinstance(module, LabelEmbedding):
                 yield f"{name}.embedding_table", module.embedding_table
 
-    def classes_config(self, num_classes: int) -> dict[str, Any]:
-        """The null class is not counted."""
-        return {"num_embeds_ada_norm": num_classes}
-
 
 def _patches(size: int) -> tuple[int, str]:
     return size, f"cuts it into patches of {size} (`patch_size`)"
 
 
-def dit_xl_2(*, tiny: bool = False) -> nn.Module:
+def dit_xl_2(*, tiny: bool = False) -> ModelMixin:
     """The network of facebook/DiT-XL-2-256, with random weights; `tiny` has its kind at a size that tests can run."""
     size = {"sample_size": 32, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
     if tiny:

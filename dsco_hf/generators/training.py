@@ -139,12 +139,10 @@ def train_generator(
     if denoiser is None:
         if config.trainable != "all":
             raise ValueError(f"`trainable={config.trainable!r}` is for fine-tuning: a new model learns all weights.")
-        network: Any = build_denoiser(
+        denoiser = build_denoiser(
             config, num_classes=num_classes, sample_size=data.clean.shape[-1], num_channels=data.clean.shape[1]
         )
-    else:
-        network = denoiser
-    family = denoiser_of(network)
+    family = denoiser_of(denoiser)
     _check_denoiser(family, data, num_classes, config)
     checkpoints = None
     if checkpoint_dir is not None:
@@ -398,7 +396,7 @@ class _Trainer:
     def _ema_state(self) -> dict[str, torch.Tensor]:
         return {name: value.cpu().contiguous() for name, value in zip(self.names, self.ema.shadow_params, strict=True)}
 
-    def _averaged(self) -> Any:
+    def _averaged(self) -> ModelMixin:
         averaged = type(self.denoiser).from_config(self.denoiser.config)
         self.ema.copy_to(averaged.parameters())
         return averaged.eval()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -65,45 +64,18 @@ class UNet(Denoiser):
     name = "unet"
     component = "unet"
     kinds = (UNet2DModel,)
+    classes_field = "num_class_embeds"
+    counts_null = True
     any_size = True
     channels_last = True  # on a CPU, group norms of this layout in bf16 cost more than the convolutions gain
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, without the null class."""
-        embeddings, names = self.network.config.num_class_embeds, self.class_names
-        has_null = names is None or embeddings == len(names) + 1 > 1
-        return embeddings - has_null
-
-    @property
-    def null_class(self) -> int | None:
-        """Index of the class that stands for none, the one after the last; None if all embeddings are classes."""
-        classes = self.num_classes
-        return None if classes == self.network.config.num_class_embeds else classes
 
     @property
     def side_factor(self) -> tuple[int, str]:
         """The halvings."""
         return _halvings(len(self.network.config.down_block_types))
 
-    def check_conditioned(self) -> None:
-        """Raises ValueError if the network is not conditioned on classes."""
-        found = {key: self.network.config.get(key) for key in ("num_class_embeds", "class_embed_type")}
-        if found["num_class_embeds"] is None or found["class_embed_type"] is not None:
-            raise ValueError(
-                f"The `{self.component}` (a {type(self.network).__name__}) is not conditioned on classes: "
-                f"{', '.join(f'{key}={value!r}' for key, value in found.items())}. Take one that was trained with "
-                "`num_class_embeds=...`."
-            )
-
-    def _why_no_null_class(self) -> str:
-        return (
-            f": its `num_class_embeds={self.network.config.num_class_embeds}` are {self.num_classes} classes. Pass "
-            "`guidance_scale=1.0`, or if its last embedding is the null class, name the other classes in `id2label`"
-        )
-
     @classmethod
-    def build(cls, config: UNetOptions, *, num_classes: int, sample_size: int, num_channels: int) -> nn.Module:
+    def build(cls, config: UNetOptions, *, num_classes: int, sample_size: int, num_channels: int) -> ModelMixin:
         """A new UNet with one class embedding more than there are classes: the last is the null class of guidance.
 
         Timestep and class scale and shift every norm, and every residual block starts as the identity, as in ADM
@@ -139,10 +111,6 @@ class UNet(Denoiser):
     def class_tables(self) -> Iterator[tuple[str, nn.Embedding]]:
         """There is one."""
         yield "class_embedding", self.network.class_embedding
-
-    def classes_config(self, num_classes: int) -> dict[str, Any]:
-        """The null class is one of them."""
-        return {"num_class_embeds": num_classes + 1}
 
 
 def _halvings(levels: int) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
 from ..data.schema import nearest
-from ..generators.base import families
+from ..generators.base import FAMILIES
 from ..generators.denoisers import SLOTS, as_components
 from ..utils.files import check_path, read_json
 from ..utils.safety import explained, hub_error, is_pickle
@@ -244,7 +244,7 @@ def check_family(component: str, library: str, kind: str) -> None:
     """
     known = {
         known_kind: known_library
-        for family in families().values()
+        for family in FAMILIES.values()
         if family.component == component
         for known_kind, known_library in family.stored_kinds().items()
     }
