@@ -143,10 +143,6 @@ def test_only_families_that_are_registered_are_loaded(tiny, tmp_path):
     assert "antigravity" not in sys.modules
     with pytest.raises(ValueError, match="No family of denoisers takes a Linear; there are some for .*TinyNet"):
         DsCoPipeline(nn.Linear(2, 2), DDIMScheduler())
-    with pytest.raises(ValueError, match="`custom_denoiser` is no place for a UNet2DModel: pass it as `unet`"):
-        DsCoPipeline(custom_denoiser=UNet2DModel(block_out_channels=(32,) * 4), scheduler=DDIMScheduler())
-    with pytest.raises(ValueError, match="named 'dit' already, dsco_hf.generators.dit.DiT"):
-        register_denoiser(type("Other", (Denoiser,), {"name": "dit", "kinds": (nn.Linear,)}))
 
 
 def test_a_denoiser_of_ones_own_runs_in_a_folder_is_costed_and_recorded(tiny, real_images, tmp_path):
@@ -196,6 +192,34 @@ def test_a_denoiser_of_ones_own_is_built_trained_and_adapted(fresh_accelerate, t
     )
     assert torch.equal(tuned.denoiser.inward.weight, result.denoiser.inward.weight)
     assert not torch.equal(tuned.denoiser.inward.bias, result.denoiser.inward.bias)
+
+
+class BareNet(TinyNet):
+    """One of which all embeddings are classes, if as many have names."""
+
+
+def test_what_errors_of_families_say_to_do_is_done(fresh_accelerate):
+    unet = UNet2DModel(block_out_channels=(32,) * 4, num_class_embeds=4)
+    with pytest.raises(ValueError, match="`custom_denoiser` is no place for a UNet2DModel: pass it as `unet`"):
+        DsCoPipeline(custom_denoiser=unet, scheduler=DDIMScheduler())
+    assert DsCoPipeline(unet=unet, scheduler=DDIMScheduler()).num_classes == 4
+    with pytest.raises(ValueError, match=r"named 'dit' already, dsco_hf.generators.dit.DiT: choose another `name`"):
+        register_denoiser(type("Bare", (Denoiser,), {"name": "dit", "kinds": (BareNet,)}))
+    own = {"name": "bare", "kinds": (BareNet,), "classes_field": "labels", "forward": Tiny.forward, "null_class": None}
+    try:
+        family = register_denoiser(type("Bare", (Denoiser,), own | {"num_classes": property(lambda self: 4)}))
+        assert type(denoiser_of(BareNet())) is family and type(denoiser_of(TinyNet())) is Tiny
+        config = TinyConfig(architecture="bare", train_steps=1, batch_size=4)
+        given = {"num_classes": 4, "progress": False, "accelerator": Accelerator(cpu=True)}
+        data = torch.rand(8, 1, 8, 8), torch.arange(8) % 4
+        with pytest.raises(ValueError, match="'bare' cannot be built: pass a network, `denoiser=...`"):
+            train_generator(*data, config, **given)
+        with pytest.raises(ValueError, match="no null class to drop labels to: set `class_dropout_prob=0`"):
+            train_generator(*data, config, denoiser=BareNet(), **given)
+        config = dataclasses.replace(config, class_dropout_prob=0)
+        assert train_generator(*data, config, denoiser=BareNet(), **given).finished
+    finally:
+        FAMILIES.pop("bare", None)
 
 
 def test_nobody_but_its_own_file_knows_a_family():

@@ -27,6 +27,10 @@ ELSEWHERE = {
     "give at least one method and one class": "test_report.py::test_sample_grid_of_one_image_and_large_images",
     "run `hf auth login`, set HF_TOKEN, or pass `token=`": "test_hub.py::test_private_repositories",
     "it is gated": "test_hub.py::test_gated_and_missing_sources",
+    "cannot be built: pass a network": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
+    "There is a family of denoisers named": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
+    "is no place for a": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
+    "has no null class to drop labels to": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
 }
 # what takes another installation, device, Hub or launch than a test has
 BEYOND = {
@@ -42,10 +46,6 @@ BEYOND = {
     "Clarity asks a student of a small set": "a rule of one's own",
     "These images are in memory only": "a rule of one's own",
     "the record has the SHA-256": "a recorded rule",
-    "cannot be built: pass a network": "a family of one's own",
-    "There is a family of denoisers named": "a family of one's own",
-    "is no place for a": "a family of one's own",
-    "has no null class to drop labels to": "a denoiser without a null class",
 }
 
 
