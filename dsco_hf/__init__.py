@@ -6,7 +6,16 @@ from .concentration.records import concentration_record
 from .concentration.runs import concentrate_to_folder
 from .concentration.selection import Clarity, Clearest, Herding, Random, Selection
 from .data.datasets import Pool, load_digits_dataset, load_image_dataset
-from .evaluators import ConvNetConfig, ConvNetForImageClassification, build_evaluator, get_protocol, train_evaluator
+from .evaluators import (
+    ConvNetConfig,
+    ConvNetForImageClassification,
+    Execution,
+    ImageSet,
+    build_evaluator,
+    get_protocol,
+    load_image_set,
+    train_evaluator,
+)
 from .generators.base import Denoiser, register_denoiser
 from .generators.failures import NonFiniteError
 from .hub.cards import DatasetCardFields
@@ -41,9 +50,11 @@ __all__ = [
     "Denoiser",
     "DsCoPipeline",
     "DsCoPipelineOutput",
+    "Execution",
     "FeatureSpec",
     "GeneratorCheck",
     "Herding",
+    "ImageSet",
     "MatchingTargets",
     "NonFiniteError",
     "Pool",
@@ -61,6 +72,7 @@ __all__ = [
     "get_protocol",
     "load_digits_dataset",
     "load_image_dataset",
+    "load_image_set",
     "load_recorded",
     "measure_discrepancy",
     "publish",

@@ -42,7 +42,7 @@ from dsco_hf.concentration.doping import select, selected_rows
 from dsco_hf.concentration.selection import Herding, find_selection
 from dsco_hf.data.datasets import Pool
 from dsco_hf.data.shards import file_sha256
-from dsco_hf.evaluators import load_image_set
+from dsco_hf.evaluators import Execution, load_image_set
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
@@ -259,9 +259,7 @@ def train_classifiers(run: Run) -> None:
         if run.herded(seed).is_file():
             continue
         classifier = new_classifier(run.train.names, seed)
-        train_evaluator(
-            classifier, run.train.pixels, run.train.labels, protocol=protocol, seed=seed, accelerator=run.accelerator
-        )
+        train_evaluator(classifier, run.train, protocol=protocol, seed=seed, execution=Execution(run.accelerator))
         if seed == 0:
             classifier.save_pretrained(run.work / "classifier")
         budgets = (*BUDGETS, run.doped_per_class)

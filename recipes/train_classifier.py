@@ -23,7 +23,15 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dsco_hf.data.datasets import load_splits
 from dsco_hf.data.pixels import default_image_size
-from dsco_hf.evaluators import ImageSet, Protocol, get_protocol, load_image_set, protocol_to_dict, train_evaluator
+from dsco_hf.evaluators import (
+    Execution,
+    ImageSet,
+    Protocol,
+    get_protocol,
+    load_image_set,
+    protocol_to_dict,
+    train_evaluator,
+)
 from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
 from dsco_hf.evaluators.models import is_own_architecture
 from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
@@ -101,15 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
         evaluator_builder(
             recipe.architecture, train, protocol, **{"image_size": size, **json.loads(recipe.model_options)}
         ),
-        train.pixels,
-        train.labels,
+        train,
         protocol=protocol,
         seed=recipe.seed,
-        test_pixels=None if test is None else test.pixels,
-        test_labels=None if test is None else test.labels,
-        accelerator=accelerator,
-        distributed=True,
-        compiled=recipe.compile,
+        test=test,
+        execution=Execution(accelerator, distributed=True, compiled=recipe.compile),
         checkpoint=checkpoint,
         checkpoint_seconds=recipe.checkpoint_seconds,
         progress=accelerator.is_local_main_process,

@@ -284,11 +284,11 @@ class Clarity(Selection):
                 "There is no classifier of the dataset's classes alone: the student for clarity is trained on hard "
                 "labels."
             )
-        pixels = small.pixels(protocol.image_size, channels)
-        build = evaluator_builder(self.architecture, ImageSet(pixels, small.labels, small.names), protocol)
+        images = ImageSet(small.pixels(protocol.image_size, channels), small.labels, small.names)
+        build = evaluator_builder(self.architecture, images, protocol)
         seeds = [seed, *(image_seed(seed, 0, place, "student") for place in range(1, self.num_students))]
         options: dict[str, Any] = {"protocol": protocol, "teacher": teacher, "progress": small.progress}
-        return [train_evaluator(build, pixels, small.labels, seed=one, **options).model for one in seeds]
+        return [train_evaluator(build, images, seed=one, **options).model for one in seeds]
 
     def _teaching(self, names: Sequence[str], pipe: DsCoPipeline | None) -> tuple[PreTrainedModel | None, Protocol]:
         """How students are trained: on the labels of the pipeline's classifier, which is given too, or on hard ones.

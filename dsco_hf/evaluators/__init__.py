@@ -15,7 +15,7 @@ from .models import (
     build_evaluator,
 )
 from .protocols import PROTOCOLS, Protocol, get_protocol, protocol_from_dict, protocol_to_dict
-from .training import TrainingDivergedError, TrainingResult, predict_logits, train_evaluator
+from .training import Execution, TrainingDivergedError, TrainingResult, predict_logits, train_evaluator
 
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "EvaluatorResNetConfig",
     "EvaluatorResNetForImageClassification",
     "EvaluatorResNetModel",
+    "Execution",
     "ImageSet",
     "Protocol",
     "TrainingDivergedError",

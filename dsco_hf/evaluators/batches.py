@@ -1,9 +1,11 @@
-"""Batches of images: in which order, how many at once, in which memory layout, and what a network says of them."""
+"""Images in memory, and batches of them: in which order, how many at once, in which layout, what a network says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,51 @@ from transformers import PreTrainedModel
 
 from ..matching.features import preprocess
 from ..utils.files import explained, reading, whole
+from ..utils.origins import fingerprint
 from ..utils.values import plain, plain_arguments
 
 
 # On a CPU a batch passes through the network in parts of this many pixels (32 images of 32 px), twice as many in half
 # precision: maps of ConvNet-3 then stay below 32 MB, above which the C library asks the system for memory every time.
 CPU_PIXELS = 32 * 32 * 32
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A dataset in memory.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): images.
+        labels (`torch.Tensor` of shape `(N,)`): class indices.
+        names (`tuple[str, ...]`): of the classes; a network that is trained has its own.
+        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): probabilities.
+        fingerprint (`str`): of the dataset it came from.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    names: tuple[str, ...] = ()
+    soft_labels: torch.Tensor | None = None
+    fingerprint: str = ""
+
+    def select(self, rows: torch.Tensor) -> ImageSet:
+        """The images at `rows`, of shape `(n,)`."""
+        soft = None if self.soft_labels is None else self.soft_labels[rows]
+        return ImageSet(self.pixels[rows], self.labels[rows], self.names, soft, self.fingerprint)
+
+    def first_of(self, labels: Sequence[int], count: int) -> torch.Tensor:
+        """The first images of each of these classes, `(K, n, C, H, W)`: `count`, or fewer if they all have fewer."""
+        return torch.stack([self.pixels[self.labels == label][:count] for label in labels])
+
+    @property
+    def images_per_class(self) -> float:
+        """Mean number of images of the classes that have any."""
+        return len(self.labels) / len(self.labels.unique())
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the content."""
+        return fingerprint(self.names, self.pixels, self.labels, self.soft_labels)
 
 
 def fast_layout(model: torch.nn.Module, device: torch.device) -> torch.memory_format:

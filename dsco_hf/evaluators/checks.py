@@ -131,12 +131,15 @@ def check_label_source(
     Raises:
         ValueError: where something is missing, superfluous or does not fit.
     """
-    for kind, value, option in (("teacher", teacher, "teacher"), ("stored", soft_labels, "soft_labels")):
+    for kind, value, option in (
+        ("teacher", teacher, "`teacher`"),
+        ("stored", soft_labels, "`soft_labels` of the images"),
+    ):
         if (protocol.label_type == kind) != (value is not None):
             state, fix = ("missing", "Pass it") if value is None else ("given", "Leave it out")
             name = protocol.name.removesuffix(CHANGED)
             raise ValueError(
-                f"Protocol {protocol.name!r} has label_type={protocol.label_type!r}, but `{option}` is {state}. "
+                f"Protocol {protocol.name!r} has label_type={protocol.label_type!r}, but {option} is {state}. "
                 f"{fix}, or change the protocol: get_protocol({name!r}, label_type=...)."
             )
     if soft_labels is not None:

@@ -10,9 +10,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,56 +24,19 @@ from transformers import PreTrainedModel
 from ..data.datasets import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
 from ..data.pixels import default_image_size
 from ..utils.files import DamagedFileError, read_json, write_json
-from ..utils.origins import differences, fingerprint, identity, in_words, versions
+from ..utils.origins import differences, identity, in_words, versions
 from ..utils.values import plain, plain_arguments
+from .batches import ImageSet as ImageSet
 from .checks import class_columns
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
-from .training import train_evaluator
+from .training import Execution, train_evaluator
 
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate")
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A dataset in memory.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): images.
-        labels (`torch.Tensor` of shape `(N,)`): class indices.
-        names (`tuple[str, ...]`): of the classes.
-        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): probabilities.
-        fingerprint (`str`): of the dataset it came from.
-    """
-
-    pixels: torch.Tensor
-    labels: torch.Tensor
-    names: tuple[str, ...]
-    soft_labels: torch.Tensor | None = None
-    fingerprint: str = ""
-
-    def select(self, rows: torch.Tensor) -> ImageSet:
-        """The images at `rows`, of shape `(n,)`."""
-        soft = None if self.soft_labels is None else self.soft_labels[rows]
-        return ImageSet(self.pixels[rows], self.labels[rows], self.names, soft, self.fingerprint)
-
-    def first_of(self, labels: Sequence[int], count: int) -> torch.Tensor:
-        """The first images of each of these classes, `(K, n, C, H, W)`: `count`, or fewer if they all have fewer."""
-        return torch.stack([self.pixels[self.labels == label][:count] for label in labels])
-
-    @property
-    def images_per_class(self) -> float:
-        """Mean number of images of the classes that have any."""
-        return len(self.labels) / len(self.labels.unique())
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of the content."""
-        return fingerprint(self.names, self.pixels, self.labels, self.soft_labels)
 
 
 @plain_arguments()
@@ -248,16 +209,12 @@ def train_job(
     """
     result = train_evaluator(
         evaluator_builder(architecture, train, protocol, **(overrides or {})),
-        train.pixels,
-        train.labels,
+        train,
         protocol=protocol,
         seed=seed,
-        test_pixels=test.pixels,
-        test_labels=test.labels,
+        test=test,
         teacher=teacher,
-        soft_labels=train.soft_labels if protocol.label_type == "stored" else None,
-        accelerator=accelerator,
-        compiled=compiled,
+        execution=Execution(accelerator, compiled=compiled),
         checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds,
         track_best=track_best,

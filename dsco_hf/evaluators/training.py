@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from ..utils.origins import differences, identity, in_words, versions
 from ..utils.progress import Pace
 from ..utils.values import plain_arguments
 from .augmentation import Augmented, augment
-from .batches import epoch_batches as epoch_batches
 from .batches import (
+    ImageSet,
     epoch_seed,
     hard_label_loss,
     part_size,
@@ -36,6 +36,7 @@ from .batches import (
     soft_label_loss,
     write_checkpoint,
 )
+from .batches import epoch_batches as epoch_batches
 from .batches import fast_layout as fast_layout
 from .checks import check_images, check_label_source, class_columns, model_classes
 from .protocols import Protocol, by_budget, learning_rate_factor
@@ -90,27 +91,38 @@ def make_optimizer(model: torch.nn.Module, protocol: Protocol) -> torch.optim.Op
     return torch.optim.AdamW(groups, **options)
 
 
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a training is computed.
+
+    Attributes:
+        accelerator (`Accelerator`): gives device and precision.
+        distributed (`bool`): all processes train one model together; otherwise each trains one of its own.
+        compiled (`bool`): pass the network through `torch.compile`; pays from about a minute of training on.
+    """
+
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    distributed: bool = False
+    compiled: bool = False
+
+
 class _Run:
     """One training: its data, its networks and where it stands."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        pixels: torch.Tensor,
-        labels: torch.Tensor,
-        *,
+        images: ImageSet,
         protocol: Protocol,
         seed: int,
         teacher: PreTrainedModel | None,
-        soft_labels: torch.Tensor | None,
-        accelerator: Accelerator,
-        distributed: bool,
-        compiled: bool = False,
+        execution: Execution,
     ) -> None:
+        accelerator = execution.accelerator
         self.accelerator, self.protocol, self.seed = accelerator, protocol, seed
         self.device = accelerator.device
-        self.world: int = accelerator.num_processes if distributed else 1
-        self.rank: int = accelerator.process_index if distributed else 0
+        self.world: int = accelerator.num_processes if execution.distributed else 1
+        self.rank: int = accelerator.process_index if execution.distributed else 0
         self.layout = fast_layout(model, self.device)
         self.model = model.to(self.device, memory_format=self.layout).train()
         self.teacher = None if teacher is None else teacher.to(self.device)
@@ -118,20 +130,21 @@ class _Run:
         if teacher is not None:
             columns = class_columns(model_classes(model), model_classes(teacher), what="the teacher")
             self.columns = None if columns == list(range(teacher.config.num_labels)) else columns
-        self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
+        self.pixels, self.labels = images.pixels.to(self.device), images.labels.to(self.device)
+        soft_labels = stored_labels(images, protocol)
         self.log_soft_labels = None if soft_labels is None else soft_labels.to(self.device).float().log()
         self.optimizer = make_optimizer(self.model, protocol)
         self.network = accelerator.prepare_model(self.model) if self.world > 1 else self.model
-        self.compiled = compiled
-        if compiled:  # static shapes: which sizes came first must not decide the arithmetic
+        self.compiled = execution.compiled
+        if self.compiled:  # static shapes: which sizes came first must not decide the arithmetic
             self.network = torch.compile(self.network, dynamic=False)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=accelerator.mixed_precision == "fp16")
         # Gradients of parts of a batch add up to that of the batch; DDP and batch norm have to see it whole.
         whole = self.world > 1 or any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
         whole = whole or self.device.type != "cpu"
-        self.part_size = len(pixels) if whole else part_size(model.config.image_size, accelerator.mixed_precision)
+        self.part_size = len(self.pixels) if whole else part_size(model.config.image_size, accelerator.mixed_precision)
         self.order, self.draws = torch.Generator(), torch.Generator()
-        per_class = len(pixels) / len(labels.unique())
+        per_class = images.images_per_class
         self.batch_size = by_budget(protocol.batch_size, per_class)
         self.batches_per_epoch = len(self.batches())
         if protocol.steps is None:
@@ -241,16 +254,16 @@ class _Run:
                 "learning rate."
             )
 
-    def evaluate(self, pixels: torch.Tensor, labels: torch.Tensor) -> float:
+    def evaluate(self, test: ImageSet) -> float:
         """Accuracy on the test images, shared out over the processes where they train one model together."""
-        part, answers = (t.tensor_split(self.world)[self.rank].to(self.device) for t in (pixels, labels))
+        part, answers = (t.tensor_split(self.world)[self.rank].to(self.device) for t in (test.pixels, test.labels))
         correct = torch.zeros((), device=self.device)
         if len(part):
             with self.accelerator.autocast():
                 correct += (predict_logits(self.model, part).argmax(1) == answers).sum()
         if self.world > 1:
             correct = self.accelerator.reduce(correct, reduction="sum")
-        return correct.item() / len(labels)
+        return correct.item() / len(test.labels)
 
     def evaluation_due(self) -> bool:
         """Whether a source that chooses its best epoch looks at the test set after this one."""
@@ -258,7 +271,7 @@ class _Run:
         every = max(1, int(every * self.epochs) if every < 1 else int(every))
         return self.epoch >= self.protocol.best_from * self.epochs and self.epoch % every == 0
 
-    def settings(self, test: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict[str, Any]:
+    def settings(self, test: ImageSet | None = None) -> dict[str, Any]:
         """All that the weights at the end depend on, to be asked for before the training begins.
 
         `test` counts where the best epoch is looked for on the way.
@@ -273,7 +286,7 @@ class _Run:
             soft_labels=self.log_soft_labels,
             teacher=self.teacher,
             teacher_classes=self.columns,
-            test_images=test,
+            test_images=None if test is None else (test.pixels, test.labels),
             mixed_precision=self.accelerator.mixed_precision,
             compiled=self.compiled,
             processes=self.world,
@@ -319,18 +332,13 @@ class _Run:
 @plain_arguments()
 def train_evaluator(
     model: PreTrainedModel | Callable[[], PreTrainedModel],
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
+    images: ImageSet,
     *,
     protocol: Protocol,
     seed: int = 0,
-    test_pixels: torch.Tensor | None = None,
-    test_labels: torch.Tensor | None = None,
+    test: ImageSet | None = None,
     teacher: PreTrainedModel | None = None,
-    soft_labels: torch.Tensor | None = None,
-    accelerator: Accelerator | None = None,
-    distributed: bool = False,
-    compiled: bool = False,
+    execution: Execution | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     track_best: bool = False,
@@ -342,17 +350,13 @@ def train_evaluator(
     Args:
         model (`PreTrainedModel` or a function that builds one): a function is called with PyTorch's generator seeded
             with `seed`, so that the initial weights follow from it; a model is trained from where it is, in place.
-        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): the whole training set.
-        labels (`torch.Tensor` of shape `(N,)`, int64): class indices, at least two different ones.
+        images (`ImageSet`): the whole training set, of at least two classes; its soft labels are used where the
+            protocol has `label_type="stored"`.
         protocol (`Protocol`): see `get_protocol`.
         seed (`int`): decides initial weights, order, augmentation and dropout; at least 0.
-        test_pixels (`torch.Tensor`, *optional*): of shape `(M, C, h, w)`.
-        test_labels (`torch.Tensor`, *optional*): of shape `(M,)`.
+        test (`ImageSet`, *optional*): images to test on.
         teacher (`PreTrainedModel`, *optional*): for `label_type="teacher"`; with the same class names.
-        soft_labels (`torch.Tensor`, *optional*): probabilities of shape `(N, K)`, for `label_type="stored"`.
-        accelerator (`Accelerator`, *optional*): gives device and precision; a default one is made.
-        distributed (`bool`): all processes train this one model together; otherwise each trains one of its own.
-        compiled (`bool`): pass the network through `torch.compile`; pays from about a minute of training on.
+        execution ([`Execution`], *optional*): device and precision, processes, compilation.
         checkpoint (`str` or `Path`, *optional*): a safetensors file. If it exists, training resumes from it.
         checkpoint_seconds (`float`): shortest time between two checkpoints; 0 writes one after every epoch.
         track_best (`bool`): also evaluate on the way, for `accuracy_best`.
@@ -366,41 +370,35 @@ def train_evaluator(
         ValueError: for bad images, labels, soft labels or teacher, or a checkpoint of another run.
         TrainingDivergedError: when the loss becomes NaN or infinite.
     """
-    accelerator = accelerator or Accelerator()
+    execution = execution or Execution()
+    accelerator = execution.accelerator
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(epoch_seed(seed, 0))
         model = model if isinstance(model, PreTrainedModel) else model()
-        test = None if test_pixels is None or test_labels is None else (test_pixels, test_labels)
-        for what, images in (("training", (pixels, labels)), ("test", test)):
-            if images is not None:
-                check_images(*images, model.config.num_labels, what=what)
+        for what, each in (("training", images), ("test", test)):
+            if each is not None:
+                check_images(each.pixels, each.labels, model.config.num_labels, what=what)
         protocol = protocol.for_model(model.config.num_labels, model.config.model_type)
-        check_label_source(model, protocol, len(pixels), teacher, soft_labels)
-        run = _Run(
-            model,
-            pixels,
-            labels,
-            protocol=protocol,
-            seed=seed,
-            teacher=teacher,
-            soft_labels=soft_labels,
-            accelerator=accelerator,
-            distributed=distributed,
-            compiled=compiled,
-        )
+        check_label_source(model, protocol, len(images.pixels), teacher, stored_labels(images, protocol))
+        run = _Run(model, images, protocol, seed, teacher, execution)
         path = None if checkpoint is None else Path(checkpoint)
         loss = _train(run, test if track_best else None, path, checkpoint_seconds, on_epoch, progress)
     if run.world > 1:
         accelerator.unwrap_model(run.network, keep_fp32_wrapper=False)
-    final = None if test is None else run.evaluate(*test)
+    final = None if test is None else run.evaluate(test)
     best = max(final, run.accuracy_best or 0.0) if final is not None and track_best else None
     model.to(memory_format=torch.contiguous_format)
     return TrainingResult(model.eval(), final, best, loss, run.steps, run.seconds, run.images / max(run.seconds, 1e-9))
 
 
+def stored_labels(images: ImageSet, protocol: Protocol) -> torch.Tensor | None:
+    """The probabilities `(N, K)` that a protocol trains on; None where it asks for other labels, or there are none."""
+    return images.soft_labels if protocol.label_type == "stored" else None
+
+
 def _train(
     run: _Run,
-    test: tuple[torch.Tensor, torch.Tensor] | None,
+    test: ImageSet | None,
     checkpoint: Path | None,
     checkpoint_seconds: float,
     on_epoch: Callable[[dict[str, float]], None] | None,
@@ -429,7 +427,7 @@ def _train(
             checked = run.steps
         metrics: dict[str, float] = {"epoch": run.epoch}
         if test is not None and not last and run.evaluation_due():
-            metrics["accuracy"] = run.evaluate(*test)
+            metrics["accuracy"] = run.evaluate(test)
             run.accuracy_best = max(metrics["accuracy"], run.accuracy_best or 0.0)
         if checkpoint is not None and due:
             run.check_weights(checkpoint)

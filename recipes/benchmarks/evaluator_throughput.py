@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dsco_hf.concentration.doping import select
 from dsco_hf.data.datasets import load_image_dataset
-from dsco_hf.evaluators import build_evaluator, get_protocol, load_image_set, train_evaluator
+from dsco_hf.evaluators import Execution, build_evaluator, get_protocol, load_image_set, train_evaluator
 from dsco_hf.evaluators.augmentation import IMAGENET_MEAN, IMAGENET_STD, LUMA
 from dsco_hf.evaluators.configurations import InstanceNorm
 from dsco_hf.evaluators.training import fast_layout, make_optimizer, part_size
@@ -184,12 +184,10 @@ def measure_ours(seed: int, settings: dict[str, Any], queue: Any) -> None:
         begin = time.perf_counter()
         train_evaluator(
             model,
-            train.pixels,
-            train.labels,
+            train,
             protocol=changed,
             seed=seed,
-            accelerator=accelerator,
-            compiled=settings["compiled"],
+            execution=Execution(accelerator, compiled=settings["compiled"]),
         )
         synchronize()
         return (time.perf_counter() - begin) / epochs

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 from dsco_hf import DsCoPipeline, MatchingTargets, build_evaluator, concentrate, load_digits_dataset, select
 from dsco_hf.concentration.concentrate import measure_discrepancy
 from dsco_hf.data.datasets import load_pixels
-from dsco_hf.evaluators import get_protocol, load_image_set, predict_logits, train_evaluator, train_job
+from dsco_hf.evaluators import Execution, get_protocol, load_image_set, predict_logits, train_evaluator, train_job
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.generators.training import train_generator
@@ -181,7 +181,7 @@ def make_pipeline(options: argparse.Namespace) -> tuple[DsCoPipeline, dict[str, 
     def classifier(architecture: str, **overrides: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         model = build_evaluator(architecture, class_names=images.names, num_channels=1, **overrides)
-        train_evaluator(model, images.pixels, images.labels, protocol=protocol, accelerator=accelerator)
+        train_evaluator(model, images, protocol=protocol, execution=Execution(accelerator))
         return model.eval()
 
     second = classifier("resnet-small", image_size=32)

@@ -22,7 +22,7 @@ from dsco_hf import (
     select,
     train_evaluator,
 )
-from dsco_hf.data.datasets import load_pixels, stratified_split
+from dsco_hf.data.datasets import stratified_split
 from dsco_hf.evaluators import load_image_set
 
 
@@ -136,15 +136,15 @@ def test_a_call_that_fails_leaves_everything_as_it_was(pipe, real_images, target
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_teacher_and_a_student_keep_their_modes_and_precision(training, make, real_images):
-    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    images = load_image_set(real_images, protocol=SHORT, num_channels=1)
     protocol = get_protocol("quick", epochs=None, steps=2, label_type="teacher")
     teacher, student = make.convnet(seed=5).to(torch.float64).train(training), make.convnet()
     before = of_model(teacher), of_process()
-    train_evaluator(student, pixels, labels, protocol=protocol, teacher=teacher)
+    train_evaluator(student, images, protocol=protocol, teacher=teacher)
     same(before[0], of_model(teacher))
     same(before[1], of_process())
-    kept = pixels.clone()
+    kept = images.pixels.clone()
     build = partial(build_evaluator, "convnet-2", class_names=list("abc"), image_size=8, num_channels=1, width=4)
-    train_evaluator(build, pixels, labels, protocol=SHORT, seed=3)
-    assert torch.equal(kept, pixels)
+    train_evaluator(build, images, protocol=SHORT, seed=3)
+    assert torch.equal(kept, images.pixels)
     same(before[1], of_process())

@@ -7,6 +7,7 @@ import torch
 
 from advice import follow, is_of
 from dsco_hf import (
+    ImageSet,
     get_protocol,
     train_evaluator,
 )
@@ -41,7 +42,8 @@ def toy(labels=(0, 1, 2, 0)):
 def trained(w, *, pixels=None, path=None, **options):
     x, labels = toy()
     given = {"protocol": get_protocol("quick", steps=2, **options.pop("changes", {})), **options}
-    return train_evaluator(w.make.convnet(), x if pixels is None else pixels, labels, checkpoint=path, **given).steps
+    images = ImageSet(x if pixels is None else pixels, labels)
+    return train_evaluator(w.make.convnet(), images, checkpoint=path, **given).steps
 
 
 def job(w, seed, folder="jobs"):

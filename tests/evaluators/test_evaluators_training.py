@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 
 from dsco_hf.evaluators import (
     PROTOCOLS,
+    Execution,
+    ImageSet,
     TrainingDivergedError,
     accuracy,
     build_evaluator,
@@ -48,9 +50,9 @@ def toy(count=30, seed=0):
 
 
 def train(model=None, data=None, **options):
-    test = toy(15, seed=9)
-    options = {"protocol": QUICK, "seed": 3, "test_pixels": test[0], "test_labels": test[1], **options}
-    return train_evaluator(model or builder(), *(data or toy()), **options)
+    soft_labels, images = options.pop("soft_labels", None), data or toy()
+    options = {"protocol": QUICK, "seed": 3, "test": ImageSet(*toy(15, seed=9)), **options}
+    return train_evaluator(model or builder(), ImageSet(*images, soft_labels=soft_labels), **options)
 
 
 def same_weights(first, second):
@@ -242,18 +244,7 @@ def _good_checkpoint(path, protocol):
     from dsco_hf.evaluators.training import _Run, epoch_seed
 
     torch.manual_seed(epoch_seed(3, 0))
-    model, (pixels, labels) = builder()(), toy()
-    run = _Run(
-        model,
-        pixels,
-        labels,
-        protocol=protocol,
-        seed=3,
-        teacher=None,
-        soft_labels=None,
-        accelerator=Accelerator(),
-        distributed=False,
-    )
+    run = _Run(builder()(), ImageSet(*toy()), protocol, 3, None, Execution())
     run.save(path, run.settings())
     return path
 
@@ -284,7 +275,7 @@ def test_mixed_precision():
     try:
         result = train(
             protocol=get_protocol("quick", steps=40, learning_rate=0.01),
-            accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+            execution=Execution(Accelerator(cpu=True, mixed_precision="bf16")),
         )
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -295,7 +286,7 @@ def test_mixed_precision():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 def test_compiled_networks_learn_the_same():
-    plain, compiled = train(protocol=EXACT), train(protocol=EXACT, compiled=True)
+    plain, compiled = train(protocol=EXACT), train(protocol=EXACT, execution=Execution(compiled=True))
     assert compiled.loss == pytest.approx(plain.loss, rel=1e-4)
     for a, b in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -309,7 +300,7 @@ def test_every_protocol_runs_on_gray_and_colour(name):
         teacher = model() if protocol.label_type == "teacher" else None
         pixels, labels = toy(12)
         data = (pixels.expand(-1, channels, -1, -1), labels)
-        result = train(model, data=data, protocol=protocol, teacher=teacher, test_pixels=None, test_labels=None)
+        result = train(model, data=data, protocol=protocol, teacher=teacher, test=None)
         assert result.steps == 2 and math.isfinite(result.loss) and result.accuracy is None
 
 
@@ -325,7 +316,7 @@ def test_bad_images_and_labels():
         with pytest.raises(ValueError, match=message):
             train(data=data)
     with pytest.raises(ValueError, match="test labels run from"):
-        train(test_labels=torch.full((15,), 7))
+        train(test=ImageSet(toy(15)[0], torch.full((15,), 7)))
 
 
 def test_bad_label_sources():
@@ -333,8 +324,7 @@ def test_bad_label_sources():
     stored = dataclasses.replace(QUICK, label_type="stored")
     soft = F.one_hot(labels, 3).float()
     cases = [
-        ({"protocol": stored}, "`soft_labels` is missing"),
-        ({"soft_labels": soft}, "`soft_labels` is given"),
+        ({"protocol": stored}, "`soft_labels` of the images is missing"),
         ({"protocol": dataclasses.replace(QUICK, label_type="teacher")}, "`teacher` is missing"),
         ({"protocol": stored, "soft_labels": soft[:, :2]}, r"need \(30, 3\)"),
         ({"protocol": stored, "soft_labels": soft * 2}, "30 of 30 soft labels .* row 0 with sum 2"),

@@ -24,7 +24,7 @@ from test_recipe_options import RECIPES
 
 import dsco_hf
 from advice import FAST, follow, is_of
-from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, dope, get_protocol, load_image_dataset
+from dsco_hf import DsCoPipeline, ImageSet, MatchingTargets, concentrate, dope, get_protocol, load_image_dataset
 from dsco_hf.concentration.doping import select
 from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
 from dsco_hf.data.splits import divide, refuse_slice
@@ -260,16 +260,14 @@ TABLE = {
     "a label type without labels": (
         lambda w: dsco_hf.train_evaluator(
             w.make.convnet(),
-            torch.zeros(4, 1, 8, 8),
-            torch.tensor([0, 1, 2, 0]),
+            ImageSet(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])),
             protocol=get_protocol("quick", label_type="teacher", steps=1),
         ),
         r"Pass it, or change the protocol: get_protocol\('quick', label_type=...\)",
         lambda w: [
             dsco_hf.train_evaluator(
                 w.make.convnet(),
-                torch.randn(4, 1, 8, 8),
-                torch.tensor([0, 1, 2, 0]),
+                ImageSet(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])),
                 protocol=get_protocol("quick", label_type="hard", steps=1),
             )
         ],

@@ -22,7 +22,7 @@ from dsco_hf import (
     train_evaluator,
 )
 from dsco_hf.data.datasets import dataset_fingerprint
-from dsco_hf.evaluators import job_identity, load_image_set, run_job, train_job
+from dsco_hf.evaluators import Execution, job_identity, load_image_set, run_job, train_job
 from dsco_hf.generators.data import TrainingData
 from dsco_hf.studies.kept import KeptSets, kept_check, kept_targets, pipeline_identity
 
@@ -77,17 +77,17 @@ def test_the_checkpoint_of_a_training(changed, make, tmp_path, other_versions):
     images = load_image_set(striped_images((4, 4, 4)), protocol=QUICK, num_channels=1)
     options = {
         "protocol": get_protocol("quick", epochs=2, label_type="teacher"), "seed": 0, "teacher": make.convnet(),
-        "test_pixels": images.pixels, "test_labels": images.labels, "track_best": True,
+        "test": images, "track_best": True,
         "checkpoint": tmp_path / "c.safetensors", "checkpoint_seconds": 0,
     }  # fmt: skip
     model = partial(build_evaluator, "convnet-2", class_names=NAMES, image_size=8, num_channels=1, width=4)
-    pixels, labels, epochs = images.pixels, images.labels, []
+    trained, epochs = images, []
 
     def kill(metrics):
         raise Killed
 
     with pytest.raises(Killed):
-        train_evaluator(model, pixels, labels, on_epoch=kill, **options)
+        train_evaluator(model, trained, on_epoch=kill, **options)
     if changed == "teacher":
         options["teacher"] = soft(make.convnet(), 1.0)
     elif changed == "teacher's preprocessing":
@@ -97,24 +97,24 @@ def test_the_checkpoint_of_a_training(changed, make, tmp_path, other_versions):
     elif changed == "seed":
         options["seed"] = 1
     elif changed == "pixels":
-        pixels = pixels.clone()
-        pixels[-1, 0, 0, 0] += 0.5
+        trained = dataclasses.replace(images, pixels=images.pixels.clone())
+        trained.pixels[-1, 0, 0, 0] += 0.5
     elif changed == "labels":
-        labels = labels.roll(1)
+        trained = dataclasses.replace(images, labels=images.labels.roll(1))
     elif changed == "weights":
         model = model()  # begins with the weights of PyTorch's generator, not with those of the seed
     elif changed == "precision":
-        options["accelerator"] = half("bf16")
+        options["execution"] = Execution(half("bf16"))
     elif changed == "test images":
-        options["test_labels"] = images.labels.roll(1)
+        options["test"] = dataclasses.replace(images, labels=images.labels.roll(1))
     elif changed == "versions":
         other_versions()
     if changed == "nothing":
-        train_evaluator(model, pixels, labels, on_epoch=epochs.append, **options)
+        train_evaluator(model, trained, on_epoch=epochs.append, **options)
         assert [epoch["epoch"] for epoch in epochs] == [2]  # goes on after the first
     else:
         with pytest.raises(ValueError, match=r"belongs to another run \(.*: .* there, .* now"):
-            train_evaluator(model, pixels, labels, **options)
+            train_evaluator(model, trained, **options)
 
 
 @pytest.mark.parametrize("changed", [

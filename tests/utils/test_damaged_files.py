@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from dsco_hf import MatchingTargets, build_evaluator, get_protocol, load_image_dataset, train_evaluator, verify
 from dsco_hf.concentration.concentrate import plan_units, row_features, to_dataset
 from dsco_hf.concentration.run_folder import RunFolder, unit_name
-from dsco_hf.evaluators import run_job
+from dsco_hf.evaluators import Execution, ImageSet, run_job
 from dsco_hf.evaluators.evaluation import read_job
 from dsco_hf.hub.folder import read_folder, save_dataset_folder
 from dsco_hf.matching.feature_files import FeatureFolder
@@ -49,13 +49,13 @@ def test_targets(targets, tmp_path, name):
 
 
 def test_the_checkpoint_of_an_evaluator(tmp_path):
-    pixels, labels = torch.rand(8, 1, 8, 8) * 2 - 1, torch.tensor([0, 1] * 4)
-    options = {"protocol": get_protocol("quick", epochs=3), "accelerator": Accelerator(cpu=True)}
+    images = ImageSet(torch.rand(8, 1, 8, 8) * 2 - 1, torch.tensor([0, 1] * 4))
+    options = {"protocol": get_protocol("quick", epochs=3), "execution": Execution(Accelerator(cpu=True))}
     path = tmp_path / "evaluator.safetensors"
 
     def train(**more):
         network = build_evaluator("convnet-2", class_names=["a", "b"], image_size=8, num_channels=1, width=4, seed=0)
-        return train_evaluator(network, pixels, labels, checkpoint=path, checkpoint_seconds=0, **options, **more)
+        return train_evaluator(network, images, checkpoint=path, checkpoint_seconds=0, **options, **more)
 
     train()
     all_named(path, train)

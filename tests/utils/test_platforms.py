@@ -48,8 +48,8 @@ import numpy as np, PIL.Image
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from dsco_hf import (
-    DsCoPipeline, MatchingTargets, build_evaluator, concentrate_to_folder, dope, get_protocol, load_digits_dataset,
-    save_dataset_folder, train_evaluator, verify,
+    DsCoPipeline, Execution, ImageSet, MatchingTargets, build_evaluator, concentrate_to_folder, dope, get_protocol,
+    load_digits_dataset, save_dataset_folder, train_evaluator, verify,
 )
 from dsco_hf.concentration.concentrate import peak_memory_bytes
 from dsco_hf.utils.configs import keep_freed_memory
@@ -69,7 +69,7 @@ classifier = build_evaluator("convnet-2", class_names=names, image_size=8, num_c
 pixels, labels = torch.rand(20, 1, 8, 8) * 2 - 1, torch.arange(20) % 10
 accelerator = Accelerator(cpu=True)
 train_evaluator(
-    classifier, pixels, labels, protocol=get_protocol("quick", epochs=2), accelerator=accelerator,
+    classifier, ImageSet(pixels, labels), protocol=get_protocol("quick", epochs=2), execution=Execution(accelerator),
     checkpoint=work / "checkpoint.safetensors", checkpoint_seconds=0,
 )
 tiny = GeneratorTrainingConfig(num_layers=1, num_attention_heads=2, attention_head_dim=4, train_steps=2, batch_size=4)
