@@ -128,6 +128,10 @@ def test_a_denoiser_of_ones_own_is_saved_loaded_and_offloaded(tiny, make, tmp_pa
     again = loaded([0, 1, 2], generator=make.generators([1, 2, 3]), output_type="pt", **DRAWN).images
     assert torch.equal(images, again) and images.std() > 0
     assert "custom_denoiser" in loaded.model_cpu_offload_seq.split("->")
+    tiny.register_modules(custom_denoiser=None)  # as a pipeline is published whose denoiser nobody could load
+    tiny.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="No family of denoisers takes a NoneType"):
+        tiny([0])
     other = TinyNet(labels=3)
     assert DsCoPipeline.from_pretrained(tmp_path, denoiser=other).denoiser is other
 

@@ -310,13 +310,15 @@ def register_denoiser(family: _Family) -> _Family:
     return family
 
 
-def family_of(network: nn.Module) -> type[Denoiser]:
+def family_of(network: nn.Module | None) -> type[Denoiser]:
     """The family that takes a network.
 
     Raises:
         ValueError: if there is none.
     """
-    own = extract_model_from_parallel(network, keep_torch_compile=False)
+    own = network
+    if isinstance(network, nn.Module):  # compiled, or wrapped for several processes
+        own = extract_model_from_parallel(network, keep_torch_compile=False)
     for family in reversed(FAMILIES.values()):
         if isinstance(own, family.kinds):
             return family

@@ -134,8 +134,8 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
 
     @property
     def denoiser(self) -> Any:
-        """The noise predictor, whatever component it is."""
-        return next(network for slot in SLOTS if (network := getattr(self, slot)) is not None)
+        """The noise predictor, whatever component it is; None if it was taken out."""
+        return next((network for slot in SLOTS if (network := getattr(self, slot)) is not None), None)
 
     @property
     def family(self) -> Denoiser:
