@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsco_hf import Clarity, Clearest, Herding, Pool, Random, Selection, dope, get_protocol, recorded_doping, select
+from dsco_hf.concentration.config_records import what_was_done
 from dsco_hf.concentration.doping import selected_rows
 from dsco_hf.concentration.selection import SELECTIONS, clarity_scores, find_selection
 from dsco_hf.concentration.set_records import record_of
@@ -275,6 +276,8 @@ def test_a_doping_that_an_earlier_version_recorded(pipe):
         **{"images_per_class": 3, "class_wise": True, "image_size": 8, "seed": 5}
     }
     assert recorded_doping({"strategy": "random", **common})["strategy"] == Random()
+    for strategy in ("random", {"name": "random"}):
+        assert what_was_done({"doping": {"strategy": strategy, **common}}) == ["Real images were added at random."]
     herded = {"strategy": "herding", **common, "classifier_sha256": "0"}
     assert recorded_doping(herded)["strategy"] == Herding()
     with pytest.raises(ValueError, match="pass the same one as `targets=`"):
