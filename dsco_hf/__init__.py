@@ -35,6 +35,7 @@ from .matching.targets import MatchingTargets
 from .sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
 from .sampling.released import QuantileTargets
 from .studies.generator_check import GeneratorCheck, check_generator
+from .studies.study import Study, real_baselines
 
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "QuantileTargets",
     "Random",
     "Selection",
+    "Study",
     "build_evaluator",
     "check_generator",
     "concentrate",
@@ -79,6 +81,7 @@ __all__ = [
     "publish_evaluator",
     "publish_pipeline",
     "read_concentration",
+    "real_baselines",
     "recorded_doping",
     "register_denoiser",
     "save_dataset_folder",

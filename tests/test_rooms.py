@@ -30,7 +30,10 @@ ORDER = {
         *["doping", "records", "run_folder", "runs"],
     ],
     "costs": ["tracing", "passes", "probe"],
-    "studies": ["figures", "generator_check", "metrics", "plans", "feature_figures", "kept", "stages", "tables"],
+    "studies": [
+        *["options", "figures", "generator_check", "metrics", "feature_figures"],
+        *["kept", "plans", "tables", "study"],
+    ],
     "hub": ["cards", "push", "given", "model_cards", "folder", "models", "remake", "verification", "publish"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

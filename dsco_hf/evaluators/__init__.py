@@ -3,7 +3,7 @@
 from .augmentation import Augmented, augment
 from .batches import accuracy
 from .checks import check_same_classes, class_columns, model_classes
-from .evaluation import ImageSet, job_identity, load_image_set, run_job, run_jobs, summarise, train_job
+from .evaluation import ImageSet, job_identity, load_image_set, run_job, summarise, train_job
 from .models import (
     ARCHITECTURES,
     ConvNetConfig,
@@ -46,7 +46,6 @@ __all__ = [
     "protocol_from_dict",
     "protocol_to_dict",
     "run_job",
-    "run_jobs",
     "summarise",
     "train_evaluator",
     "train_job",

@@ -222,7 +222,7 @@ def train_job(
         progress=progress,
     )
     if save_to is not None:
-        result.model.save_pretrained(save_to)
+        save_network(result.model, save_to)
     return {
         "architecture": architecture,
         "seed": seed,
@@ -235,34 +235,13 @@ def train_job(
     }
 
 
-def run_jobs(
-    keys: Sequence[str],
-    run: Callable[[str, Path], dict[str, Any]],
-    *,
-    settings: Callable[[str], Mapping[str, Any]],
-    accelerator: Accelerator,
-    folder: str | Path,
-) -> dict[str, dict[str, Any]]:
-    """Spreads jobs over the processes; each is done once, also over restarts.
-
-    Args:
-        keys (`Sequence[str]`): names of the jobs, fit for file names.
-        run (`Callable`): does the job of that name, with a path for its checkpoint.
-        settings (`Callable`): all that decides the job's result, by name; see [`job_identity`].
-        accelerator (`Accelerator`): of the launch.
-        folder (`str` or `Path`): shared by the processes; `<key>.json` are the results.
-
-    Returns:
-        `dict`: result by key, on every process.
-
-    Raises:
-        ValueError: where a stored result belongs to other settings or data.
-    """
-    with accelerator.split_between_processes(list(keys)) as mine:
-        for key in mine:
-            run_job(key, run, settings=settings, folder=folder)
-    accelerator.wait_for_everyone()
-    return {key: read_job(Path(folder) / f"{key}.json") for key in keys}
+def save_network(model: PreTrainedModel, folder: Path) -> None:
+    """Saves a model of this process alone; transformers has only the first process write, as if all had the same."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.should_save_on_this_rank
 
 
 def run_job(
@@ -272,7 +251,17 @@ def run_job(
     settings: Callable[[str], Mapping[str, Any]],
     folder: str | Path,
 ) -> None:
-    """Does one job unless its result is there; arguments as for [`run_jobs`]. Other processes may be at other jobs."""
+    """Does one job unless its result is there. Other processes may be at other jobs.
+
+    Args:
+        key (`str`): its name, fit for a file name.
+        run (`Callable`): does the job of that name, with a path for its checkpoint.
+        settings (`Callable`): all that decides the job's result, by name; see [`job_identity`].
+        folder (`str` or `Path`): shared by the processes; `<key>.json` is the result.
+
+    Raises:
+        ValueError: where a stored result belongs to other settings or data.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, checkpoint, wanted = folder / f"{key}.json", folder / f"{key}.safetensors", settings(key)

@@ -28,6 +28,8 @@ from ..concentration.records import concentration_record as concentration_record
 from ..data.images import draw_samples
 from ..data.shards import CONFIG_NAME, DatasetLike, as_configs, describe_split, file_sha256, read_split, write_shards
 from ..matching.targets import MatchingTargets
+from ..studies.plans import PlannedSets
+from ..studies.study import Study, random_beside
 from ..utils.files import bring_to_disk, read_json, reading
 from ..utils.markdown import merge_cards
 from ..utils.origins import without_places
@@ -212,6 +214,45 @@ def save_dataset_folder(
         record = build_concentration(records, described, default_config=default, card=said(card, concentration))
         write_records(new, record, card=card, results=results, figures=paths, existing_card=existing)
     return folder
+
+
+def save_study_folder(
+    study: Study,
+    made: PlannedSets,
+    folder: str | Path,
+    *,
+    results: Mapping[str, Any],
+    source: Mapping[str, Any],
+    doped: str = "doped{budget}",
+    **options: Any,
+) -> Path | None:
+    """Writes the sets of a study that are of the first seed as they are published, with targets and discrepancies.
+
+    Args:
+        study: With its results.
+        made: The sets.
+        folder: To write.
+        results: Of the study.
+        source: Where the real images are from; None among its values is left out.
+        doped: Names of the configs with real images in them.
+        **options: Of [`save_dataset_folder`].
+
+    Returns:
+        The folder; `None` where the plan draws nothing.
+    """
+    chosen = made.plan.published(doped)
+    if not chosen:
+        return None
+    beside, check = random_beside(study.discrepancies), made.check
+    record: dict[str, Any] = {"source": {key: value for key, value in source.items() if value is not None}}
+    record |= {"generator_check": check.record()} if check is not None else {}
+    record["configs"] = {
+        config: {"discrepancy": {"set": study.discrepancies[name], "as many random real images": beside[name]}}
+        for config, name in chosen.items()
+    }
+    targets = {config: own for config, name in chosen.items() if (own := made.targets_of(name)) is not None}
+    rows = {config: made.kept.rows(name) for config, name in chosen.items()}
+    return save_dataset_folder(rows, folder, results=results, concentration=record, targets=targets or None, **options)
 
 
 def names_of_classes(configs: Mapping[str, Mapping[str, Dataset]]) -> dict[str, list[str]]:

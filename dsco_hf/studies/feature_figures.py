@@ -13,7 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from ..concentration.concentrate import embed_pixels
 from ..concentration.methods import find_method
+from ..evaluators import ImageSet
+from ..matching.targets import MatchingTargets
+from ..sampling.pipeline import DsCoPipeline
 from .figures import FAINT, INK, save_figure, shorten
 
 
@@ -59,6 +63,22 @@ def feature_figure(
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     return save_figure(figure, path)
+
+
+def draw_study_features(
+    train: ImageSet, sets: Mapping[str, ImageSet], pipe: DsCoPipeline, targets: MatchingTargets, path: str | Path
+) -> Path:
+    """Draws real images and small sets as the targets see them, see [`feature_figure`].
+
+    Args:
+        train (`ImageSet`): the real images.
+        sets (mapping of `str` to `ImageSet`): by method.
+        pipe (`DsCoPipeline`): with the networks of the targets.
+        targets (`MatchingTargets`): give the embedding.
+        path (`str` or `Path`): the PNG file to write.
+    """
+    real, *points = [(embed_pixels(own.pixels, pipe, targets), own.labels) for own in (train, *sets.values())]
+    return feature_figure(real, dict(zip(sets, points, strict=True)), train.names, path)
 
 
 def _check_features(

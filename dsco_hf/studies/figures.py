@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
 from ..concentration.methods import chance_level, dataset_title, find_method, find_methods, network_title
+from ..evaluators import ImageSet
 
 
 INK, FAINT = "#222222", "#d9d9d9"
@@ -93,6 +94,23 @@ def sample_grid(
             color=INK,
         )
     return save_figure(figure, path)
+
+
+def draw_study_samples(sets: Mapping[str, ImageSet], images_per_class: int, path: str | Path) -> Path:
+    """Draws real, plain, concentrated and data-free images of up to ten classes side by side, of the first seed.
+
+    Args:
+        sets (mapping of `str` to [`~dsco_hf.evaluators.ImageSet`]): by [`~dsco_hf.studies.plans.set_name`]; those
+            that are there are shown.
+        images_per_class (`int`): of the sets to show.
+        path (`str` or `Path`): the PNG file to write.
+    """
+    methods = {"real": "random", "plain": "plain", "nopt": "nopt", "nopt-data-free": "nopt-data-free"}
+    found = {title: sets.get(f"{method}-ipc{images_per_class}-seed0") for title, method in methods.items()}
+    there = {title: images for title, images in found.items() if images is not None}
+    names = next(iter(there.values())).names[:10]
+    grid = {title: images.first_of(range(len(names)), 4) for title, images in there.items()}
+    return sample_grid(grid, names, path)
 
 
 def _check_rows(rows: Mapping[str, torch.Tensor], class_names: Sequence[str]) -> None:

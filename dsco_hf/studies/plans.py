@@ -1,18 +1,41 @@
-"""Which small sets a study draws, of which methods and sizes, and with what: options that recipes inherit."""
+"""Which small sets a study draws, of which methods and sizes, and with what; and the making of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
-from ..concentration.selection import SELECTIONS
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..concentration.concentrate import concentrate_and_report
+from ..concentration.doping import dope, select
+from ..concentration.selection import SELECTIONS, Clearest, find_selection
+from ..data.datasets import Pool
 from ..data.schema import nearest
+from ..data.shards import file_sha256
+from ..evaluators import build_evaluator
 from ..matching.objectives import MATCHING
+from ..matching.targets import MatchingTargets
+from ..sampling.pipeline import DsCoPipeline
+from ..sampling.released import QuantileTargets
+from ..utils.files import read_json, write_json
+from ..utils.origins import fingerprint, identity
+from ..utils.progress import Clock
 from ..utils.values import check_choice
+from .generator_check import GeneratorCheck
+from .kept import DRAW_AGAIN, KeptSets, kept_check, kept_targets, pipeline_identity
 
 
-METHODS = ("plain", "nopt", "nopt-data-free", "nopt-quantile")
+METHODS = ("plain", "nopt-classifier-only", "nopt", "nopt-data-free", "nopt-quantile")
+PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset
+FEATURE_SEED = 1000  # of the untrained network whose features are matched: no evaluator's
 FEATURES: dict[str, Any] = {
     "trained": {},
     "untrained": {"network": "classifier_2"},
@@ -51,10 +74,12 @@ class StudyPlan:
         features: what is matched: those of the "trained" classifier; of an "untrained" network of the evaluators'
             architecture, whose seed no evaluator has (as in distribution matching, https://arxiv.org/abs/2110.04181);
             or of "both".
-        methods: of "plain", "nopt", "nopt-data-free" and "nopt-quantile" (the released objective, which takes long).
+        methods: of "plain", "nopt", "nopt-data-free", "nopt-classifier-only" (matches nothing: the classifier's
+            evidence alone) and "nopt-quantile" (the released objective, which takes long).
         budgets: images per class; if none, those of 1, 10 and 50 that every class has.
         synthesis_seeds: repetitions of the sets. "nopt-quantile", whose cost is many times that of the others, has
             one.
+        single_seeds: of those at one image per class, where sets differ most; as many if None.
         num_inference_steps, guidance_scale: of sampling.
         clearest_share: "nopt" matches this share of every class, the images that the classifier is surest of; one
             value, or one for each of the budgets. Fewer images can only show clearer ones.
@@ -71,7 +96,10 @@ class StudyPlan:
         doping_budgets: images per class of sets whose first part is the largest set of "nopt" below it, and whose rest
             are chosen real images; if neither these nor `budgets` are given, half of the smallest class.
         doping_strategy: how they are chosen, see `dsco_hf.dope`; "clarity" takes four students.
+        doping_class_wise: fill every class to the same number; otherwise "clarity" ranks over all of them.
         quantile_iterations: of the released objective, per sampling step; its authors use 200.
+        check_images: plain samples of a class that the classifier is asked about before anything is drawn, 64 at most;
+            0 asks nothing.
 
     Raises:
         ValueError: for something that does not exist, or values that do not go together.
@@ -81,6 +109,7 @@ class StudyPlan:
     methods: list[str] = field(default_factory=lambda: ["plain", "nopt", "nopt-data-free"])
     budgets: list[int] = field(default_factory=list)
     synthesis_seeds: int = 2
+    single_seeds: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     clearest_share: list[float] = field(default_factory=lambda: [1.0])
@@ -98,7 +127,9 @@ class StudyPlan:
     weighting: str = "confidence"
     doping_budgets: list[int] = field(default_factory=list)
     doping_strategy: str = "herding"
+    doping_class_wise: bool = True
     quantile_iterations: int = 200
+    check_images: int = 4
 
     def __post_init__(self) -> None:
         """Refuses what does not exist, or does not go together."""
@@ -182,6 +213,11 @@ class StudyPlan:
         """All numbers of images per class, doped sets among them."""
         return sorted({*self.budgets, *self.doping_budgets})
 
+    def seeds(self, method: str, budget: int) -> range:
+        """Seeds of the sets of a method and size."""
+        several = self.single_seeds if budget == 1 and self.single_seeds else self.synthesis_seeds
+        return range(1 if method == "nopt-quantile" else several)
+
     def set_names(self) -> list[str]:
         """Names of all synthetic sets, the slow ones first."""
         return [
@@ -189,7 +225,7 @@ class StudyPlan:
             for budget in sorted(self.budgets, reverse=True)
             for method in reversed(METHODS)
             if method in self.methods
-            for seed in range(1 if method == "nopt-quantile" else self.synthesis_seeds)
+            for seed in self.seeds(method, budget)
         ]
 
     def doped_names(self) -> dict[str, str]:
@@ -197,8 +233,15 @@ class StudyPlan:
         return {
             set_name("nopt+doping", budget, seed): set_name("nopt", max(b for b in self.budgets if b < budget), seed)
             for budget in self.doping_budgets
-            for seed in range(self.synthesis_seeds)
+            for seed in self.seeds("nopt", budget)
         }
+
+    def published(self, doped: str = "doped{budget}") -> dict[str, str]:
+        """Sets of the first seed that make the dataset of the study, by config; none without a method of its own."""
+        method = next((name for name in PUBLISHED if name in self.methods), None)
+        configs = {f"ipc{budget}": set_name(method, budget, 0) for budget in self.budgets} if method else {}
+        mixed = {doped.format(budget=budget): set_name("nopt+doping", budget, 0) for budget in self.doping_budgets}
+        return configs | mixed
 
     def drawing(self, method: str, budget: int) -> tuple[str | None, dict[str, Any]]:
         """The population that a set matches ("real", "clearest-0.2", "nopt-data-free"), and how it is drawn.
@@ -209,9 +252,11 @@ class StudyPlan:
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         if method == "plain":
             return None, options | {"optimization_steps": 0}
+        if method == "nopt-classifier-only":
+            return None, options | {"objective": "classifier"}
         options |= {name: getattr(self, name) for name in ("step_size", "optimize_from", "optimize_until")}
         if method == "nopt-quantile":
-            options |= {"objective": "quantile", "optimize_from": 0.0}
+            options |= {"objective": "quantile", "optimize_from": 0.0, "optimize_until": 1.0}  # as released
             return None, options | {"optimization_steps": self.quantile_iterations}
         objective = self.at_budget("objective", budget)
         strength = "contrast" if objective == "rkhs" else "regularization"
@@ -220,3 +265,170 @@ class StudyPlan:
             return method, options
         share = self.at_budget("clearest_share", budget)
         return "real" if share == 1 else clear_name(share), options
+
+
+def untrained_network(
+    pipe: DsCoPipeline, class_names: Sequence[str], architecture: str, *, seed: int = FEATURE_SEED, **overrides: Any
+) -> PreTrainedModel:
+    """A network as evaluators are before their training, whose features are matched (as in arXiv 2110.04181).
+
+    Args:
+        pipe (`DsCoPipeline`): gives the size and the channels of images, and the device.
+        class_names (sequence of `str`): of the dataset.
+        architecture (`str`): see [`~dsco_hf.evaluators.build_evaluator`], like `overrides`.
+        seed (`int`): of its weights; one that no evaluator has.
+        **overrides: values of the network's configuration.
+
+    Returns:
+        `PreTrainedModel`: frozen, in eval mode.
+    """
+    size = {"image_size": pipe.image_size, "num_channels": pipe.num_channels}
+    network = build_evaluator(architecture, class_names=class_names, seed=seed, **{**size, **overrides})
+    return network.eval().requires_grad_(False).to(pipe.device)
+
+
+class PlannedSets:
+    """The sets of a plan and the targets that they match: each is made once, and kept beside all that decided it.
+
+    Args:
+        plan ([`StudyPlan`]): with budgets.
+        pipe (`DsCoPipeline`): draws; with `classifier_2` where the plan matches an untrained network's features.
+        real (`Dataset`): the real images to match and to choose from.
+        folder (`str` or `Path`): on a file system that all processes see; sets of other models, images or settings
+            lie beside these.
+        clock ([`~dsco_hf.utils.progress.Clock`]): of the launch; when it is over, nothing new is begun.
+        columns (mapping): `image_column` and `label_column` of `real`, where there are several.
+        students (mapping): protocol and architecture of the students of doping by clarity.
+        told: what else is to keep sets apart, such as where the images are from.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        pipe: DsCoPipeline,
+        real: Dataset,
+        folder: str | Path,
+        *,
+        clock: Clock,
+        columns: Mapping[str, str | None] | None = None,
+        students: Mapping[str, Any] | None = None,
+        **told: Any,
+    ) -> None:
+        self.plan, self.pipe, self.real, self.clock = plan, pipe, real, clock
+        self.accelerator = clock.accelerator
+        self.columns: dict[str, Any] = dict(columns or {})
+        self.students = dict(students or {})
+        self.pool = Pool(real, progress=False, **self.columns)
+        self.made_with = pipeline_identity(pipe, real, **plan.shared, **self.columns, **told)
+        self.folder = Path(folder) / fingerprint(self.made_with)[:8]
+        self.kept = KeptSets(self.folder / "sets")
+        self.targets: dict[str, MatchingTargets] = {}
+        self.check: GeneratorCheck | None = None
+
+    def make(self) -> None:
+        """Makes what is left: the targets by all processes together, of the sets each process its share.
+
+        Before anything is drawn, it is told what the classifier makes of plain samples, if the plan asks for it.
+        """
+        self.targets = {name: self._targets(name, make) for name, make in self._makers().items()}
+        if self.plan.check_images and self.accelerator.is_main_process:
+            self.check = kept_check(
+                self.folder / "generator_check.json", self.pipe, self.real, **self.columns,
+                class_labels=self.targets["real"].class_labels, images_per_class=self.plan.check_images,
+                num_inference_steps=self.plan.num_inference_steps, guidance_scale=self.plan.guidance_scale,
+            )  # fmt: skip
+            if self.check is not None:
+                self.clock.say(str(self.check))
+        self._draw()
+        self._dope()
+
+    def seconds(self, clock: Clock) -> float:
+        """Time until all was done; a run that finds everything done tells that of the one that did it."""
+        path = self.folder / "seconds.json"
+        if not path.is_file():
+            write_json(path, {"seconds": round(time.monotonic() - clock.start, 1)})
+        return float(read_json(path, DRAW_AGAIN)["seconds"])
+
+    def rows(self) -> dict[str, Dataset]:
+        """The finished sets by name."""
+        names = (*self.plan.set_names(), *self.plan.doped_names())
+        return {name: self.kept.rows(name) for name in names if name in self.kept}
+
+    def targets_of(self, name: str) -> MatchingTargets | None:
+        """What a set, or the one that a doped set begins with, was matched to, as far as it is a file of its own."""
+        return self.targets.get(self.kept.told(self.plan.doped_names().get(name, name)).get("population") or "")
+
+    def _makers(self) -> dict[str, Callable[..., MatchingTargets]]:
+        """How targets are made, by name; the discrepancy of all sets is measured by the first."""
+        plan = self.plan
+
+        def of_images(share: float = 1.0, **shared: Any) -> MatchingTargets:
+            chosen = self.real
+            if share < 1:
+                chosen = select(self.pool, Clearest(share), pipe=self.pipe)
+            return MatchingTargets.from_dataset(chosen, self.pipe, **plan.matched, **self.columns, **shared)
+
+        makers: dict[str, Callable[..., MatchingTargets]] = {"real": of_images}
+        if "nopt" in plan.methods:
+            shares = sorted(set(plan.clearest_share) - {1})
+            makers |= {clear_name(share): functools.partial(of_images, share) for share in shares}
+        if "nopt-data-free" in plan.methods:
+            makers["nopt-data-free"] = functools.partial(
+                MatchingTargets.from_generator, self.pipe, **plan.templates, **plan.matched
+            )
+        return makers
+
+    def _targets(self, name: str, make: Callable[..., MatchingTargets]) -> MatchingTargets:
+        def timed(**shared: Any) -> MatchingTargets:
+            self.clock.say(f"targets: {name}")
+            start = time.perf_counter()
+            targets = make(progress=False, **shared)
+            targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
+            return targets
+
+        path, made_with = self.folder / f"targets-{name}", {**self.made_with, "population": name}
+        return kept_targets(path, made_with, timed, accelerator=self.accelerator, renew=True)
+
+    @functools.cached_property
+    def _quantile(self) -> QuantileTargets:
+        return QuantileTargets.from_dataset(self.real, self.pipe, progress=False, **self.plan.pivots, **self.columns)
+
+    def _draw(self) -> None:
+        self.clock.say(f"synthesis: {', '.join(self.plan.methods)}")
+        rank = self.accelerator.process_index
+        for name in tqdm(self.plan.set_names()[rank :: self.accelerator.num_processes], desc="Sets", disable=rank > 0):
+            method, budget, seed = set_parts(name)
+            population, options = self.plan.drawing(method, budget)
+            targets: Any = self.targets.get(population or "")
+            matched = self.plan.pivots if method == "nopt-quantile" else targets
+            made_with = {**self.made_with, "set": identity(seed=seed, budget=budget, targets=matched, **options)}
+            if self.kept.is_made(name, made_with) or self.clock.is_over():
+                continue
+            rows, report = concentrate_and_report(
+                self.pipe, self._quantile if method == "nopt-quantile" else targets, budget, seed=seed,
+                measure_by=self.targets["real"], progress=False, **options,
+            )  # fmt: skip
+            self.kept.save(name, rows, made_with, population=population, **dataclasses.asdict(report))
+        self.accelerator.wait_for_everyone()
+
+    def _dope(self) -> None:
+        bases = self.plan.doped_names()
+        for name in list(bases)[self.accelerator.process_index :: self.accelerator.num_processes]:
+            _, budget, seed = set_parts(name)
+            if bases[name] not in self.kept or self.clock.is_over():
+                self.clock.unfinished = True
+                continue
+            rule = find_selection(
+                self.plan.doping_strategy, targets=self.targets["real"], num_students=4, **self.students
+            )
+            doping: dict[str, Any] = {"strategy": rule, "images_per_class": budget, "seed": seed}
+            doping |= {} if self.plan.doping_class_wise else {"class_wise": False}
+            base, precision = file_sha256(self.kept.file(bases[name])), self.accelerator.mixed_precision
+            made_with = {**self.made_with, "set": identity(base=base, mixed_precision=precision, **doping)}
+            if self.kept.is_made(name, made_with):
+                continue
+            self.clock.say(f"doping: {name}")
+            start = time.perf_counter()
+            rows = dope(self.kept.rows(bases[name]), self.pool, self.pipe, progress=False, **doping)
+            self.kept.save(name, rows, made_with, population="real", seconds=time.perf_counter() - start)
+        self.accelerator.wait_for_everyone()

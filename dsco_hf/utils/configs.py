@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import os
 import re
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import HfArgumentParser
 
 from .files import Entry, read_entries
@@ -46,6 +48,9 @@ def parse_config(
         FileNotFoundError: if the file is not there.
     """
     parser = _RaisingParser(config_class, description=description, allow_abbrev=False)
+    texts = option_texts(config_class)
+    for action in parser._actions:
+        action.help = texts.get(action.dest, action.help)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the options below")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     path = _config_path(arguments)
@@ -61,13 +66,25 @@ def parse_config(
     return config_class(**{name: None if name in absent else getattr(known, name) for name in names})
 
 
+def option_texts(config_class: type) -> dict[str, str]:
+    """What `--help` says of options: the lines of docstrings under `Attributes:`, a class's own before its bases'."""
+    found: dict[str, str] = {}
+    for base in reversed(config_class.__mro__):
+        block = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
+        for names, text in re.findall(r"^ {4}([\w, ]+?)(?: \([^)]*\))?: (.*(?:\n {8}.*)*)", block, re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()).replace("%", "%%"))
+    return found
+
+
 def _as_written(arguments: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], set[str]]:
     """The command line with lists of numbers apart, and the options that are `none` in place of a number."""
     written: list[str] = []
     absent: set[str] = set()
     name = ""
-    for argument in arguments:
-        value = argument
+    for given in arguments:
+        option, *rest = given.split("=", 1)
+        known = option[2:] in kinds or option[2:] not in RENAMED or not option.startswith("--")
+        value = argument = given if known else "=".join([f"--{RENAMED[option[2:]]}", *rest])
         if argument.startswith("--"):
             name, _, value = argument[2:].partition("=")
         kind = kinds.get(name)
@@ -252,6 +269,8 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
     if mixed_precision is not None and mixed_precision not in choices:
         raise ValueError(f"`mixed_precision` must be one of {list(choices)}, got {mixed_precision!r}.")
     options.setdefault("cpu", not torch.accelerator.is_available())
+    # what one process does alone, a download or a training, may take longer than others usually wait (10 minutes)
+    options.setdefault("kwargs_handlers", [InitProcessGroupKwargs(timeout=timedelta(days=7))])
     accelerator = Accelerator(mixed_precision=mixed_precision, **options)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:

@@ -16,7 +16,7 @@ from typing import Any
 
 
 # Options and fields by the names that they had in earlier configs and records.
-RENAMED = {"input_size": "image_size"}
+RENAMED = {"input_size": "image_size", "templates_per_class": "samples_per_class"}
 
 
 def canonical(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How fast a training goes, and when it will end: said at its start and after ten steps."""
+"""How far a run is: its stages and its time, how fast a training goes, and when it will end."""
 
 from __future__ import annotations
 
@@ -73,6 +73,37 @@ class Pace:
     def _say(self, text: str) -> None:
         if self.shown:
             tqdm.write(text)
+
+
+class Clock:
+    """Tells the stages of a run with the time since its start, and when nothing new may be begun.
+
+    Args:
+        accelerator (`Accelerator`): the main process speaks.
+        max_minutes (`float`, *optional*): time in which something may be begun; without an end if None.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_minutes: float | None = None) -> None:
+        self.accelerator, self.max_minutes, self.start = accelerator, max_minutes, time.monotonic()
+        self.unfinished = False
+
+    def say(self, text: str) -> None:
+        """Prints a stage."""
+        if self.accelerator.is_main_process:
+            seconds = int(time.monotonic() - self.start)
+            tqdm.write(f"[{seconds // 60}:{seconds % 60:02d}] {text}")
+            sys.stdout.flush()
+
+    def is_over(self) -> bool:
+        """Whether this process may begin nothing new; it is remembered."""
+        limit = self.max_minutes
+        self.unfinished |= limit is not None and time.monotonic() - self.start >= 60 * limit
+        return self.unfinished
+
+    def any_unfinished(self) -> bool:
+        """Whether any process left something undone; all of them call this."""
+        mine = torch.tensor([int(self.unfinished)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(mine).max())
 
 
 def remaining(seconds: float, now: datetime | None = None) -> str:

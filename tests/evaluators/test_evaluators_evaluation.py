@@ -13,11 +13,11 @@ from dsco_hf.data.datasets import images_from_pixels
 from dsco_hf.evaluators import (
     get_protocol,
     load_image_set,
-    run_jobs,
+    run_job,
     summarise,
     train_job,
 )
-from dsco_hf.evaluators.evaluation import evaluator_builder, read_soft_labels
+from dsco_hf.evaluators.evaluation import evaluator_builder, read_job, read_soft_labels
 
 
 QUICK = get_protocol("quick", steps=8)
@@ -106,15 +106,17 @@ def test_jobs_are_done_once_and_bound_to_their_settings(tmp_path):
             raise KeyboardInterrupt
         return {"value": key.upper()}
 
-    options = {"accelerator": Accelerator(), "folder": tmp_path, "settings": lambda key: {"seed": key, "steps": 5}}
+    options = {"folder": tmp_path, "settings": lambda key: {"seed": key, "steps": 5}}
+    run_job("a", run, **options)
     with pytest.raises(KeyboardInterrupt):
-        run_jobs(["a", "b", "c"], run, **options)
-    results = run_jobs(["a", "b", "c"], run, **options)
+        run_job("b", run, **options)
+    for key in "abc":
+        run_job(key, run, **options)
     assert done == ["a", "b", "b", "c"]
-    assert [results[key]["value"] for key in "abc"] == ["A", "B", "C"]
+    assert [read_job(tmp_path / f"{key}.json")["value"] for key in "abc"] == ["A", "B", "C"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "c.json"]
     with pytest.raises(ValueError, match=r"other settings or data \(steps: 5 there, 7 now\)\. Set them as they were"):
-        run_jobs(["a"], run, **{**options, "settings": lambda key: {"seed": key, "steps": 7}})
+        run_job("a", run, **{**options, "settings": lambda key: {"seed": key, "steps": 7}})
 
 
 def job(seed, accuracy, best=None):

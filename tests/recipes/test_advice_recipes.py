@@ -1,9 +1,11 @@
 """What errors of the recipes say to do is done, literally, and works; and every error that says so is listed."""
 
 import pytest
+from accelerate import Accelerator
 
 from advice import follow
 from dsco_hf import get_protocol
+from dsco_hf.evaluators import load_image_set
 from dsco_hf.utils.configs import parse_config
 from recipes import compare, publish, train_evaluator, train_generator
 from recipes import concentrate as concentrating
@@ -30,29 +32,25 @@ def sizes(w, *options):
     recipe = comparison(w, *options, datasets=("a=one1.parquet", "b=other.parquet"))
     if recipe.image_size is not None:
         return recipe.image_size  # as `main` does
-    return compare.size_of_all(recipe, compare.open_compared(recipe), w.real)
+    return recipe.size_of_all(recipe.open_compared())
 
 
 def loaded(w, *options, path="one2.parquet"):
     recipe = comparison(w, *options, datasets=(f"a={path}",))
     protocol = get_protocol("quick")
-    real = compare.load_image_set(w.real, protocol=protocol)
-    return [
-        len(images.labels)
-        for images in compare.load_compared(recipe, protocol, compare.open_compared(recipe), real).values()
-    ]
+    real = load_image_set(w.real, protocol=protocol)
+    found = recipe.load_compared(recipe.open_compared(), real, protocol=protocol)
+    return [len(images.labels) for images in found.values()]
 
 
 def columns(w, *options):
-    return [
-        rows.column_names
-        for rows in compare.open_compared(comparison(w, *options, datasets=("a=two.parquet",))).values()
-    ]
+    recipe = comparison(w, *options, datasets=("a=two.parquet",))
+    return [rows.column_names for rows in recipe.open_compared().values()]
 
 
 def real(label_type):
-    recipe = parse_config(compare.ComparisonRecipe, [])
-    return len(compare.open_real(recipe, get_protocol("quick", label_type=label_type))[0])
+    recipe = parse_config(compare.ComparisonRecipe, ["--label_type", label_type, "--num_channels", "1"])
+    return compare.described_study(recipe, Accelerator())[0].protocol.label_type
 
 
 def checked(*options):
@@ -67,7 +65,7 @@ def evaluated(w, *options):
     w.small().to_parquet(w.folder / "small.parquet")
     w.real.to_parquet(w.folder / "real.parquet")
     recipe = parse_config(train_evaluator.EvaluatorRecipe, ["--dataset", f"{w.folder}/small.parquet", *options])
-    return [len(rows) for rows in train_evaluator.open_sets(recipe)[:2]]
+    return [len(own.labels) for own in train_evaluator.load_sets(recipe, get_protocol("quick"), shown=False)[:2]]
 
 
 def card(w, *options):
@@ -89,7 +87,7 @@ COMPARE = {
         lambda w: real("stored"),
         "Use --label_type hard, or teacher with --teacher",
         lambda w: [real("hard"), real("teacher")],
-        [1437, 1437],
+        ["hard", "teacher"],
     ),
     "sets of several sizes": (
         lambda w: sizes(w),
@@ -110,10 +108,10 @@ COMPARE = {
         [["image", "shape", "other"]],
     ),
     "a name of a compared set": (
-        lambda w: compare.dataset_names(parse_config(compare.ComparisonRecipe, ["--datasets", "digits"])),
+        lambda w: parse_config(compare.ComparisonRecipe, ["--datasets", "digits"]),
         r"takes name=path\[@config\[@split\[@revision\]\]\] with a name of its own",
-        lambda w: compare.dataset_names(parse_config(compare.ComparisonRecipe, ["--datasets", "ours=digits@x@y@z"])),
-        ["ours"],
+        lambda w: parse_config(compare.ComparisonRecipe, ["--datasets", "ours=digits@x@y@z"]).datasets,
+        ["ours=digits@x@y@z"],
     ),
 }
 

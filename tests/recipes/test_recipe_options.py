@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 import dsco_hf.evaluators.training as train_evaluation
 from dsco_hf.hub.cards import DatasetCardFields
-from dsco_hf.utils.configs import check_anew, parse_config
+from dsco_hf.studies import options
+from dsco_hf.utils.configs import check_anew, option_texts, parse_config
 from recipes import (
     compare,
     compute_targets,
@@ -46,6 +47,7 @@ DATASETS = {
 }
 MODELS = ("generator", "classifier", "preview_vae", "vae", "teacher", "targets", "finetune_from")
 SOURCES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))}
+SOURCES["options"] = Path(options.__file__)
 
 
 def options_of(name):
@@ -76,6 +78,12 @@ def test_every_option_is_used(name):
     assert not names - used
 
 
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"concentrate"}))  # which passes those of a call on
+def test_help_says_what_every_option_is(name):
+    texts = option_texts(RECIPES[name])
+    assert not [option for option in options_of(name) if len(texts.get(option, "")) < 5]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_tokens_are_no_options(name):
     """Others can see command lines: the token is that of `hf auth login` or HF_TOKEN, which reach every read."""
@@ -91,13 +99,13 @@ def test_images_to_test_on_are_chosen_alike(name):
 
 
 RESUMED = sorted(set(RECIPES) - {"plan", "publish"})
-RESUME = 'resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.'
+RESUME = 'go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.'
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_to_resume_means_the_same_everywhere(name):
     assert options_of(name)["resume"].default is True
-    assert RESUME in RECIPES[name].__doc__
+    assert option_texts(RECIPES[name])["resume"] == RESUME
     assert "check_anew(recipe.resume, accelerator, " in SOURCES[name].read_text(encoding="utf-8")
 
 
@@ -171,7 +179,7 @@ READERS = re.compile(r"load_(image_dataset|splits|test_split|model|classifier)|\
 OWN = {"MatchingTargets.from_pretrained(folder)", "DsCoPipeline.from_pretrained(folder)"}
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) | {"quickstart"}))
+@pytest.mark.parametrize("name", sorted({*RECIPES, "quickstart", "options"}))
 def test_models_and_datasets_are_read_by_the_functions_that_explain_and_pin(name):
     for call in [node for node in ast.walk(ast.parse(SOURCES[name].read_text())) if isinstance(node, ast.Call)]:
         function = ast.unparse(call.func)

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification
 
 from dsco_hf.data.datasets import load_image_dataset
 from dsco_hf.studies.metrics import paired_difference
+from dsco_hf.studies.tables import comparison_table, latex_table
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment
 from recipes import compare, train_classifier, train_evaluator
@@ -119,8 +120,9 @@ def test_evaluator_with_teacher_and_several_networks(small, tmp_path, capsys):
     assert all(len(row["accuracies"]) == len(row["accuracies_best"]) == 2 for row in written["rows"])
     assert written["images"] == 20 and written["images_per_class"] == 2 and written["test_images"] == 360
     assert written["protocol"]["label_type"] == "teacher"
-    assert {"versions", "config", "dataset_fingerprint", "test_fingerprint", "processes"} <= set(written)
-    model = AutoModelForImageClassification.from_pretrained(out / "models" / "resnetap-10-seed1")
+    assert {"config", "dataset_fingerprint", "test_fingerprint"} <= set(written)
+    assert {"versions", "processes"} <= set(written["environment"])
+    model = AutoModelForImageClassification.from_pretrained(out / "models" / "small-resnetap-10-run1")
     assert model.config.average_pool
     assert "% over 2 seeds, best epoch" in capsys.readouterr().out
 
@@ -183,7 +185,7 @@ def test_evaluator_reports_every_epoch_to_tensorboard(small, tmp_path):
         + ["--report_to", "tensorboard", "--output_dir", str(out), *TINY]
     )
     content = b"".join(path.read_bytes() for path in out.rglob("events.out.tfevents.*"))
-    for curve in ("convnet-2-seed0/loss", "convnet-2-seed1/loss", "convnet-2/accuracy_mean"):
+    for curve in ("small-convnet-2-run0/loss", "small-convnet-2-run1/loss", "convnet-2/accuracy_mean"):
         assert curve.encode() in content  # names are plain text in the records
 
 
@@ -192,7 +194,7 @@ def test_evaluator_refuses_what_does_not_fit(small, tmp_path):
     with pytest.raises(ValueError, match="Unknown protocol 'rded'.*'rded-soft'"):
         train_evaluator.main(["--protocol", "rded", *out])
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match="tensorboard, trackio or none"):
+    with pytest.raises(ValueError, match="`report_to` must be one of .'tensorboard', 'trackio', 'none'., got"):
         train_evaluator.main(["--report_to", "paper", *out])
     AcceleratorState._reset_state(reset_partial_state=True)
     if importlib.util.find_spec("trackio") is None:
@@ -249,17 +251,15 @@ def compared(*accuracies, seeds=3):
 
 def test_the_mark_of_a_table_has_one_meaning_which_stands_below_it():
     clear, close = [(0.30, 0.40), (0.31, 0.42), (0.32, 0.41)], [(0.30, 0.40), (0.31, 0.32), (0.42, 0.31)]
-    marked, unmarked = (compare.markdown_table(compared(*pairs)) for pairs in (clear, close))
+    marked, unmarked = (comparison_table(compared(*pairs)) for pairs in (clear, close))
     assert "| ours | ConvNet-3 | 41.0 ± 1.0* |" in marked and "| random real | ConvNet-3 | 31.0 ± 1.0 |" in marked
     assert marked.count("*") == 2 and "* differs from random real: p < 0.05, paired t-test over seeds" in marked
     assert "*" not in unmarked and "No difference from random real is significant" in unmarked
     two = compared(*clear, seeds=2)
     two["rows"][1]["against_random"]["p"] = 0.001  # as an earlier version wrote it
-    assert "*" not in compare.markdown_table(two) and "not tested with fewer than 3 seeds" in compare.markdown_table(
-        two
-    )
+    assert "*" not in comparison_table(two) and "not tested with fewer than 3 seeds" in comparison_table(two)
     assert "percent on flowers_4," in marked and "Chance: 25." in marked
-    latex = compare.latex_table(compared(*clear))
+    latex = latex_table(compared(*clear))
     below = latex.split(r"\end{tabular}")[1]
     assert r"flowers\_4" in below and "* differs from random real: p $<$ 0.05" in below
 
@@ -308,7 +308,7 @@ def test_compare_reads_the_columns_sizes_and_splits_of_every_set(small, tmp_path
         seen[path] = (name, options)
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(compare, "load_image_dataset", recorded)
+    monkeypatch.setattr("dsco_hf.studies.options.load_image_dataset", recorded)
     with pytest.raises(FileNotFoundError):
         compare.main([*given[:1], "peer=user/peer@ipc{budget}@@abc", *given[3:]])
     assert seen == {"user/peer": ("ipc1", {"split": "train", "revision": "abc"})}
@@ -334,7 +334,7 @@ def test_two_processes_share_the_seeds_and_change_nothing(small, tmp_path):
     launch("train_evaluator", *options, "--output_dir", str(tmp_path / "one"))
     launch("train_evaluator", *options, "--output_dir", str(tmp_path / "two"), processes=2)
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
-    assert (one["processes"], two["processes"]) == (1, 2)
+    assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
     assert one["rows"][0]["accuracies"] == two["rows"][0]["accuracies"]
 
 
@@ -344,7 +344,7 @@ def test_a_killed_evaluation_resumes_to_the_same_accuracies(small, tmp_path):
     options += ["--architectures", "convnet-2", "--steps", "400", "--checkpoint_seconds", "0"]
     train_evaluator.main([*options, "--output_dir", str(tmp_path / "whole")])
     process = launch("train_evaluator", *options, "--output_dir", str(tmp_path / "killed"), wait=False)
-    checkpoint = tmp_path / "killed" / "jobs" / "convnet-2-seed1.safetensors"  # the first seed has ended
+    checkpoint = tmp_path / "killed" / "jobs" / "small-convnet-2-run1.safetensors"  # the first seed has ended
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)

@@ -17,7 +17,7 @@ from dsco_hf import DsCoPipeline, build_evaluator, concentrate, measure_discrepa
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.targets import MatchingTargets
-from dsco_hf.studies.plans import FEATURES
+from dsco_hf.studies.plans import FEATURE_SEED, FEATURES
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment
 from recipes import concentrate as concentrate_recipe
@@ -25,6 +25,7 @@ from recipes import experiment
 
 
 ROOT = Path(__file__).parents[2]
+TIMES = ("seconds", "training_seconds", "images_per_second")
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +54,14 @@ def test_configs_load_and_say_how_they_are_launched(path):
 
 def test_unknown_methods_are_named():
     with pytest.raises(ValueError, match="Nearest: 'nopt-data-free'"):
-        experiment.ExperimentRecipe("a", "b", "c", methods=["nopt-datafree"])
+        experiment.ExperimentRecipe(dataset="a", methods=["nopt-datafree"])
 
 
 def test_unknown_features_are_named():
     with pytest.raises(
         ValueError, match=r"one of \['trained', 'untrained', 'both'\], got 'untraind'. Nearest: 'untrained'"
     ):
-        experiment.ExperimentRecipe("a", "b", "c", features="untraind")
+        experiment.ExperimentRecipe(dataset="a", features="untraind")
 
 
 def test_matched_features_are_of_the_chosen_networks(work):
@@ -83,15 +84,15 @@ def test_matched_features_are_of_the_chosen_networks(work):
 
 
 def test_options_for_each_budget():
-    recipe = experiment.ExperimentRecipe("a", "b", "c", budgets=[10, 1], contrast=[0.5, 8], clearest_share=[0.2])
+    recipe = experiment.ExperimentRecipe(dataset="a", budgets=[10, 1], contrast=[0.5, 8], clearest_share=[0.2])
     assert [recipe.at_budget("contrast", budget) for budget in (1, 10)] == [8, 0.5]
     assert [recipe.at_budget("clearest_share", budget) for budget in (1, 10)] == [0.2, 0.2]
     with pytest.raises(
         ValueError, match=r"`contrast` must be one value or one for each of the 3 budgets \[1, 10, 50\]"
     ):
-        experiment.ExperimentRecipe("a", "b", "c", budgets=[1, 10, 50], contrast=[8, 0])
+        experiment.ExperimentRecipe(dataset="a", budgets=[1, 10, 50], contrast=[8, 0])
     with pytest.raises(ValueError, match="Several values of `contrast` belong to as many `budgets`"):
-        experiment.ExperimentRecipe("a", contrast=[8, 0])
+        experiment.ExperimentRecipe(dataset="a", contrast=[8, 0])
 
 
 def test_contrast_and_the_clearest_images_by_budget(work):
@@ -140,7 +141,7 @@ def test_objectives_by_budget_and_wider_features(work):
     experiment.main(["--config", str(work / "tiny.yaml"), "--output_dir", str(work / "out")])
     (folder,) = (work / "out" / "work").iterdir()
     wider = build_evaluator(
-        "convnet-2", class_names=NAMES, image_size=8, num_channels=1, seed=experiment.FEATURE_SEED, width=5
+        "convnet-2", class_names=NAMES, image_size=8, num_channels=1, seed=FEATURE_SEED, width=5
     ).eval()
     classifier = AutoModelForImageClassification.from_pretrained(work / "classifier").eval()
     pipe = DsCoPipeline.from_pretrained(work / "pipe", classifier=classifier, classifier_2=wider)
@@ -155,7 +156,7 @@ def test_objectives_by_budget_and_wider_features(work):
             told = json.loads((folder / "sets" / f"{name}.json").read_text())
             assert chosen.items() <= told["made_with"]["set"].items() and told["population"] == population
     with pytest.raises(ValueError, match=r"may hold \['rkhs', 'ridge'\], got 'ridg'. Nearest: 'ridge'"):
-        experiment.ExperimentRecipe("a", "b", "c", objective=["ridg"])
+        experiment.ExperimentRecipe(dataset="a", objective=["ridg"])
 
 
 def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
@@ -213,7 +214,7 @@ def test_two_processes_make_the_table_of_one(work):
         )
         assert done.returncode == 0, done.stderr[-4000:]
         rows = json.loads((work / str(processes) / "results.json").read_text())["rows"]
-        tables.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+        tables.append([{key: value for key, value in row.items() if key not in TIMES} for row in rows])
     assert len(tables[0]) == 2 * 6
     for one, two in zip(*tables, strict=True):
         assert one.pop("discrepancy") == pytest.approx(two.pop("discrepancy"), rel=1e-4)
@@ -273,16 +274,16 @@ def test_a_folder_of_photographs_needs_no_other_option(make, tmp_path, monkeypat
 
 
 def test_budgets_that_the_smallest_class_allows():
-    assert experiment.ExperimentRecipe("x").for_classes(60).budgets == [1, 10, 50]
-    assert experiment.ExperimentRecipe("x").for_classes(60).doping_budgets == [30]
-    assert experiment.ExperimentRecipe("x").for_classes(3).budgets == [1]
+    assert experiment.ExperimentRecipe(dataset="x").for_classes(60).budgets == [1, 10, 50]
+    assert experiment.ExperimentRecipe(dataset="x").for_classes(60).doping_budgets == [30]
+    assert experiment.ExperimentRecipe(dataset="x").for_classes(3).budgets == [1]
     assert (
-        experiment.ExperimentRecipe("x").for_classes(3).doping_budgets == []
+        experiment.ExperimentRecipe(dataset="x").for_classes(3).doping_budgets == []
     )  # 1 is no more than the smallest budget
-    given = experiment.ExperimentRecipe("x", budgets=[5])
+    given = experiment.ExperimentRecipe(dataset="x", budgets=[5])
     assert given.for_classes(60) is given
     with pytest.raises(ValueError, match=r"`doping_budgets` must exceed the smallest of `budgets` \[5\], got 5"):
-        experiment.ExperimentRecipe("x", budgets=[5], doping_budgets=[5])
+        experiment.ExperimentRecipe(dataset="x", budgets=[5], doping_budgets=[5])
 
 
 def test_missing_models_are_told_with_their_commands(tmp_path, monkeypatch):
@@ -304,7 +305,7 @@ def test_the_folder_of_targets_and_sets_is_named_by_all_that_decides_them(change
     def folder(**options):
         given = {"dataset": str(work / "data"), "generator": str(work / "pipe"), "budgets": [1], "steps": 2}
         given |= {"classifier": str(work / "classifier"), "sets_dir": str(work / "sets"), "architecture": "convnet-2"}
-        return experiment.Experiment(experiment.ExperimentRecipe(**{**given, **options}), Accelerator()).work
+        return experiment.Experiment(experiment.ExperimentRecipe(**{**given, **options}), Accelerator()).made.folder
 
     base, options = folder(), {}
     if changed == "test images":

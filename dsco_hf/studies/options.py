@@ -1,0 +1,417 @@
+"""Options that recipes share: groups for their dataclasses to inherit, each with what it loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import AutoencoderTiny
+from transformers import PreTrainedModel
+
+from ..data.datasets import find_columns, load_image_dataset, load_pixels, load_splits
+from ..data.pixels import image_sizes
+from ..evaluators import ImageSet, Protocol, get_protocol, load_image_set
+from ..sampling.models import load_classifier, load_model
+from ..sampling.pipeline import DsCoPipeline
+from ..utils.values import check_choice
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where a run writes, and whether it goes on.
+
+    Attributes:
+        resume: go on with what a stopped run of the same options left; "false" starts anew, where nothing was left.
+        output_dir: where the results go.
+    """
+
+    resume: bool = True
+    output_dir: str = "outputs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How images of a dataset are read, and which of them test.
+
+    Attributes:
+        revision: branch, tag or commit of the dataset on the Hub.
+        test_split: what to test on: a split, "none", or "auto": the test split, else the validation split, else the
+            share `holdout` of every class of the training images, the same ones in every recipe. Nothing of it is
+            trained on or matched.
+        holdout: see `test_split`.
+        image_column, label_column: for datasets with several of them.
+        on_error: "skip" images that cannot be decoded, which are named, or "raise" an error.
+    """
+
+    revision: str | None = None
+    test_split: str = "auto"
+    holdout: float = 0.2
+    image_column: str | None = None
+    label_column: str | None = None
+    on_error: str = "skip"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns, as options of all that reads rows."""
+        return {"image_column": self.image_column, "label_column": self.label_column}
+
+    def open(
+        self, path: str, name: str | None, split: str, *, tested: bool = False, **options: Any
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Training images, test images or None, and what was taken; see [`~dsco_hf.data.opening.load_splits`].
+
+        Raises:
+            ValueError: where there are no test images but `tested` asks for some.
+        """
+        train, test, taken = load_splits(
+            path, name, train_split=split, test_split=self.test_split, holdout=self.holdout, revision=self.revision,
+            label_column=self.label_column, **options,
+        )  # fmt: skip
+        if tested and test is None:
+            raise ValueError("Networks are tested: `test_split` is a split or 'auto' here, not 'none'.")
+        return train, test, taken
+
+    def images(self, train: Any, test: Any, **options: Any) -> tuple[ImageSet, Any]:
+        """Both in memory; `options` are those of [`~dsco_hf.evaluators.load_image_set`], `protocol` among them."""
+        options |= {"on_error": self.on_error, **self.columns}
+        images = load_image_set(train, **options)
+        return images, None if test is None else load_image_set(test, test_for=images, **options)
+
+    def readable(self, rows: Dataset, images: ImageSet, pipe: DsCoPipeline) -> Dataset:
+        """The rows that became `images`: the others cannot be decoded, and nobody is to meet them again."""
+        if len(images.labels) == len(rows):
+            return rows
+        options: dict[str, Any] = {"num_channels": pipe.num_channels, "image_size": pipe.image_size}
+        return rows.select(load_pixels(rows, on_error=self.on_error, **options, **self.columns)[2].tolist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealOptions(ReadOptions):
+    """A real dataset.
+
+    Attributes:
+        dataset, dataset_name: its path or Hub id, and its configuration; see
+            `dsco_hf.data.datasets.load_image_dataset`.
+        train_split: a split, slice or sum of splits.
+    """
+
+    dataset: str = "digits"
+    dataset_name: str | None = None
+    train_split: str = "train"
+
+    def splits(self, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """As of [`ReadOptions.open`]."""
+        return self.open(self.dataset, self.dataset_name, self.train_split, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions(ReadOptions):
+    """What targets are made of.
+
+    Attributes:
+        dataset, dataset_name, split: real images to match; see `dsco_hf.data.datasets.load_image_dataset`.
+        mapping: of their classes to the generator's: a label set or a YAML file, see `MatchingTargets.from_dataset`.
+        data_free: match samples of the generator instead, and read no real image.
+        class_labels: the generator's classes, where no real images say which; all if none.
+        samples_per_class, weighting: see `MatchingTargets.from_generator`.
+        features: what to match, as JSON; see `dsco_hf.matching.feature_spec`.
+    """
+
+    dataset: str | None = None
+    dataset_name: str | None = None
+    split: str = "train"
+    mapping: str | None = None
+    data_free: bool = False
+    class_labels: list[str] = field(default_factory=list)
+    samples_per_class: int = 200
+    weighting: str = "confidence"
+    features: str | None = None
+
+    def splits(self, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """As of [`ReadOptions.open`]; nothing where there is no dataset."""
+        return self.open(self.dataset, self.dataset_name, self.split, **options) if self.dataset else (None, None, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """A classifier.
+
+    Attributes:
+        classifier, classifier_revision: folder or Hub id.
+    """
+
+    classifier: str | None = None
+    classifier_revision: str | None = None
+
+    def load_classifier(self, dtype: torch.dtype | None = None) -> PreTrainedModel | None:
+        """The classifier, frozen, if one was named."""
+        return frozen(self.classifier, self.classifier_revision, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions(ClassifierOptions):
+    """A pipeline, with a classifier in place of its own.
+
+    Attributes:
+        generator, generator_revision: a pipeline's folder or Hub id; it gives the image size and the classes.
+        classifier, classifier_revision: folder or Hub id; that of the pipeline if none.
+    """
+
+    generator: str | None = None
+    generator_revision: str | None = None
+
+    def load_pipeline(self, **parts: Any) -> DsCoPipeline:
+        """The pipeline, on the CPU; `parts` take the place of its own."""
+        dtype = self.torch_dtype
+        if (classifier := self.load_classifier(dtype)) is not None:
+            parts = {"classifier": classifier, **parts}
+        return DsCoPipeline.from_pretrained(
+            str(self.generator), revision=self.generator_revision, dtype=dtype, **parts
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Of all models; None is the stored one."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeOptions(PipelineOptions):
+    """A pipeline in a precision.
+
+    Attributes:
+        dtype: "float32", "bfloat16" or "float16".
+    """
+
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuses another precision."""
+        check_choice("dtype", self.dtype, DTYPES)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of all models."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewOptions(DtypeOptions):
+    """A pipeline with a preview decoder in place of its own.
+
+    Attributes:
+        preview_vae, preview_vae_revision: an `AutoencoderTiny` for the look-ahead; that of the pipeline if none.
+    """
+
+    preview_vae: str | None = None
+    preview_vae_revision: str | None = None
+
+    def load_pipeline(self, **parts: Any) -> DsCoPipeline:
+        """The pipeline, on the CPU; `parts` take the place of its own."""
+        if self.preview_vae is not None:
+            options: dict[str, Any] = {"revision": self.preview_vae_revision, "dtype": self.torch_dtype}
+            parts = {"preview_vae": load_model(AutoencoderTiny, self.preview_vae, **options), **parts}
+        return super().load_pipeline(**parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(OutputOptions):
+    """How networks are trained.
+
+    Attributes:
+        protocol: a name (quick, minimax-hard, rded-soft, rded-soft-small, released-dsco, cifar-convnet) or YAML file.
+        epochs, steps, batch_size, learning_rate: changes to it.
+        model_options: values of the networks' configurations, as JSON, e.g. '{"width": 32}'.
+        mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
+    """
+
+    protocol: str = "quick"
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    model_options: str = "{}"
+    mixed_precision: str | None = None
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """`model_options`, read."""
+        values: dict[str, Any] = json.loads(self.model_options)
+        return values
+
+    def get_protocol(self, *names: str, **changes: Any) -> Protocol:
+        """The protocol with these changes, and those of the options, also of `names`, that were given."""
+        named = {name: getattr(self, name) for name in ("epochs", "steps", "batch_size", "learning_rate", *names)}
+        return get_protocol(
+            self.protocol, **{key: value for key, value in named.items() if value is not None}, **changes
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(TrainingOptions):
+    """How single networks are trained.
+
+    Attributes:
+        num_channels: 1 or 3.
+        compile: pass the networks through `torch.compile`; pays from about a minute of training on.
+        checkpoint_seconds: time between checkpoints; 0 writes one after every epoch.
+    """
+
+    num_channels: int = 3
+    compile: bool = False
+    checkpoint_seconds: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(NetworkOptions):
+    """How networks are trained on the sets of a study.
+
+    Attributes:
+        architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
+        seeds: trainings of each network.
+        label_type: "hard", "teacher" or "stored"; the protocol's own by default.
+        image_size: what all images are brought to (shorter side, then the centre); the protocol's by default, or else
+            that of the small sets' images, or 32 if they have several sizes.
+        teacher, teacher_revision: a classifier (folder or Hub id); soft labels are then made by it on each batch.
+    """
+
+    architectures: list[str] = field(default_factory=lambda: ["convnet-3"])
+    seeds: int = 3
+    label_type: str | None = None
+    image_size: int | None = None
+    teacher: str | None = None
+    teacher_revision: str | None = None
+
+    def load_teacher(self) -> PreTrainedModel | None:
+        """The teacher, frozen, if one was named."""
+        return frozen(self.teacher, self.teacher_revision)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """As options of [`~dsco_hf.studies.study.Study`]."""
+        return {"architectures": self.architectures, "overrides": self.overrides, "compiled": self.compile,
+                "checkpoint_seconds": self.checkpoint_seconds}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions:
+    """Small sets of anybody, of several sizes.
+
+    Attributes:
+        datasets: `name=path[@config[@split[@revision]]]`, where a part may be empty (`name=path@@@main`) and
+            `{budget}` stands for the images per class.
+        datasets_image_column, datasets_label_column: of those, where they have several of them: a column of all of
+            them, or `name=column` for each.
+        budgets: images per class.
+        allow_unequal: accept datasets of other sizes than the budget.
+
+    Raises:
+        ValueError: for names that are taken, or columns of a dataset that is not compared.
+    """
+
+    datasets: list[str] = field(default_factory=list)
+    datasets_image_column: list[str] = field(default_factory=list)
+    datasets_label_column: list[str] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=lambda: [10])
+    allow_unequal: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be told apart."""
+        for item in self.datasets:
+            if "=" not in item or item.split("=")[0] in ("", "random", "herding", "full") or item.count("@") > 3:
+                raise ValueError(
+                    f"--datasets takes name=path[@config[@split[@revision]]] with a name of its own, got {item!r}."
+                )
+        names = [item.split("=")[0] for item in self.datasets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"The names of --datasets must differ, got {names}.")
+        for option in ("image_column", "label_column"):
+            given = getattr(self, f"datasets_{option}")
+            owners = [item.split("=")[0] for item in given if "=" in item]
+            if len(given) - len(owners) > 1 or len(set(owners)) < len(owners) or set(owners) - set(names):
+                raise ValueError(
+                    f"--datasets_{option} takes one column for all datasets, or name=column for some of {names}, got "
+                    f"{given}."
+                )
+
+    def columns_of(self, name: str) -> dict[str, Any]:
+        """The columns of a compared dataset."""
+        found = {}
+        for option in ("image_column", "label_column"):
+            given = getattr(self, f"datasets_{option}")
+            shared = next((item for item in given if "=" not in item), None)
+            found[option] = dict(item.split("=", 1) for item in given if "=" in item).get(name, shared)
+        return found
+
+    def open_compared(self) -> dict[tuple[str, int], Dataset]:
+        """The compared datasets by name and budget."""
+        opened = {}
+        for item in self.datasets:
+            name, place = item.split("=", 1)
+            for budget in self.budgets:
+                path, config, split, revision = [*place.format(budget=budget).split("@"), "", "", ""][:4]
+                rows = load_image_dataset(path, config or None, split=split or "train", revision=revision or None)
+                try:
+                    find_columns(rows, **self.columns_of(name))
+                except ValueError as error:
+                    raise ValueError(
+                        f"Set {name!r}: {error} Here these are --datasets_image_column and --datasets_label_column."
+                    ) from error
+                opened[name, budget] = rows
+        return opened
+
+    def size_of_all(self, compared: Mapping[tuple[str, int], Dataset]) -> int | None:
+        """The one size of compared images, to which all others are brought, so that all are treated alike.
+
+        Raises:
+            ValueError: if they have several.
+        """
+        found = {key: image_sizes(rows, **self.columns_of(key[0])) for key, rows in compared.items()}
+        sides = {side for sizes in found.values() for size in sizes for side in size}
+        if len(sides) > 1:
+            listed = [
+                f"{name} ({budget} per class) {' and '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])}"
+                for (name, budget), sizes in found.items()
+            ]
+            raise ValueError(
+                f"The compared images have several sizes: {'; '.join(listed[:10])}. To treat all alike, choose one "
+                f"with --image_size, such as {min(sides)}."
+            )
+        return sides.pop() if sides else None
+
+    def load_compared(
+        self, compared: Mapping[tuple[str, int], Dataset], real: ImageSet, **options: Any
+    ) -> dict[str, ImageSet]:
+        """The compared datasets in memory, by name of a set, with the classes of `real`; checked for size.
+
+        Args:
+            compared: see [`ComparedOptions.open_compared`].
+            real: the real images.
+            **options: of [`~dsco_hf.evaluators.load_image_set`].
+        """
+        sets = {}
+        for (name, budget), dataset in compared.items():
+            images = load_image_set(dataset, classes=real.names, **options, **self.columns_of(name))
+            wanted = budget * len(real.names)
+            if len(images.labels) != wanted and not self.allow_unequal:
+                raise ValueError(
+                    f"The dataset {name!r} has {len(images.labels)} images, but {budget} per class are {wanted}. "
+                    "Compare at equal size, with {budget} in the path or config, or pass --allow_unequal true."
+                )
+            sets[f"{name}-ipc{budget}"] = images
+        return sets
+
+
+def frozen(path: str | None, revision: str | None, dtype: torch.dtype | None = None) -> PreTrainedModel | None:
+    """A classifier that is only asked; None where none is named."""
+    if path is None:
+        return None
+    return load_classifier(path, revision=revision, dtype=dtype).requires_grad_(False)
