@@ -30,10 +30,12 @@ from .hub.publish import (
 )
 from .hub.remake import load_recorded
 from .matching.feature_spec import FeatureSpec
-from .matching.objectives import ClassifierObjective
+from .matching.objectives import RKHS, ClassifierEvidence, Objective, Ridge
 from .matching.targets import MatchingTargets
+from .sampling.call import Plain, Sampling, SamplingMethod
+from .sampling.nopt import NOpt
 from .sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
-from .sampling.released import QuantileTargets
+from .sampling.released import QuantileTargets, Released
 from .studies.generator_check import GeneratorCheck, check_generator
 from .studies.study import Study, real_baselines
 
@@ -42,7 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Clarity",
-    "ClassifierObjective",
+    "ClassifierEvidence",
     "Clearest",
     "ConcentrationReport",
     "ConvNetConfig",
@@ -57,11 +59,19 @@ __all__ = [
     "Herding",
     "ImageSet",
     "MatchingTargets",
+    "NOpt",
     "NonFiniteError",
+    "Objective",
+    "Plain",
     "Pool",
     "PushOptions",
     "QuantileTargets",
+    "RKHS",
     "Random",
+    "Released",
+    "Ridge",
+    "Sampling",
+    "SamplingMethod",
     "Selection",
     "Study",
     "build_evaluator",

@@ -35,11 +35,13 @@ from dsco_hf.data.datasets import load_splits
 from dsco_hf.data.shards import rows_sha256
 from dsco_hf.hub.folder import concentration_record, read_folder, save_dataset_folder, to_json
 from dsco_hf.hub.remake import load_recorded, read_concentration, recorded_rows
-from dsco_hf.matching.objectives import MATCHING
 from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.call import Sampling
+from dsco_hf.sampling.flat import FLAT, from_flat
 from dsco_hf.sampling.models import load_classifier, load_model
+from dsco_hf.sampling.nopt import NOpt
 from dsco_hf.sampling.pipeline import DsCoPipeline
-from dsco_hf.sampling.released import QuantileTargets
+from dsco_hf.sampling.released import QuantileTargets, Released
 from dsco_hf.studies.generator_check import GeneratorCheck
 from dsco_hf.studies.kept import kept_check, kept_targets, pipeline_identity
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
@@ -49,7 +51,7 @@ from dsco_hf.utils.processes import RunError
 
 @dataclass(frozen=True)
 class ConcentrateRecipe:
-    """Options of this recipe; those from `objective` to `batch_size` are of `DsCoPipeline.__call__`.
+    """Options of this recipe; those from `objective` to `batch_size` are of `Sampling`, `NOpt` and its objectives.
 
     Attributes:
         generator, generator_revision: pipeline folder or Hub id, by default outputs/generator, which
@@ -135,9 +137,7 @@ class ConcentrateRecipe:
     from_revision: str | None = None
 
 
-SAMPLING = ("objective", "guidance_scale", "num_inference_steps", "eta", "optimization_steps", "step_size",
-            "step_decay", "optimize_from", "optimize_until", "lookahead", "contrast", "regularization",
-            "batch_size")  # fmt: skip
+SAMPLING = ("guidance_scale", "num_inference_steps", "eta", "batch_size", *FLAT)
 MADE = "outputs/generator"  # by recipes/train_generator.py
 SIZES = ("images_per_class", "block_size", "images_per_call")
 WITH_FROM = {
@@ -223,16 +223,22 @@ def check_recipe(recipe: ConcentrateRecipe) -> None:
     sources = [name for name in ("targets", "dataset", "data_free") if getattr(recipe, name)]
     if len(sources) > 1:
         raise ValueError(f"{sources} were given: images can match one of them only.")
-    if recipe.objective == "classifier" and sources:
-        raise ValueError(f"The 'classifier' objective matches nothing: leave {sources[0]!r} out.")
-    if recipe.objective == "quantile" and sources != ["dataset"]:
+    method = sampling_of(recipe).method
+    if sources and isinstance(method, NOpt) and method.objective.needs is None:
+        raise ValueError(f"The {method.objective.name!r} objective matches nothing: leave {sources[0]!r} out.")
+    if isinstance(method, Released) and sources != ["dataset"]:
         raise ValueError("The 'quantile' objective matches real images: give `dataset`.")
-    if recipe.objective in MATCHING and not sources and recipe.optimization_steps != 0:
+    if not sources and method.without_targets() != method:
         raise ValueError(
             "Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0` for plain samples."
         )
     if recipe.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {recipe.dtype!r}.")
+
+
+def sampling_of(recipe: ConcentrateRecipe) -> Sampling:
+    """How the images are drawn."""
+    return Sampling.of(**from_flat({name: getattr(recipe, name) for name in SAMPLING if hasattr(recipe, name)}))
 
 
 def recorded_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
@@ -242,7 +248,8 @@ def recorded_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
         place = {"generator": recipe.generator, "generator_revision": recipe.generator_revision}
         pipe, targets, record = load_recorded(name, recipe.from_config, **place, **options)
         published = read_concentration(name, **options)
-    if record_parameters(record)["objective"] == "quantile":
+    parameters = record_parameters(record)
+    if isinstance(parameters["method"].method, Released):
         raise ValueError(
             f"{name} matches real images one by one (objective 'quantile'): only with them can it be drawn."
         )
@@ -252,7 +259,7 @@ def recorded_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
     return Job(
         pipe=pipe.to(accelerator.device),
         targets=targets,
-        parameters=record_parameters(record),
+        parameters=parameters,
         seed=record["seed"],
         cpu_threads=recipe.cpu_threads or recorded or 1,
         method=str(record.get("method") or "nopt").removesuffix("+doping"),
@@ -277,14 +284,10 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
         ).to(accelerator.device)
     real = real_images(recipe, accelerator)
     targets = make_targets(recipe, real, pipe, accelerator)
-    parameters = {name: getattr(recipe, name) for name in (*SIZES, *SAMPLING)}
+    sampling = sampling_of(recipe).for_targets(targets)
+    parameters = {"method": sampling} | {name: getattr(recipe, name) for name in SIZES}
     if targets is None and recipe.class_labels:
         parameters["class_labels"] = classes(recipe, pipe)
-    data_free = isinstance(targets, MatchingTargets) and targets.provenance.get("population") == "generator"
-    methods = {"classifier": "nopt-classifier-only", "quantile": "nopt-quantile"}
-    method = methods.get(recipe.objective, "nopt-data-free" if data_free else "nopt")
-    if recipe.optimization_steps == 0:
-        method = "plain"
     source = {"dataset": recipe.dataset, "config": recipe.dataset_name, "revision": recipe.revision}
     stored = None if recipe.targets is None or Path(recipe.targets).is_dir() else recipe.targets
     return Job(
@@ -293,7 +296,7 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
         parameters=parameters,
         seed=recipe.seed,
         cpu_threads=recipe.cpu_threads or 1,
-        method=method,
+        method=sampling.method.label(targets),
         source=None if recipe.dataset is None else {**source, "split": recipe.split},
         targets_id=stored,
         targets_revision=recipe.targets_revision if stored else None,
@@ -345,7 +348,8 @@ def make_targets(
             return MatchingTargets.from_pretrained(recipe.targets, revision=recipe.targets_revision)
     if recipe.dataset is None and not recipe.data_free:
         return None
-    if recipe.objective == "quantile":
+    method = sampling_of(recipe).method
+    if isinstance(method, Released):
         named = ("image_column", "label_column", "on_error", "mapping", "draws", "seed")
         chosen = {name: getattr(recipe, name) for name in named}
         return QuantileTargets.from_dataset(dataset, pipe, progress=accelerator.is_main_process, **chosen)
@@ -356,7 +360,7 @@ def make_targets(
     else:
         names = ("image_column", "label_column", "on_error", "mapping", "seed")
     options |= {name: getattr(recipe, name) for name in names}
-    if recipe.objective == "ridge":
+    if method.second_moment:
         options["second_moment"] = True
     chosen = ("dataset", "dataset_name", "split", "test_split", "holdout", "revision", "data_free", "dtype")
     request = {**options, "mapping": mapping_told(recipe.mapping)} | {name: getattr(recipe, name) for name in chosen}

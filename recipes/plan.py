@@ -37,8 +37,11 @@ from dsco_hf.costs.probe import imagenet_pipeline, probe_seconds
 from dsco_hf.data.labels import PRESETS as LABEL_SETS
 from dsco_hf.data.labels import label_set
 from dsco_hf.data.schema import nearest
+from dsco_hf.sampling.call import Plain, Sampling
+from dsco_hf.sampling.flat import from_flat
 from dsco_hf.sampling.models import load_classifier, load_model
 from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.sampling.released import Released
 from dsco_hf.utils.configs import check_made, parse_config, read_config
 from dsco_hf.utils.values import LARGEST_SET
 
@@ -132,7 +135,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         recipe = parse_config(PlanRecipe, arguments, defaults=of_run_config(Path(recipe.run_config)))
     pipe = load(recipe)
     recipe = with_defaults(recipe, pipe)
-    costs = pass_costs(pipe, features=recipe.features, extractor=recipe.objective == "quantile")
+    costs = pass_costs(pipe, features=recipe.features, extractor=uses_extractor(recipe))
     seconds, source = rates(recipe, pipe, costs)
     device_bytes = memory_of(recipe, pipe)
 
@@ -241,8 +244,19 @@ def with_defaults(recipe: PlanRecipe, pipe: DsCoPipeline) -> PlanRecipe:
 
 def run_options(recipe: PlanRecipe) -> dict[str, Any]:
     """Arguments of `predict` that the recipe holds."""
-    names = ("num_classes", "block_size", "images_per_call", "population", "features", *_OF_A_CALL)
-    return {"optimised": not recipe.plain} | {name: getattr(recipe, name) for name in names}
+    names = ("num_classes", "block_size", "images_per_call", "population", "features")
+    return {"sampling": sampling_of(recipe)} | {name: getattr(recipe, name) for name in names}
+
+
+def sampling_of(recipe: PlanRecipe) -> Sampling:
+    """How the images are drawn."""
+    sampling = Sampling.of(**from_flat({name: getattr(recipe, name) for name in _OF_A_CALL}))
+    return dataclasses.replace(sampling, method=Plain()) if recipe.plain else sampling
+
+
+def uses_extractor(recipe: PlanRecipe) -> bool:
+    """Whether the random network of the released algorithm has a part in it."""
+    return isinstance(sampling_of(recipe).method, Released)
 
 
 def rates(recipe: PlanRecipe, pipe: DsCoPipeline, costs: dict[str, PassCost]) -> tuple[dict[str, float], str]:
@@ -256,7 +270,7 @@ def rates(recipe: PlanRecipe, pipe: DsCoPipeline, costs: dict[str, PassCost]) ->
         batch = min(images, recipe.batch_size or images)
         seconds = probe_seconds(
             pipe, batch, guidance_scale=recipe.guidance_scale or 1.0, images_per_class=recipe.block_size,
-            features=recipe.features, extractor=recipe.objective == "quantile",
+            features=recipe.features, extractor=uses_extractor(recipe),
         )  # fmt: skip
         return seconds, f"Measured on this machine's {pipe.device.type}, passes of {batch} images, {recipe.dtype}."
     peak = recipe.peak_tflops or DEVICES[recipe.device][0]
@@ -286,7 +300,7 @@ def row(
         recipe.num_classes or 1, found.images_per_class, block_size=recipe.block_size,
         images_per_call=recipe.images_per_call,
     )  # fmt: skip
-    images = max(unit.images for unit in per_call)
+    images = max(unit.images for unit in per_call) * sampling_of(recipe).method.candidates
     limit = min(images, recipe.batch_size or images)
     fitting = largest_batch(
         pipe, images, costs, MEMORY_SHARE * device_bytes, optimised=found.passes.get("update", 0) > 0,

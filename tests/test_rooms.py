@@ -20,7 +20,7 @@ ORDER = {
         *["feature_files", "kernels", "preprocessing", "target_files", "features"],
         *["feature_spec", "population", "targets", "objectives"],
     ],
-    "sampling": ["models", "loading", "noise", "released", "checks", "made_targets", "plan", "nopt", "pipeline"],
+    "sampling": ["models", "loading", "noise", "call", "nopt", "released", "flat", "checks", "pipeline"],
     "evaluators": [
         *["augmentation", "batches", "configurations", "models", "protocol_fields"],
         *["protocols", "checks", "training", "evaluation"],

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,10 @@ from dsco_hf import (
     Denoiser,
     DsCoPipeline,
     MatchingTargets,
+    NOpt,
+    Objective,
+    Sampling,
+    SamplingMethod,
     Selection,
     concentrate,
     concentrate_to_folder,
@@ -30,11 +35,12 @@ from dsco_hf import (
     save_dataset_folder,
     select,
 )
-from dsco_hf.concentration.records import config_record
-from dsco_hf.costs.passes import pass_costs
+from dsco_hf.concentration.records import config_record, record_parameters
+from dsco_hf.costs.passes import calls, count_run, pass_costs
 from dsco_hf.generators.base import FAMILIES, denoiser_of
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 from dsco_hf.generators.training import train_generator
+from dsco_hf.matching.objectives import class_means
 
 
 # Denoiser
@@ -283,3 +289,116 @@ def test_a_selection_of_ones_own_chooses_dopes_and_is_made_again_from_its_record
     assert "Real images were added by the rule" in card and "Darkest" in card
     again = dope(small, real_images, progress=False, **recorded_doping(record["doping"]))
     assert again["real_index"][3:] == expected
+
+
+# Objective and method
+
+
+@dataclasses.dataclass(frozen=True)
+class EachNearest(Objective):
+    """Every image by itself should be near to its class mean, and far from finished images of the set."""
+
+    weight: float = 1.0
+    each_image = True
+
+    def losses(self, seen, bound):
+        psi = bound.targets.embed(seen.features)
+        away = (psi - bound.targets.embeddings[bound.rows]).square().sum(dim=1)
+        if bound.previous is not None:
+            away = away - self.weight * (psi[:, None] - bound.previous[0]).square().sum(dim=2).mean(dim=1)
+        present, index = bound.rows.unique(return_inverse=True)
+        return class_means(away[:, None], index, len(present))[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Toned(SamplingMethod):
+    """Begins at a later step, draws towards a tone, with the opposite noise, and keeps the lightest of some images."""
+
+    candidates: int = 2
+    tone: float = 0.5
+
+    def begin(self, call):
+        call.state = []
+        return super().begin(call)[0], 1
+
+    def guide(self, call, i, latents, noise_pred):
+        call.state.append(call.sigma(i))
+        return noise_pred + 0.1 * call.sigma(i) * (call.clean(i, latents, noise_pred) - self.tone)
+
+    def noise(self, call, i, latents, noise_pred, noise):
+        return -noise
+
+    def choose(self, call, latents, pixels):
+        assert len(call.state) == 3 and call.state[0] > call.state[1] > call.state[2] == 0
+        light = pixels.mean(dim=(1, 2, 3)).view(self.candidates, len(call.wanted))
+        return light.argmax(dim=0) * len(call.wanted) + torch.arange(len(call.wanted))
+
+    def passes(self, pipe, images, steps, sampling, features=None):
+        return Counter(denoiser=-images, step=-images)  # one step less
+
+
+OWN = {"objective": NOpt(EachNearest(0.1), start=0.0), "method": Toned(tone=0.25)}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_an_objective_or_a_method_of_ones_own_does_all_that_a_built_in_does(pipe, targets, tmp_path, kind):
+    sampling = Sampling(4, 1.0, batch_size=4, method=OWN[kind])
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe = DsCoPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    options = {"block_size": 1, "images_per_call": 4, "progress": False, "seed": 3}
+    small = concentrate(pipe, targets, 2, method=sampling, **options)
+    assert not same_pixels(small, concentrate(pipe, targets, 2, method="plain", num_inference_steps=4, **options))
+    begun = concentrate_to_folder(pipe, targets, 1, tmp_path / "run", method=sampling, **options)
+    run = concentrate_to_folder(pipe, targets, 2, tmp_path / "run", method=sampling, **options)
+    assert begun.finished and run.session["images"] == 3 and same_pixels(run.dataset(), small)
+    told = {"objective": {"name": f"{__name__}:EachNearest", "weight": 0.1},
+            "method": {"name": f"{__name__}:Toned", "candidates": 2, "tone": 0.25}}[kind]  # fmt: skip
+    with pytest.raises(ValueError, match="there, .* now"):
+        changed = {"objective": NOpt(EachNearest(0.2), start=0.0), "method": Toned(tone=0.5)}[kind]
+        concentrate_to_folder(pipe, targets, 2, tmp_path / "run", method=changed, **options)
+    counted = calls(count_run(pipe, 3, 2, sampling, block_size=1, images_per_call=4))
+    spent = {name: getattr(run.report, name) for name in counted}
+    assert spent == counted and spent["denoiser_calls"] == {"objective": 6 * (4 + 3), "method": 6 * 2 * 3}[kind]
+    save_dataset_folder(small, tmp_path / "set", targets=targets)
+    again, targets, record = load_recorded(tmp_path / "set")
+    recorded = record["parameters"]["method"]
+    assert (recorded["objective"] if kind == "objective" else recorded) == told
+    again.set_progress_bar_config(disable=True)
+    parameters = record_parameters(json.loads(json.dumps(record)))
+    assert parameters["method"] == sampling
+    assert same_pixels(concentrate(again, targets, seed=3, progress=False, **parameters), small)
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    assert ("noise of a frozen" in card, "model was steered" in card) == (kind == "objective", kind == "method")
+
+
+def test_the_method_chose_the_lightest_of_what_it_drew(pipe, make):
+    sampling = Sampling(4, 1.0, method=Toned())
+    labels, seeds = [0, 2, 1, 1], [11, 12, 13, 14]
+    call = pipe.start_call(labels, None, sampling, generator=make.generators(seeds))
+    assert call.ids == labels * 2 and len({one.initial_seed() for one in call.generator}) == 8
+    chosen = pipe(labels, method=sampling, generator=make.generators(seeds), output_type="pt").images
+    one, other = (
+        pipe.sample(labels, method=dataclasses.replace(sampling, method=Toned(candidates=1)), seeds=drawn).images
+        for drawn in (seeds, [one.initial_seed() for one in call.generator[4:]])
+    )
+    lighter = (other.mean(dim=(1, 2, 3)) > one.mean(dim=(1, 2, 3))).view(4, 1, 1, 1)
+    assert lighter.any() and not lighter.all()
+    torch.testing.assert_close(chosen, torch.where(lighter, other, one), atol=1e-4, rtol=0)
+
+
+def test_a_record_imports_nothing(pipe):
+    for name in ("antigravity:Method", "json:JSONDecoder"):
+        with pytest.raises(ValueError, match="no class below SamplingMethod is there: `import "):
+            record_parameters({"parameters": {"images_per_class": 1, "method": {"name": name}}})
+    assert "antigravity" not in sys.modules
+    with pytest.raises(ValueError, match="Toned has no field 'ton'. Nearest: 'tone'"):
+        SamplingMethod.of({"name": f"{__name__}:Toned", "ton": 1})
+    with pytest.raises(ValueError, match=r"left images of the classes \[0, 0\], and \[0, 1\] were asked for"):
+        pipe([0, 1], method=Wrong(), num_inference_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(SamplingMethod):
+    def choose(self, call, latents, pixels):
+        return torch.tensor([0, 0])

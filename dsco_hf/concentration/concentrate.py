@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import PIL.Image
 import torch
@@ -16,17 +15,18 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from tqdm.auto import tqdm
 
 from ..data.images import images_from_pixels, pixels_from_images
-from ..data.schema import image_seed, nearest
+from ..data.schema import image_seed
 from ..generators.failures import NonFiniteError
 from ..matching.feature_spec import FeatureSource
 from ..matching.kernels import mmd2
-from ..matching.objectives import MATCHING, ClassifierObjective, class_means
+from ..matching.objectives import Objective, class_means
 from ..matching.targets import MatchingTargets
-from ..sampling.made_targets import Targets, check_targets, make_targets
+from ..sampling.call import Sampling, SamplingMethod
+from ..sampling.checks import check_targets
 from ..sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
-from ..sampling.released import QuantileTargets
+from ..sampling.released import Targets
 from ..utils.progress import peak_bytes
-from ..utils.values import LARGEST_SET, plain, plain_arguments
+from ..utils.values import LARGEST_SET, plain_arguments
 from .set_records import drawn_record, with_record
 
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("synthetic", "real")
 COSTS = ("images", "seconds", "denoiser_calls", "decoder_calls", "classifier_calls", "peak_memory_bytes")
-# arguments of a pipeline call that are no options of a run: it sets them itself, image by image
-_SET_BY_RUN = {"self", "class_labels", "targets", "previous", "generator", "latents", "output_type", "return_dict"}
-_CALLBACKS = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+BLOCK_SIZE, IMAGES_PER_CALL = 10, 128
+Given: TypeAlias = Targets | Dataset | IterableDataset | str | Sequence[int | str] | None
+"""Targets, or what they are made of."""
 
 
 def row_features(class_names: Sequence[str]) -> Features:
@@ -117,7 +117,7 @@ class Unit:
 
 @plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
 def plan_units(
-    num_classes: int, images_per_class: int, *, block_size: int = 10, images_per_call: int = 128
+    num_classes: int, images_per_class: int, *, block_size: int = BLOCK_SIZE, images_per_call: int = IMAGES_PER_CALL
 ) -> list[Unit]:
     """Divides a run into units, block after block.
 
@@ -146,77 +146,39 @@ def plan_units(
     ]
 
 
-def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of [`DsCoPipeline.__call__`] that shape the images, defaults filled in, as plain JSON values.
-
-    Raises:
-        TypeError: for an option that a pipeline call does not have, or one that cannot be recorded.
-    """
-    check_options(options)
-    if given := _CALLBACKS & options.keys():
-        raise TypeError(f"{sorted(given)} cannot be recorded, and so not be given to a run that is continued.")
-    known = {name: default for name, default in _call_defaults().items() if name not in _CALLBACKS}
-    values = {**known, **options}
-    if values["optimization_steps"] is None:
-        values["optimization_steps"] = 200 if values["objective"] == "quantile" else 1
-    if values["objective"] != "ridge":
-        values.pop("regularization")
-    if values["objective"] != "classifier":
-        values.pop("classifier_objective")
-    elif not isinstance(values["classifier_objective"], Mapping):
-        weights = values["classifier_objective"] or ClassifierObjective()
-        values["classifier_objective"] = dataclasses.asdict(weights)
-    return {name: plain(value) for name, value in values.items()}
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises TypeError for an option that [`DsCoPipeline.__call__`] does not have; the nearest are suggested."""
-    known = _call_defaults()
-    for name in options:
-        if name not in known:
-            raise TypeError(f"There is no option `{name}`.{nearest(name, known)} The options are {list(known)}.")
-
-
-def _call_defaults() -> dict[str, Any]:
-    parameters = inspect.signature(DsCoPipeline.__call__).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in _SET_BY_RUN}
-
-
 class UnitSampler:
     """Draws the units of one run: what all of them share, and what is finished of each class.
 
     Args:
         pipe (`DsCoPipeline`): the generator, and the classifier that the targets were made with.
         targets (`MatchingTargets`, `QuantileTargets` or None): what to match.
+        sampling ([`Sampling`], *optional*): how.
         seed (`int`): of the run.
         class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes.
-        options: of [`DsCoPipeline.__call__`].
     """
 
     def __init__(
         self,
         pipe: DsCoPipeline,
         targets: Targets | None,
+        sampling: Sampling | None = None,
         *,
         seed: int = 0,
         class_labels: Sequence[int | str] | None = None,
-        **options: Any,
     ) -> None:
-        check_options(options)
         check_targets(targets)
-        if isinstance(weights := options.get("classifier_objective"), Mapping):
-            options["classifier_objective"] = ClassifierObjective(**weights)
-        if targets is None and options.get("objective") != "classifier" and options.get("optimization_steps") != 0:
+        asked = sampling or Sampling()
+        self.pipe, self.targets, self.seed, self.sampling = pipe, targets, seed, asked.for_targets(targets)
+        if self.sampling != asked:
             logger.warning(
                 "There are no targets, so nothing is optimised: plain samples are drawn. Pass targets, such as "
-                "`MatchingTargets.from_generator(pipe)`, or `optimization_steps=0` to say that this is meant."
+                "`MatchingTargets.from_generator(pipe)`, or `method='plain'` to say that this is meant."
             )
-        self.pipe, self.targets, self.seed, self.options = pipe, targets, seed, options
         self.class_labels, self.class_names = _classes(pipe, targets, class_labels)
-        objective = options.get("objective", "rkhs")
         self.previous: PreviousBlocks | None = None
-        if isinstance(targets, MatchingTargets) and objective in MATCHING:
-            self.previous = PreviousBlocks(targets, each=objective == "ridge")
+        memory = self.sampling.method.memory
+        if isinstance(targets, MatchingTargets) and memory is not None:
+            self.previous = PreviousBlocks(targets, each=memory == "images")
 
     def draw(self, unit: Unit) -> tuple[list[dict[str, Any]], DsCoPipelineOutput]:
         """Draws a unit; all earlier blocks of its classes must have been given to `add`.
@@ -229,13 +191,14 @@ class UnitSampler:
         """
         batch = [(row, index) for row in unit.rows for index in unit.indices]
         seeds = [image_seed(self.seed, self.class_labels[row], index) for row, index in batch]
-        options = dict(self.options)
+        previous = None
         if unit.block and self.previous is not None:
             device = self.pipe._execution_device  # where the images are; the targets may lie elsewhere
-            options["previous"] = tuple(tensor.to(device) for tensor in self.previous.statistics(unit.rows))
+            sums, counts = self.previous.statistics(unit.rows)
+            previous = sums.to(device), counts.to(device)
         labels = [self.class_labels[row] for row, _ in batch]
         try:
-            output = self.pipe.sample(labels, self.targets, seeds=seeds, **options)
+            output = self.pipe.sample(labels, self.targets, seeds=seeds, previous=previous, method=self.sampling)
         except NonFiniteError as error:
             names = [self.class_names[row] for row in unit.rows if self.class_labels[row] in error.class_labels]
             where = f"Class(es) {names[:10]}, block {unit.block}, step {error.step}"
@@ -255,24 +218,59 @@ class UnitSampler:
 
 def concentrate(
     pipe: DsCoPipeline,
-    targets: Targets | Dataset | IterableDataset | str | Sequence[int | str] | None,
+    targets: Given,
     images_per_class: int,
-    **options: Any,
+    *,
+    method: SamplingMethod | Sampling | str | None = None,
+    objective: Objective | str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    class_labels: Sequence[int | str] | None = None,
+    block_size: int = BLOCK_SIZE,
+    images_per_call: int = IMAGES_PER_CALL,
+    progress: bool = True,
 ) -> Dataset:
-    """Draws a small dataset whose class means match the targets: [`concentrate_and_report`] without its report."""
-    return concentrate_and_report(pipe, targets, images_per_class, **options)[0]
+    """Draws a small dataset that teaches what the targets' whole classes do.
+
+    [`concentrate_and_report`] without its report; see there.
+
+    Args:
+        pipe (`DsCoPipeline`): see [`concentrate_and_report`], as for the others that are not described here.
+        targets: what to match.
+        images_per_class (`int`): at least 1.
+        method ([`SamplingMethod`], *optional*): what steers the sampling, an object or a name, such as "plain";
+            [`NOpt`] if None. Or a [`Sampling`], which has all that can be chosen (`eta`, `batch_size`).
+        objective ([`Objective`], *optional*): short for `method=NOpt(objective=...)`; an object or a name, such as
+            "ridge".
+        num_inference_steps (`int`, *optional*): see [`Sampling`].
+        guidance_scale (`float`, *optional*): likewise.
+        seed (`int`): of the run.
+        class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes to draw.
+        block_size (`int`): images of a class that are optimised jointly.
+        images_per_call (`int`): of several classes, at most.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        `Dataset`: rows by class and index.
+    """
+    return concentrate_and_report(
+        pipe, targets, images_per_class, seed=seed, class_labels=class_labels, block_size=block_size,
+        images_per_call=images_per_call, progress=progress, method=method, objective=objective,
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+    )[0]  # fmt: skip
 
 
 @plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
 def concentrate_and_report(
     pipe: DsCoPipeline,
-    targets: Targets | Dataset | IterableDataset | str | Sequence[int | str] | None,
+    targets: Given,
     images_per_class: int,
     *,
     seed: int = 0,
     class_labels: Sequence[int | str] | None = None,
-    block_size: int = 10,
-    images_per_call: int = 128,
+    block_size: int = BLOCK_SIZE,
+    images_per_call: int = IMAGES_PER_CALL,
     measure_by: MatchingTargets | None = None,
     progress: bool = True,
     **options: Any,
@@ -287,7 +285,7 @@ def concentrate_and_report(
     Args:
         pipe (`DsCoPipeline`): the generator, and the classifier that the targets were made with.
         targets: what to match: targets, or what they are then made of, a dataset of real images or, data-free, a label
-            set's name or the generator's classes. None draws plain samples, or optimises `objective="classifier"`.
+            set's name or the generator's classes. None draws plain samples, or what needs no targets.
         images_per_class (`int`): at least 1.
         seed (`int`): with the class and the index it fixes an image's noise.
         class_labels (sequence of `int` or `str`, *optional*): without targets, the generator's classes to draw; all if
@@ -296,7 +294,8 @@ def concentrate_and_report(
         images_per_call (`int`): several small classes are drawn in one call of at most this many images.
         measure_by (`MatchingTargets`, *optional*): targets to measure the discrepancy by; `targets` if None.
         progress (`bool`): show a progress bar.
-        options: of [`DsCoPipeline.__call__`], such as `guidance_scale`, `num_inference_steps`, `objective`.
+        options: of [`Sampling.of`]: `method`, `objective`, `num_inference_steps`, `guidance_scale`, `eta`,
+            `batch_size`.
 
     Returns:
         `tuple[Dataset, ConcentrationReport]`: rows by class and index; columns `image`, `label`, `source`, `seed`,
@@ -307,9 +306,9 @@ def concentrate_and_report(
         ValueError: for a number of images below 1, or anything that the pipeline refuses.
         NonFiniteError: if an image or a gradient is not finite.
     """
-    check_options(options)
-    targets = make_targets(pipe, targets, options, seed=seed, progress=progress)
-    sampler = UnitSampler(pipe, targets, seed=seed, class_labels=class_labels, **options)
+    sampling = Sampling.of(**options)
+    matched = sampling.make_targets(pipe, targets, seed=seed, progress=progress)
+    sampler = UnitSampler(pipe, matched, sampling, seed=seed, class_labels=class_labels)
     units = plan_units(
         len(sampler.class_names), images_per_class, block_size=block_size, images_per_call=images_per_call
     )
@@ -328,7 +327,7 @@ def concentrate_and_report(
     report.seconds = time.perf_counter() - start
     report.peak_memory_bytes = peak_memory_bytes(pipe)
     finished.sort(key=lambda row: row["label"])  # stable: within a class they come block after block
-    judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)
+    judge = measure_by or (matched if isinstance(matched, MatchingTargets) else None)
     if judge is not None:
         pixels, labels = pixels_from_images([row["image"] for row in finished]), [row["label"] for row in finished]
         found = measure_discrepancy(pixels, torch.tensor(labels), pipe, judge)
@@ -338,24 +337,12 @@ def concentrate_and_report(
         "class_labels": class_labels,
         "block_size": block_size,
         "images_per_call": images_per_call,
-        **sampling_options({name: value for name, value in options.items() if name not in _CALLBACKS}),
+        **sampler.sampling.as_record(),
     }
     cost = {name: value for name in COSTS if (value := getattr(report, name)) is not None}
-    record = drawn_record(
-        pipe, targets, method=method_of(targets, options), seed=seed, parameters=parameters, cost=cost
-    )
+    method = sampler.sampling.method.label(matched)
+    record = drawn_record(pipe, matched, method=method, seed=seed, parameters=parameters, cost=cost)
     return with_record(to_dataset(finished, sampler.class_names), record), report
-
-
-def method_of(targets: Any, options: Mapping[str, Any]) -> str:
-    """What results call a set that was drawn for these targets, with these options of a pipeline call."""
-    if options.get("objective") == "classifier":
-        return "nopt-classifier-only"
-    if targets is None or options.get("optimization_steps") == 0:
-        return "plain"
-    if isinstance(targets, QuantileTargets):
-        return "nopt-quantile"
-    return "nopt" if targets.provenance.get("population") == "data" else "nopt-data-free"
 
 
 class PreviousBlocks:

@@ -12,6 +12,10 @@ import numpy as np
 import torch
 
 from ..data.schema import nearest
+from ..matching.objectives import Objective
+from ..sampling.call import Plain, SamplingMethod
+from ..sampling.flat import from_flat
+from ..sampling.nopt import NOISE
 from ..utils.markdown import Trusted, escape_id, escape_markdown, format_number, parameter_rows
 from .methods import find_method
 
@@ -108,16 +112,7 @@ def as_description(record: Mapping[str, Any]) -> str:
 # What cards tell of how images were made.
 
 _PAPER = "[arXiv 2603.27987](https://arxiv.org/abs/2603.27987)"
-_NOISE = "The sampling noise of a frozen class-conditional diffusion model was optimised so that"
-# What was done for each objective, and with each way to choose real images.
-_DRAWN = {
-    "rkhs": f"{_NOISE} the few images drawn for a class together match the features of the whole class.",
-    "ridge": f"{_NOISE} a ridge regression trained on the few images makes the smallest error on all of the source.",
-    "quantile": f"{_NOISE} at every step the features of the latents have the quantiles of those of real images.",
-    "classifier": f"{_NOISE} a classifier is sure of every image and finds its own statistics; nothing was matched.",
-    "nopt": f"{_NOISE} the few images of a class together teach what the whole class does.",
-    "plain": "The synthetic images are plain samples of a class-conditional diffusion model: nothing was optimised.",
-}
+# What was done with each way to choose real images.
 _ADDED = {
     "herding": "Real images were added that fill best what the synthetic ones leave unmatched.",
     "clarity": "Real images were added that students of the synthetic ones find least clear.",
@@ -142,22 +137,36 @@ NOT_RECORDED = "How its images were made is not recorded."
 def how_made(records: Mapping[str, Mapping[str, Any]]) -> str:
     """What was really done, by the records of the configs: one sentence for each way in which images were made."""
     sentences = list(dict.fromkeys(text for record in records.values() for text in what_was_done(record)))
-    known = any(text in _DRAWN.values() for text in sentences)
+    known = any(_drawn(record) for record in records.values())
     return " ".join([*sentences] if known else [NOT_RECORDED, *sentences]) + f" Written with `dsco_hf` ({_PAPER})."
 
 
 def what_was_done(record: Mapping[str, Any]) -> list[str]:
     """How the images of one config were made, in up to two sentences; none for what is not recorded."""
-    parameters, doping = (
-        value if isinstance(value := record.get(key), Mapping) else {} for key in ("parameters", "doping")
-    )
-    method = str(record.get("method") or "")
-    objective = parameters.get("objective") or ("nopt" if method.startswith("nopt") else "")
-    drawn = _DRAWN.get("plain" if method.startswith("plain") else str(objective), "")
+    doping = value if isinstance(value := record.get("doping"), Mapping) else {}
     rule = doping.get("strategy")
     name = rule.get("name") if isinstance(rule, Mapping) else rule  # a text in records of version 0.1
     other = f"Real images were added by the rule {escape_markdown(str(name))}." if name else ""
-    return [text for text in (drawn, _ADDED.get(str(name), other)) if text]
+    return [text for text in (_drawn(record), _ADDED.get(str(name), other)) if text]
+
+
+def _drawn(record: Mapping[str, Any]) -> str:
+    """What the method of a record did; of one that is not of this package only that it steered the sampling."""
+    label, parameters = str(record.get("method") or ""), record.get("parameters")
+    if label.startswith("plain"):
+        return Plain.sentence
+    try:
+        recorded = from_flat(parameters if isinstance(parameters, Mapping) else {}).get("method")
+        objective = recorded.get("objective", {}) if isinstance(recorded, Mapping) else {}
+        if isinstance(recorded, Mapping) and not any(":" in str(part.get("name")) for part in (recorded, objective)):
+            recorded = SamplingMethod.of(recorded)
+    except (AttributeError, TypeError, ValueError):  # written by hand, or by another version
+        recorded = None
+    if isinstance(recorded, SamplingMethod):
+        return recorded.sentence
+    if isinstance(recorded, Mapping) and ":" in str(recorded.get("name")):
+        return SamplingMethod.sentence
+    return f"{NOISE} {Objective.sentence}" if label.startswith("nopt") else ""
 
 
 def method_label(record: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ record alone says how to run it again, also after a default has changed.
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +16,12 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from ..data.schema import nearest
-from ..matching.objectives import OBJECTIVES, ClassifierObjective
 from ..matching.targets import MatchingTargets
+from ..sampling.call import Sampling
+from ..sampling.flat import FLAT, from_flat
 from ..utils.origins import targets_sha256
-from .concentrate import COSTS, ConcentrationReport, concentrate_and_report, sampling_options
+from ..utils.values import plain
+from .concentrate import BLOCK_SIZE, COSTS, IMAGES_PER_CALL, ConcentrationReport
 from .config_records import by_config, to_json
 from .set_records import PARTS as PARTS
 from .set_records import cached_origin as cached_origin
@@ -28,31 +30,35 @@ from .set_records import library_versions as library_versions
 from .set_records import targets_record as targets_record
 
 
-# Arguments of `concentrate` that shape the images, beside those of a pipeline call.
-RUN_OPTIONS = ("images_per_class", "class_labels", "block_size", "images_per_call")
+# Arguments of `concentrate` that shape the images, beside those of `Sampling`.
+RUN_OPTIONS = {"images_per_class": None, "class_labels": None, "block_size": BLOCK_SIZE,
+               "images_per_call": IMAGES_PER_CALL}  # fmt: skip
 # Arguments that are recorded elsewhere, or say nothing about the images.
-_NOT_RECORDED = {"seed", "progress", "measure_by", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+_NOT_RECORDED = {"seed", "progress", "measure_by"}
 
 
 def resolve_parameters(**given: Any) -> dict[str, Any]:
     """Fills in the defaults of all parameters that are not given; as plain JSON values.
 
     Args:
-        given: keyword arguments of `concentrate`, such as `images_per_class`, `num_inference_steps`, `objective`.
-            What says nothing about the images (`progress`, ...) is left out.
+        given: keyword arguments of `concentrate_and_report`, such as `images_per_class`, `num_inference_steps`,
+            `method`. What says nothing about the images (`progress`, ...) is left out.
 
     Raises:
-        TypeError: for an argument that `concentrate` does not have, or one that cannot be recorded.
+        TypeError: for an argument that `concentrate_and_report` does not have.
     """
-    signature = inspect.signature(concentrate_and_report).parameters
-    run = {name: given.get(name, signature[name].default) for name in RUN_OPTIONS}
-    if run["images_per_class"] is inspect.Parameter.empty:
+    if given.get("images_per_class") is None:
         raise TypeError("`images_per_class` is missing: it has no default.")
-    return run | sampling_options({k: v for k, v in given.items() if k not in {*RUN_OPTIONS, *_NOT_RECORDED}})
+    run = {name: given.get(name, default) for name, default in RUN_OPTIONS.items()}
+    sampling = Sampling.of(**{k: v for k, v in given.items() if k not in {*RUN_OPTIONS, *_NOT_RECORDED}})
+    return plain(run) | sampling.as_record()
 
 
 def record_parameters(record: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded parameters as arguments of `concentrate`: `concentrate(pipe, targets, seed=..., **parameters)`.
+
+    Returns:
+        `dict`: `images_per_class`, `class_labels`, `block_size`, `images_per_call`, and as `method` a [`Sampling`].
 
     Raises:
         ValueError: if something is recorded that this version does not know, or nothing is.
@@ -63,17 +69,16 @@ def record_parameters(record: Mapping[str, Any]) -> dict[str, Any]:
             "The record has no parameters of a concentration: the dataset was not made by `concentrate`, or its maker "
             "did not record it (`concentration_record`)."
         )
-    known = {name for kind in OBJECTIVES for name in resolve_parameters(images_per_class=1, objective=kind)}
+    recorded = from_flat(recorded)
+    known = [*RUN_OPTIONS, *(field.name for field in dataclasses.fields(Sampling))]
     if unknown := [name for name in recorded if name not in known]:
         raise ValueError(
             f"The record has a parameter that this version of dsco_hf does not know: {unknown[0]!r}."
-            f"{nearest(unknown[0], known)} It was made with dsco_hf "
+            f"{nearest(unknown[0], [*known, *FLAT])} It was made with dsco_hf "
             f"{(record.get('versions') or {}).get('dsco_hf', 'of unknown version')}."
         )
-    parameters = dict(recorded)
-    if isinstance(parameters.get("classifier_objective"), Mapping):
-        parameters["classifier_objective"] = ClassifierObjective(**parameters["classifier_objective"])
-    return parameters
+    run = {name: value for name, value in recorded.items() if name in RUN_OPTIONS}
+    return {**run, "method": Sampling(**{name: value for name, value in recorded.items() if name not in run})}
 
 
 def config_record(record: Mapping[str, Any], config: str | None = None) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from datasets.table import embed_table_storage
 
 from ..data.schema import nearest
 from ..data.shards import file_sha256
+from ..sampling.call import Sampling
+from ..sampling.flat import from_flat
 from ..utils.files import (
     DamagedFileError,
     explained,
@@ -116,7 +118,11 @@ class RunFolder:
             FileNotFoundError: if there is no run in it.
             ValueError: if `run.json` is damaged.
         """
-        return self._record()["settings"]
+        settings = self._record()["settings"]
+        if "objective" in (options := settings.get("options") or {}):  # flat, of an earlier version
+            sampling = Sampling(**from_flat(options)).for_targets(settings.get("targets"))
+            settings["options"] = sampling.as_record()
+        return settings
 
     def changes(self) -> list[dict[str, Any]]:
         """Settings that were changed on the way: `settings` (old and new value by name) and `finished_units` then."""

@@ -21,24 +21,25 @@ from tqdm.auto import tqdm
 
 from ..generators.failures import NonFiniteError
 from ..matching.targets import MatchingTargets
+from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import QuantileTargets
+from ..sampling.released import Targets
 from ..utils.configs import make_accelerator
 from ..utils.origins import model_sha256, targets_sha256, versions
 from ..utils.processes import RunError, Team
 from ..utils.values import plain_arguments
 from .concentrate import (
+    BLOCK_SIZE,
     COSTS,
+    IMAGES_PER_CALL,
     ConcentrationReport,
     PreviousBlocks,
     Unit,
     UnitSampler,
-    method_of,
     peak_memory_bytes,
     plan_units,
     random_discrepancy,
     row_features,
-    sampling_options,
     to_dataset,
 )
 from .run_folder import RunFolder, unit_name
@@ -117,14 +118,14 @@ class RunResult:
 @plain_arguments(images_per_class=1, block_size=1, images_per_call=1, cpu_threads=1, max_hours=0)
 def concentrate_to_folder(
     pipe: DsCoPipeline,
-    targets: MatchingTargets | QuantileTargets | None,
+    targets: Targets | None,
     images_per_class: int,
     folder: str | Path,
     *,
     seed: int = 0,
     class_labels: Sequence[int | str] | None = None,
-    block_size: int = 10,
-    images_per_call: int = 128,
+    block_size: int = BLOCK_SIZE,
+    images_per_call: int = IMAGES_PER_CALL,
     measure_by: MatchingTargets | None = None,
     cpu_threads: int = 1,
     max_hours: float | None = None,
@@ -159,7 +160,7 @@ def concentrate_to_folder(
             repair for example: `["models.transformer"]`. What is drawn stays, and the change is noted.
         accelerator (`Accelerator`, *optional*): connects the processes; `make_accelerator()` if None.
         progress (`bool`): show a progress bar over all processes.
-        options: of [`DsCoPipeline.__call__`].
+        options: of [`Sampling.of`], as in [`concentrate_and_report`].
 
     Returns:
         `RunResult`: the same in every process.
@@ -169,8 +170,7 @@ def concentrate_to_folder(
         TypeError, ValueError: for arguments that cannot work, or settings other than those the folder was started
             with.
     """
-    resolved = sampling_options(options)
-    sampler = UnitSampler(pipe, targets, seed=seed, class_labels=class_labels, **resolved)
+    sampler = UnitSampler(pipe, targets, Sampling.of(**options), seed=seed, class_labels=class_labels)
     judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)
     numbers = {
         "images_per_class": images_per_class, "block_size": block_size, "images_per_call": images_per_call,
@@ -181,7 +181,7 @@ def concentrate_to_folder(
     run = _Run(RunFolder(folder), team, sampler, units, judge, max_hours, progress)
     with team, contextlib.ExitStack() as held, _threads(pipe.device, cpu_threads):
         settings = team.from_main(
-            lambda: numbers | run_settings(sampler, resolved, cpu_threads=cpu_threads, measure_by=measure_by),
+            lambda: numbers | run_settings(sampler, cpu_threads=cpu_threads, measure_by=measure_by),
             "describing the models",
         )
         team.from_main(lambda: held.enter_context(run.folder.locked()), "locking the folder")
@@ -190,11 +190,7 @@ def concentrate_to_folder(
 
 
 def run_settings(
-    sampler: UnitSampler,
-    options: Mapping[str, Any],
-    *,
-    cpu_threads: int,
-    measure_by: MatchingTargets | None = None,
+    sampler: UnitSampler, *, cpu_threads: int, measure_by: MatchingTargets | None = None
 ) -> dict[str, Any]:
     """What fixes a run's images and their measures beside its numbers, as JSON; models and targets by content."""
     pipe, targets = sampler.pipe, sampler.targets
@@ -202,7 +198,7 @@ def run_settings(
     return {
         "class_labels": sampler.class_labels,
         "class_names": sampler.class_names,
-        "options": dict(options),
+        "options": sampler.sampling.as_record(),
         "targets": None if targets is None else targets_sha256(targets),
         "measure_by": None if measure_by is None else targets_sha256(measure_by),
         "models": {
@@ -391,13 +387,13 @@ class _Run:
 
     def _record(self, settings: dict[str, Any], report: ConcentrationReport) -> dict[str, Any]:
         """What the images are drawn with, as [`concentrate`] says it."""
-        pipe, targets, options = self.sampler.pipe, self.sampler.targets, self.sampler.options
+        pipe, targets = self.sampler.pipe, self.sampler.targets
         parameters = {name: settings[name] for name in ("images_per_class", "block_size", "images_per_call")}
         parameters["class_labels"] = settings["class_labels"] if targets is None else None
         return drawn_record(
             pipe,
             targets,
-            method=method_of(targets, options),
+            method=self.sampler.sampling.method.label(targets),
             seed=settings["seed"],
             parameters={**parameters, **settings["options"]},
             cost={name: value for name in COSTS if (value := getattr(report, name)) is not None},

@@ -1,9 +1,9 @@
 """What concentration costs, known before it runs: passes through each model, FLOPs, memory and time.
 
-Passes are counted with the arithmetic that the pipeline itself uses, so they are exact. FLOPs and memory are counted
-by tracing one pass of each kind at its real shape without computing it (fake or meta tensors). Seconds are passes
-times the seconds of one pass, which are either measured by a short probe ([`probe_seconds`]) or assumed
-from a device's peak rate.
+Passes are counted with the arithmetic that the pipeline and the methods use, so they are exact. FLOPs and memory are
+counted by tracing one pass of each kind at its real shape without computing it (fake or meta tensors). Seconds are
+passes times the seconds of one pass, which are either measured by a short probe ([`probe_seconds`]) or assumed from a
+device's peak rate.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from ..concentration.concentrate import Unit, plan_units, sampling_options
+from ..concentration.concentrate import BLOCK_SIZE, IMAGES_PER_CALL, Unit, plan_units
 from ..concentration.runs import divide
 from ..matching.feature_spec import Features, FeatureSource, feature_specs
-from ..matching.objectives import MATCHING
+from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.plan import optimized_steps
 from ..sampling.released import RandomExtractor
 from ..utils.values import plain_arguments
 from .tracing import PassCost as PassCost
@@ -88,70 +87,31 @@ def calls(passes: Mapping[str, int]) -> dict[str, int]:
 def count_passes(
     pipe: DsCoPipeline,
     images: int,
+    sampling: Sampling,
     *,
-    optimised: bool = True,
     features: Features = None,
     output_type: str = "pt",
-    **options: Any,
 ) -> Counter[str]:
-    """Images that pass through each model in one call of the pipeline.
+    """Images that pass through each model in one call of the pipeline, with the targets that the method needs.
 
     Args:
         pipe (`DsCoPipeline`): its components decide what there is to pass through.
-        images (`int`): images drawn in the call.
-        optimised (`bool`): whether the call has targets; False is plain sampling, but for `objective="classifier"`,
-            which needs none.
+        images (`int`): images that the call is asked for.
+        sampling ([`Sampling`]): how they are drawn.
         features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
         output_type (`str`): latents are not decoded.
-        options: of [`DsCoPipeline.__call__`].
 
     Returns:
-        `Counter`: images by kind, see `KINDS`. The passes of the "quantile" objective's target images are not among
-            them, see [`count_pivots`].
-
-    Raises:
-        TypeError: for an option that the pipeline does not have; the nearest is suggested.
+        `Counter`: images by kind, see `KINDS`. The passes of target images are not among them, see
+            [`SamplingMethod.target_passes`].
     """
-    values = sampling_options(options)
-    steps = scheduler_steps(pipe, values["num_inference_steps"])
-    branches = 2 if values["guidance_scale"] > 1 else 1
-    updates = 0
-    if (optimised or values["objective"] == "classifier") and values["eta"] > 0:
-        updates = values["optimization_steps"] * len(
-            optimized_steps(steps, values["optimize_from"], values["optimize_until"])
-        )
-    passes = Counter({"denoiser": images * steps * branches, "step": images * steps, "call": images})
-    passes["decoder"] = images if pipe.vae is not None and output_type != "latent" else 0
-    if values["objective"] == "quantile":
-        return passes + Counter({"extractor_backward": images * updates})
-    passes["lookahead"] = images * updates * {"none": 0, "conditional": 1, "guided": branches}[values["lookahead"]]
-    observed = {"classifier_backward": images * updates, "update": images * updates}
-    if images > (values["batch_size"] or images):  # micro-batches: all are seen once before any gradient
-        observed["classifier"] = images * updates
-    source = None if features is None else FeatureSource(pipe, feature_specs(features))
-    if source is not None:
-        observed["further_networks"] = (len(source.networks) - 1) * sum(
-            observed.get(kind, 0) for kind in ("classifier", "classifier_backward")
-        )
-    if (pipe.vae is not None or pipe.preview_vae is not None) and (source is None or source.needs_pixels):
-        observed["preview_backward"] = images * updates
-        observed["preview"] = observed.get("classifier", 0)
-    return passes + Counter(observed)
-
-
-def count_pivots(pipe: DsCoPipeline, population: int, *, draws: int = 5, **options: Any) -> Counter[str]:
-    """Passes of the "quantile" objective's target images: once per class, level and number of images drawn.
-
-    Args:
-        pipe (`DsCoPipeline`): its scheduler says how many levels there are.
-        population (`int`): real images of the class.
-        draws (`int`): noise draws per image and level.
-        options: of [`DsCoPipeline.__call__`].
-    """
-    values = sampling_options(options)
-    steps = scheduler_steps(pipe, values["num_inference_steps"])
-    levels = len(optimized_steps(steps, values["optimize_from"], values["optimize_until"]))
-    return Counter({"extractor": population * draws * levels})
+    method = sampling.method
+    steps, drawn = scheduler_steps(pipe, sampling.num_inference_steps), images * method.candidates
+    passes = Counter({"denoiser": drawn * steps * (2 if sampling.guidance_scale > 1 else 1), "step": drawn * steps})
+    passes["call"] = drawn
+    decoded = pipe.vae is not None and (output_type != "latent" or method.candidates > 1)
+    passes["decoder"] = drawn if decoded else 0
+    return passes + method.passes(pipe, drawn, steps, sampling, features)
 
 
 def scheduler_steps(pipe: DsCoPipeline, num_inference_steps: int) -> int:
@@ -162,25 +122,25 @@ def scheduler_steps(pipe: DsCoPipeline, num_inference_steps: int) -> int:
 
 
 def count_unit(
-    pipe: DsCoPipeline, unit: Unit, *, last: bool, optimised: bool = True, population: int = 0, **options: Any
+    pipe: DsCoPipeline, unit: Unit, sampling: Sampling, *, last: bool, population: int = 0, features: Features = None
 ) -> Counter[str]:
     """Passes of one unit of a run, see [`dsco_hf.concentrate.plan_units`].
 
     Args:
         pipe (`DsCoPipeline`): see [`count_passes`].
         unit (`Unit`): a block of images of some classes.
+        sampling ([`Sampling`]): how they are drawn.
         last (`bool`): whether it is the last block: the images of all others are embedded for those that follow.
-        optimised (`bool`): see [`count_passes`].
-        population (`int`): real images per class, which only the "quantile" objective passes through a model.
-        options: of [`DsCoPipeline.__call__`].
+        population (`int`): real images per class, which only some methods pass through a model.
+        features (*optional*): see [`count_passes`].
     """
-    objective = options.get("objective", "rkhs")
-    passes = count_passes(pipe, unit.images, optimised=optimised, **options)
-    if objective in MATCHING and optimised and not last:
+    method = sampling.method
+    passes = count_passes(pipe, unit.images, sampling, features=features)
+    if method.memory is not None and not last:
         passes["embedding"] = unit.images
-    if objective == "quantile" and optimised and unit.block == 0:
-        pivots = count_pivots(pipe, population, **options)
-        passes += Counter({kind: count * len(unit.rows) for kind, count in pivots.items()})
+    if unit.block == 0:
+        once = method.target_passes(population, scheduler_steps(pipe, sampling.num_inference_steps))
+        passes += Counter({kind: count * len(unit.rows) for kind, count in once.items()})
     return passes
 
 
@@ -189,27 +149,31 @@ def count_run(
     pipe: DsCoPipeline,
     num_classes: int,
     images_per_class: int,
+    sampling: Sampling,
     *,
-    block_size: int = 10,
-    images_per_call: int = 128,
-    **options: Any,
+    block_size: int = BLOCK_SIZE,
+    images_per_call: int = IMAGES_PER_CALL,
+    population: int = 0,
+    features: Features = None,
 ) -> Counter[str]:
     """Passes of a whole concentration; arguments as of [`dsco_hf.concentrate.concentrate`] and [`count_unit`]."""
     units = plan_units(num_classes, images_per_class, block_size=block_size, images_per_call=images_per_call)
     total: Counter[str] = Counter()
-    for _, passes in _by_unit(pipe, units, **options):
+    for _, passes in _by_unit(pipe, units, sampling, population=population, features=features):
         total += passes
     return total
 
 
-def _by_unit(pipe: DsCoPipeline, units: Sequence[Unit], **options: Any) -> Iterable[tuple[Unit, Counter[str]]]:
+def _by_unit(
+    pipe: DsCoPipeline, units: Sequence[Unit], sampling: Sampling, **options: Any
+) -> Iterable[tuple[Unit, Counter[str]]]:
     """Units and their passes; units of the same size are counted once."""
     final = units[-1].block
     known: dict[tuple[int, int, bool, bool], Counter[str]] = {}
     for unit in units:
         key = (len(unit.rows), len(unit.indices), unit.block == final, unit.block == 0)
         if key not in known:
-            known[key] = count_unit(pipe, unit, last=unit.block == final, **options)
+            known[key] = count_unit(pipe, unit, sampling, last=unit.block == final, **options)
         yield unit, known[key]
 
 
@@ -218,13 +182,15 @@ def predict(
     pipe: DsCoPipeline,
     num_classes: int,
     images_per_class: int,
+    sampling: Sampling,
     *,
     costs: Mapping[str, PassCost],
     seconds: Mapping[str, float],
     num_processes: Sequence[int] = (1,),
-    block_size: int = 10,
-    images_per_call: int = 128,
-    **options: Any,
+    block_size: int = BLOCK_SIZE,
+    images_per_call: int = IMAGES_PER_CALL,
+    population: int = 0,
+    features: Features = None,
 ) -> Prediction:
     """Predicts a concentration.
 
@@ -232,13 +198,15 @@ def predict(
         pipe (`DsCoPipeline`): see [`count_passes`].
         num_classes (`int`): classes that are drawn.
         images_per_class (`int`): the budget.
+        sampling ([`Sampling`]): how they are drawn.
         costs (`dict[str, PassCost]`): from [`pass_costs`].
         seconds (`dict[str, float]`): of one image's pass by kind, measured or from [`assumed_seconds`].
         num_processes (sequence of `int`): each has a device of its own. The slowest process's share counts, as runs
             divide it.
         block_size (`int`): images of a class that are optimised jointly.
         images_per_call (`int`): images that are drawn in one call at most.
-        options: of [`count_unit`].
+        population (`int`): see [`count_unit`].
+        features (*optional*): likewise.
 
     Raises:
         ValueError: for a number below 1.
@@ -246,7 +214,7 @@ def predict(
     units = plan_units(num_classes, images_per_class, block_size=block_size, images_per_call=images_per_call)
     total: Counter[str] = Counter()
     by_group: dict[int, float] = defaultdict(float)
-    for unit, passes in _by_unit(pipe, units, **options):
+    for unit, passes in _by_unit(pipe, units, sampling, population=population, features=features):
         total += passes
         by_group[unit.group] += sum(count * seconds.get(kind, 0.0) for kind, count in passes.items())
     shares = {count: divide(units, count) for count in num_processes}
@@ -257,10 +225,11 @@ def predict(
         flops=sum(count * costs[kind].flops for kind, count in total.items() if kind in costs),
         memory_bytes=predict_memory(
             pipe,
-            max(unit.images for unit in units),
+            max(unit.images for unit in units) * sampling.method.candidates,
             costs,
             optimised=total["update"] > 0,
-            **{name: options[name] for name in ("batch_size", "guidance_scale") if name in options},
+            guidance_scale=sampling.guidance_scale,
+            batch_size=sampling.batch_size,
         ),
         seconds={
             count: max(sum(by_group[group] for group in share) for share in shares[count]) for count in num_processes
@@ -347,7 +316,7 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
     Args:
         pipe (`DsCoPipeline`): on any device, also on "meta".
         features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
-        extractor (`bool`): also those of the "quantile" objective's random network.
+        extractor (`bool`): also those of the random network of `Released`.
     """
     denoiser, latent = pipe.denoiser, (1, *pipe.latent_shape)
     pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)

@@ -47,7 +47,7 @@ def probe_seconds(
         images_per_class (`int`): images that are optimised jointly.
         embedding_dim (`int`): of the targets.
         features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
-        extractor (`bool`): also measure the "quantile" objective's network.
+        extractor (`bool`): also measure the random network of `Released`.
         repeats (`int`): runs of each kind, besides the first.
         max_seconds (`float`): no further run of a kind begins after this time.
 
@@ -184,7 +184,7 @@ def _parts(
 def _extractor_parts(
     pipe: DsCoPipeline, noise: torch.Tensor, advance: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """The passes of the "quantile" objective: its loss and update belong to the pass."""
+    """The passes of `Released`: its loss and update belong to the pass."""
     network: Any = RandomExtractor(noise.shape[1]).to(noise.device, noise.dtype)
     network = network.to(memory_format=torch.channels_last)
     many = noise.repeat(-(-64 // len(noise)), 1, 1, 1)[:64]  # target images come in large batches

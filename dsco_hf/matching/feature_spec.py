@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -339,6 +340,9 @@ def check_finite(features: torch.Tensor, where: str) -> None:
         )
 
 
+_SEEDING = threading.Lock()  # weights are drawn with the random state that all threads share
+
+
 class RandomExtractor(nn.Module):
     """The random, untrained, frozen network of the released objective: latents `(B, C, H, W)` → features `(B, 2048)`.
 
@@ -352,7 +356,7 @@ class RandomExtractor(nn.Module):
 
     def __init__(self, in_channels: int, *, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
+        with _SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.Sequential(
                 nn.Conv2d(in_channels, 256, 3, padding=1),

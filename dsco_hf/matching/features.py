@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ POOLINGS = ("average", "grid2", "mean_std", "cls")
 DEFAULT_LAYERS = (("pooled", "average"),)
 
 _HIDDEN = re.compile(r"hidden_\d+")
+_PASSES = threading.Lock()  # a pass is seen through hooks of the network, which would see another thread's pass, too
 
 
 def ensure_preprocessing(
@@ -224,15 +227,14 @@ def observe_layers(
     names = {layer for layer, _ in layers}
     modules = {name: _module(classifier, name) for name in names if not _is_reserved(name)}
     states = any(_HIDDEN.fullmatch(name) for name in names)
-    handles = [head.register_forward_pre_hook(lambda _, given: found.update(pooled=given[0].flatten(1)))]
-    handles += [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    if moments:
-        handles += [layer.register_forward_pre_hook(record) for layer in batchnorm_layers(classifier)]
-    try:
-        output = classifier(inputs, **({"output_hidden_states": True} if states else {}))
-    finally:
+    with _PASSES, contextlib.ExitStack() as hooks:
+        handles = [head.register_forward_pre_hook(lambda _, given: found.update(pooled=given[0].flatten(1)))]
+        handles += [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+        if moments:
+            handles += [layer.register_forward_pre_hook(record) for layer in batchnorm_layers(classifier)]
         for handle in handles:
-            handle.remove()
+            hooks.callback(handle.remove)
+        output = classifier(inputs, **({"output_hidden_states": True} if states else {}))
     logits = output.logits.float()
     found["logits"] = logits
     found |= _hidden_states(classifier, output) if states else {}

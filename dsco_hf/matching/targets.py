@@ -66,7 +66,7 @@ class MatchingTargets:
         features (`tuple[FeatureSpec, ...]`): what φ consists of. Several layers are concatenated, and weighted so that
             each counts alike ([`layer_weights`]; the weights are part of `feature_std`).
         second_moment (`torch.Tensor` of shape `(D, D)`, *optional*): E ψψᵀ over the population, every class of equal
-            weight, for the "ridge" objective.
+            weight, for objectives that need it (`Ridge`).
     """
 
     class_names: list[str]
@@ -194,7 +194,7 @@ class MatchingTargets:
             label_column (`str`, *optional*): where there are several of the kind.
             embedding_dim (`int`): D.
             bandwidth (`float`, *optional*): of the kernel; the median distance of up to 2,000 images if None.
-            second_moment (`bool`): also keep E ψψᵀ, `(D, D)`, for the "ridge" objective: 4·D² bytes.
+            second_moment (`bool`): also keep E ψψᵀ, `(D, D)`, for objectives that need it (`Ridge`): 4·D² bytes.
             batch_size (`int`): images per pass through the classifier.
             seed (`int`): of the random Fourier features and of the sample behind the bandwidth.
             on_error (`str`): "raise" or "skip" images that cannot be decoded (counted in `provenance`).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,25 +9,19 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from ..generators.failures import cannot_run
-from ..matching.objectives import MATCHING, OBJECTIVES
-from ..matching.targets import MatchingTargets
-from ..utils.values import check_choice, check_real
-from .released import QuantileTargets
+from ..utils.values import check_choice
+from .call import Sampling
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-LOOKAHEADS = ("conditional", "guided", "none")
 
 
 def check_call(
     pipe: DiffusionPipeline,
-    *,
     ids: Sequence[int],
-    plan: Any,
-    guidance_scale: float,
-    eta: float,
-    optimize_from: float,
-    optimize_until: float,
+    targets: Any,
+    sampling: Sampling,
+    *,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     latents: torch.Tensor | None,
     output_type: str,
@@ -37,28 +30,14 @@ def check_call(
     """Raises ValueError for arguments of [`DsCoPipeline.__call__`] that cannot work."""
     if not ids:
         raise ValueError("`class_labels` is empty: pass one class per image, for example `[0, 0, 1, 1]`.")
-    check_choice("objective", plan.objective, OBJECTIVES)
     check_choice("output_type", output_type, OUTPUT_TYPES)
-    check_choice("lookahead", plan.lookahead, LOOKAHEADS)
-    for name, value, high in (
-        ("eta", eta, 1),
-        ("optimize_from", optimize_from, 1),
-        ("optimize_until", optimize_until, 1),
-        ("guidance_scale", guidance_scale, math.inf),
-        ("step_size", plan.step_size, math.inf),
-        ("step_decay", plan.step_decay, 1),
-        ("contrast", plan.contrast, math.inf),
-    ):
-        check_real(name, value, 0, high)
-    if optimize_from > optimize_until:
-        raise ValueError(f"`optimize_from={optimize_from}` must not exceed `optimize_until={optimize_until}`.")
     if isinstance(generator, list | tuple) and len(generator) != len(ids):
         raise ValueError(
             f"Got {len(generator)} generators for {len(ids)} images: pass one per image, or a single one."
         )
-    check_real("regularization", plan.regularization, 0, open_low=True)
     for name in tensor_inputs or []:
         check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
+    guidance_scale = sampling.guidance_scale
     if latents is not None:
         shape = (len(ids), *pipe.latent_shape)
         if tuple(latents.shape) != shape:
@@ -72,9 +51,17 @@ def check_call(
             f"The generator draws {channels} channels, which is no image, and there is no VAE: pass `vae=...`, "
             "the AutoencoderKL that it was trained with, or `output_type='latent'`."
         )
-    check_components(pipe, uses_classifier=plan.active and plan.objective != "quantile")
-    if plan.active:
-        check_targets(pipe, plan)
+    check_components(pipe, uses_classifier=sampling.method.uses_classifier)
+    sampling.method.check(pipe, targets)
+
+
+def check_targets(targets: Any) -> None:
+    """Raises TypeError for anything but targets (which name their classes and the generator's) or None."""
+    if targets is not None and not (hasattr(targets, "class_names") and hasattr(targets, "class_labels")):
+        raise TypeError(
+            f"`targets` must be targets or None, got {type(targets).__name__}. Make them of real images with "
+            "`MatchingTargets.from_dataset(dataset, pipe)`, data-free with `MatchingTargets.from_generator(pipe)`."
+        )
 
 
 def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
@@ -111,39 +98,3 @@ def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
                 f"The {label} has {decoder.config.latent_channels} latent channels, the {kind} takes {channels}: load "
                 f"the VAE that the {kind} was trained with."
             )
-
-
-def check_targets(pipe: DiffusionPipeline, plan: Any) -> None:
-    """Raises ValueError if the objective, the targets and the classifier do not fit together."""
-    wanted = {"quantile": QuantileTargets, **dict.fromkeys(MATCHING, MatchingTargets)}.get(plan.objective)
-    if wanted is None:
-        if plan.targets is not None:
-            raise ValueError(
-                "The 'classifier' objective uses no targets: leave `targets` out, or choose objective='rkhs'."
-            )
-        if pipe.classifier is None:
-            raise ValueError("The 'classifier' objective needs a classifier: load the pipeline with `classifier=...`.")
-        return
-    if not isinstance(plan.targets, wanted):
-        raise ValueError(
-            f"objective={plan.objective!r} takes {wanted.__name__}, got {type(plan.targets).__name__}: make them with "
-            f"`{wanted.__name__}.from_dataset(dataset, pipe)`."
-        )
-    if isinstance(plan.targets, MatchingTargets):
-        plan.targets.check_pipeline(pipe)
-        if plan.objective == "ridge":
-            check_ridge_targets(plan.targets)
-
-
-def check_ridge_targets(targets: MatchingTargets) -> None:
-    """Raises ValueError for targets that the "ridge" objective cannot work with."""
-    if targets.num_classes < 2:
-        raise ValueError(
-            f"objective='ridge' tells classes apart, and the targets have only {targets.class_names}: choose "
-            "objective='rkhs'."
-        )
-    if targets.second_moment is None:
-        raise ValueError(
-            "objective='ridge' takes targets with a second moment, and these have none: make them with "
-            "`MatchingTargets.from_dataset(dataset, pipe, second_moment=True)`."
-        )

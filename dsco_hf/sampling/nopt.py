@@ -1,138 +1,226 @@
-"""How the noise of a sampling step is optimised (NOpt): look-ahead, objective and update; a mixin of the pipeline."""
+"""NOpt: the noise of late sampling steps is moved so that the images, as predicted from it, lower an objective."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
-from ..generators.failures import FiniteWatch, refuse_nonfinite
+from ..generators.failures import refuse_nonfinite
+from ..matching.feature_spec import Features, FeatureSource, feature_specs
 from ..matching.features import Observation
-from .noise import joint_gradient, momentum_descent, shell_step
-from .plan import NoisePlan
-from .released import quantile_loss, shell_penalty
+from ..matching.objectives import RKHS, Bound, Objective
+from ..utils.values import check_choice, check_real, plain_fields
+from .call import Call, Plain, Sampling, SamplingMethod
+from .noise import joint_gradient, shell_step
 
 
-class NoiseOptimizationMixin:
-    """What [`DsCoPipeline`] does with the noise of an optimised step. The state is that of the call in progress."""
+NOISE = "The sampling noise of a frozen class-conditional diffusion model was optimised so that"
+LOOKAHEADS = ("conditional", "guided", "none")
 
-    scheduler: Any
-    classifier: Any
-    vae: Any
-    preview_vae: Any
-    predict_noise: Callable[..., torch.Tensor]
-    decode_latents: Callable[..., torch.Tensor]
-    _plan: Any
-    _watch: FiniteWatch | None
-    _calls: dict[str, int]
-    _batch_size: int
-    _eta: float
-    _guidance_scale: float
-    _discrepancies: list[torch.Tensor]
 
-    def _preview(
-        self,
-        i: int,
-        latents: torch.Tensor,
-        noise_pred: torch.Tensor,
-        noise: torch.Tensor,
-        labels: torch.Tensor,
-        lookahead: str,
-    ) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-        """The predicted clean latents as a function of step i's noise z, with everything but z held fixed.
+@dataclasses.dataclass(frozen=True)
+class NOpt(SamplingMethod):
+    """Noise optimisation (DsCo, arXiv 2603.27987): the models stay frozen, and no gradient passes the denoiser.
 
-        With look-ahead the denoiser is asked once, at the x_{t-1} that `noise` leads to; without, the current
-        prediction is taken to move with z as x_{t-1} does.
-        """
-        step = self.scheduler.step
-        t, t_next = self.scheduler.timesteps[i], self.scheduler.timesteps[i + 1]
-        options = {"eta": self._eta, "use_clipped_model_output": True}
+    Attributes:
+        objective ([`Objective`]): what the images should achieve; a name, such as "ridge", becomes the object.
+        start (`float`): where it begins, as a fraction of the sampling steps. Late steps do nearly all of the work.
+        stop (`float`): where it ends, likewise; the last step has no noise.
+        iterations (`int`): updates of the noise per sampling step.
+        step_size (`float`): η, length of the first update in units of the noise's norm.
+        step_decay (`float`): the last step's update is this times `step_size`, in between it falls evenly: coarse
+            moves first, fine ones at the end.
+        lookahead (`str`): how the images are predicted from x_{t-1}: "conditional" asks the denoiser again without
+            guidance, "guided" with, "none" reuses its last answer, at no cost.
+    """
 
-        def advance(z: torch.Tensor, part: slice) -> torch.Tensor:
-            return step(noise_pred[part], t, latents[part], variance_noise=z, **options).prev_sample
+    objective: Objective = RKHS()
+    start: float = 0.6
+    stop: float = 1.0
+    iterations: int = 1
+    step_size: float = 1.0
+    step_decay: float = 0.25
+    lookahead: str = "conditional"
 
-        everything = slice(None)
-        if lookahead == "none":
-            level = self.scheduler.alphas_cumprod[t_next].to(latents)
-            predicted = step(noise_pred, t, latents, variance_noise=noise, **options).pred_original_sample
-            base = advance(noise, everything)
-            return lambda z, part: predicted[part] + (advance(z, part) - base[part]) / level.sqrt()
-        scale = self._guidance_scale if lookahead == "guided" else 1.0
-        ahead = self.predict_noise(advance(noise, everything), t_next, labels, scale)
-        return lambda z, part: step(ahead[part], t_next, advance(z, part)).pred_original_sample
+    def __post_init__(self) -> None:
+        """Refuses values out of range; makes the objective of its name or record."""
+        plain_fields(self, iterations=1)
+        object.__setattr__(self, "objective", Objective.of(self.objective))
+        check_interval(self.start, self.stop)
+        check_real("step_size", self.step_size, 0)
+        check_real("step_decay", self.step_decay, 0, 1)
+        check_choice("lookahead", self.lookahead, LOOKAHEADS)
 
-    def optimize_noise(
-        self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor
+    @property
+    def sentence(self) -> str:  # type: ignore[override]
+        """What cards say was done."""
+        return f"{NOISE} {self.objective.sentence}"
+
+    @property
+    def second_moment(self) -> bool:
+        """As the objective needs."""
+        return self.objective.needs == "second_moment"
+
+    @property
+    def memory(self) -> str | None:
+        """As the objective is told of finished images."""
+        return None if self.objective.needs is None else "images" if self.objective.each_image else "sums"
+
+    @property
+    def uses_classifier(self) -> bool:
+        """Networks see every preview."""
+        return True
+
+    def label(self, targets: Any) -> str:
+        """With the data, data-free, or of a classifier only."""
+        if self.objective.needs is None:
+            return f"{self.name}-{self.objective.name}-only"
+        return self.name if targets.provenance.get("population") == "data" else f"{self.name}-data-free"
+
+    def without_targets(self) -> SamplingMethod:
+        """Plain samples, but for an objective that needs no targets."""
+        return self if self.objective.needs is None else Plain()
+
+    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+        """As the objective says."""
+        self.objective.check(pipe, targets)
+
+    def make_targets(
+        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, seed: int = 0, progress: bool = True
+    ) -> Any:
+        """As all methods do; ValueError for an objective that matches nothing."""
+        if self.objective.needs is None:
+            raise ValueError(
+                f"The {self.objective.name!r} objective matches nothing: pass None, and classes as `class_labels=`."
+            )
+        return super().make_targets(pipe, given, sampling, seed=seed, progress=progress)
+
+    def steps(self, num_steps: int) -> range:
+        """Indices of the steps whose noise is optimised."""
+        return optimized_steps(num_steps, self.start, self.stop)
+
+    def step_size_at(self, i: int, num_steps: int) -> float:
+        """Length of an update at step i: from `step_size` evenly down to `step_decay` times that."""
+        steps = self.steps(num_steps)
+        progress = (i - steps.start) / (len(steps) - 1) if len(steps) > 1 else 0.0
+        return self.step_size * (1 + progress * (self.step_decay - 1))
+
+    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+        """Binds the objective to the call's images."""
+        if call.eta > 0:
+            call.state = self.objective.bind(call.pipe, call.targets, call.ids, call.previous)
+        return super().begin(call)
+
+    def noise(
+        self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """Moves step i's noise `(B, C, h, w)` so that the predicted images lower the objective (NOpt)."""
-        plan: NoisePlan = self._plan
-        if plan.objective == "quantile":
-            return self._optimize_noise_quantile(i, latents, noise_pred, noise)
-        moments = plan.objective == "classifier" and plan.classifier_objective.batchnorm > 0
-        decoder = self.vae if self.preview_vae is None else self.preview_vae
-        models = ([decoder] if decoder is not None and plan.source.needs_pixels else []) + plan.source.networks
-        half = any(next(model.parameters()).dtype == torch.float16 for model in models)
-
-        for _ in range(plan.optimization_steps):
-            preview = self._preview(i, latents, noise_pred, noise, labels, plan.lookahead)
-
-            def observe_noise(z: torch.Tensor, part: slice, preview: Callable = preview) -> Observation:
-                self._calls["classifier"] += len(z) * len(plan.source.networks)
-                predicted, pixels = preview(z, part), None
-                if plan.source.needs_pixels:
-                    pixels = self.decode_latents(predicted, preview=True).clamp(-1, 1)
-                return plan.source(pixels, predicted, moments=moments)
-
+        """Moves step i's noise `(B, C, h, w)` so that the predicted images lower the objective."""
+        if call.state is None or i not in self.steps(len(call.timesteps)):
+            return noise
+        bound: Bound = call.state
+        half = any(next(model.parameters()).dtype == torch.float16 for model in models_of(bound))
+        for _ in range(self.iterations):
             losses, gradient = joint_gradient(
                 noise,
-                observe_noise,
-                lambda seen: plan.loss(Observation(*seen)),
-                batch_size=self._batch_size,
+                observation(call, bound, preview(call, i, latents, noise_pred, noise, self.lookahead)),
+                lambda seen: bound(Observation(*seen)),
+                batch_size=call.batch_size,
                 rescale=half,
             )
-            self._refuse_nonfinite_gradient(i, losses, gradient, labels)
-            self._discrepancies.append(losses.float().cpu())
-            noise = shell_step(noise, gradient, plan.step_size_at(i))
+            refuse_nonfinite_gradient(call, i, bound.rows, losses, gradient)
+            call.discrepancies.append(losses.float().cpu())
+            noise = shell_step(noise, gradient, self.step_size_at(i, len(call.timesteps)))
         return noise
 
-    def _refuse_nonfinite_gradient(
-        self, i: int, losses: torch.Tensor, gradient: torch.Tensor, labels: torch.Tensor
-    ) -> None:
-        """Raises if a loss `(K,)` or the gradient `(B, ...)` is not finite; names the denoiser if it is the cause."""
-        if losses.isfinite().all() & gradient.isfinite().all():
-            return
-        if self._watch is not None:
-            self._watch.check()
-        bad = ~gradient.flatten(1).isfinite().all(dim=1)
-        if losses.ndim:
-            bad = bad | ~losses.isfinite()[self._plan.rows.unique(return_inverse=True)[1]]
-        what = f"The objective or its gradient at step {i} (t = {int(self.scheduler.timesteps[i])}) is"
-        refuse_nonfinite(bad | ~bad.any(), labels.tolist(), what, step=i, models="decoder and classifier")
+    def passes(
+        self, pipe: DiffusionPipeline, images: int, steps: int, sampling: Sampling, features: Features = None
+    ) -> Counter[str]:
+        """Those of look-aheads, previews and networks, forward and backward."""
+        updates = images * self.iterations * len(self.steps(steps)) if sampling.eta > 0 else 0
+        ahead = {"none": 0, "conditional": 1, "guided": 2 if sampling.guidance_scale > 1 else 1}
+        found = Counter({"lookahead": updates * ahead[self.lookahead], "classifier_backward": updates})
+        found["update"] = updates
+        if images > (sampling.batch_size or images):  # micro-batches: all are seen once before any gradient
+            found["classifier"] = updates
+        source = None if features is None else FeatureSource(pipe, feature_specs(features))
+        if source is not None:
+            found["further_networks"] = (len(source.networks) - 1) * (updates + found["classifier"])
+        if (pipe.vae is not None or pipe.preview_vae is not None) and (source is None or source.needs_pixels):
+            found["preview_backward"], found["preview"] = updates, found["classifier"]
+        return found
 
-    def _optimize_noise_quantile(
-        self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """The released algorithm: features of x_{t-1} itself against those of real latents at the level of t.
 
-        The classes of a call share their passes through the network; their losses do not touch each other.
-        """
-        plan, t = self._plan, self.scheduler.timesteps[i]
-        dtype = next(plan.extractor.parameters()).dtype
-        members = [(plan.rows == row).nonzero()[:, 0] for row in plan.rows.unique()]
-        pivots = [
-            plan.targets.pivots(int(plan.rows[index[0]]), len(index), int(t), plan.extractor, self.scheduler)
-            for index in members
-        ]
-        options = {"eta": self._eta, "use_clipped_model_output": True}
+def check_interval(start: float, stop: float) -> None:
+    """Raises ValueError unless 0 <= start <= stop <= 1."""
+    for name, value in (("start", start), ("stop", stop)):
+        check_real(name, value, 0, 1)
+    if start > stop:
+        raise ValueError(f"`start={start}` must not exceed `stop={stop}`.")
 
-        def losses(z: torch.Tensor) -> torch.Tensor:
-            self._calls["classifier"] += len(z)
-            ahead = self.scheduler.step(noise_pred, t, latents, variance_noise=z, **options).prev_sample
-            features = plan.extractor(ahead.to(dtype)).to(z.dtype)
-            pairs = zip(members, pivots, strict=True)
-            return torch.stack([quantile_loss(features[index], p) + shell_penalty(z[index]) for index, p in pairs])
 
-        noise, first = momentum_descent(noise, losses, iterations=plan.optimization_steps)
-        self._discrepancies.append(first.float().cpu())
-        return noise
+def optimized_steps(num_steps: int, start: float, stop: float) -> range:
+    """Indices of the steps from the fraction `start` to `stop`: never the last, whose variance is zero."""
+    return range(math.floor(start * num_steps), min(math.ceil(stop * num_steps), num_steps - 1))
+
+
+def models_of(bound: Bound) -> list[torch.nn.Module]:
+    """What the images of an objective pass through: the decoder, if pixels are seen, and the networks."""
+    decoder = bound.pipe.vae if bound.pipe.preview_vae is None else bound.pipe.preview_vae
+    return ([decoder] if decoder is not None and bound.source.needs_pixels else []) + bound.source.networks
+
+
+def observation(
+    call: Call, bound: Bound, predict: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> Callable[[torch.Tensor, slice], Observation]:
+    """What the networks see in the images, as a function of the noise of a slice of them, and the slice."""
+    source = bound.source
+
+    def observe(z: torch.Tensor, part: slice) -> Observation:
+        call.counts["classifier"] += len(z) * len(source.networks)
+        predicted = predict(z, part)
+        pixels = call.decode(predicted, preview=True).clamp(-1, 1) if source.needs_pixels else None
+        return source(pixels, predicted, moments=bound.objective.moments)
+
+    return observe
+
+
+def preview(
+    call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor, lookahead: str
+) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """The predicted clean latents as a function of step i's noise z, with everything but z held fixed.
+
+    With look-ahead the denoiser is asked once, at the x_{t-1} that `noise` leads to; without, the current prediction
+    is taken to move with z as x_{t-1} does.
+    """
+
+    def advance(z: torch.Tensor, part: slice) -> torch.Tensor:
+        return call.step(i, latents[part], noise_pred[part], z)
+
+    base = advance(noise, slice(None))
+    if lookahead == "none":
+        level = call.scheduler.alphas_cumprod[call.timesteps[i + 1]].to(latents)
+        predicted = call.clean(i, latents, noise_pred)
+        return lambda z, part: predicted[part] + (advance(z, part) - base[part]) / level.sqrt()
+    scale = call.sampling.guidance_scale if lookahead == "guided" else 1.0
+    ahead = call.predict_noise(base, call.timesteps[i + 1], scale)
+    return lambda z, part: call.clean(i + 1, advance(z, part), ahead[part])
+
+
+def refuse_nonfinite_gradient(
+    call: Call, i: int, rows: torch.Tensor, losses: torch.Tensor, gradient: torch.Tensor
+) -> None:
+    """Raises if a loss `(K,)` or the gradient `(B, ...)` is not finite; names the denoiser if it is the cause."""
+    if losses.isfinite().all() & gradient.isfinite().all():
+        return
+    call.watch.check()
+    bad = ~gradient.flatten(1).isfinite().all(dim=1)
+    if losses.ndim:
+        bad = bad | ~losses.isfinite()[rows.unique(return_inverse=True)[1]]
+    what = f"The objective or its gradient at step {i} (t = {int(call.timesteps[i])}) is"
+    refuse_nonfinite(bad | ~bad.any(), call.ids, what, step=i, models="decoder and classifier")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, ModelMixin
@@ -18,17 +17,16 @@ from ..data.labels import ClassLookup, class_mapping
 from ..data.schema import nearest
 from ..generators.base import Denoiser, denoiser_of
 from ..generators.denoisers import SLOTS, as_components, with_slots
-from ..generators.failures import FiniteWatch, explained_out_of_memory, refuse_nonfinite
+from ..generators.failures import explained_out_of_memory, refuse_nonfinite
 from ..generators.latents import decode, encode, to_output
 from ..matching.features import ensure_preprocessing
-from ..matching.objectives import ClassifierObjective
-from ..matching.targets import MatchingTargets
-from ..utils.values import LARGEST_SEED, check_whole, plain_arguments
+from ..matching.objectives import Objective
+from ..utils.values import LARGEST_SEED, check_whole
+from .call import Call, Sampling, SamplingMethod
 from .checks import check_call
 from .loading import StoredPipeline
-from .nopt import NoiseOptimizationMixin
-from .plan import NoisePlan, optimized_steps, usable_eta
-from .released import QuantileTargets
+from .nopt import NOpt as NOpt  # methods are known by name once they are imported
+from .released import Released as Released
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +54,7 @@ class DsCoPipelineOutput(BaseOutput):
     classifier_calls: int
 
 
-class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
+class DsCoPipeline(StoredPipeline):
     r"""Pipeline for dataset concentration: draws images of given classes whose features match those of whole classes.
 
     Noise optimisation (NOpt) follows "Beyond Dataset Distillation: Lossless Dataset Concentration via
@@ -127,10 +125,6 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         for model in (classifier, classifier_2):
             if model is not None:
                 ensure_preprocessing(model)
-        self._batch_size, self._calls = sys.maxsize, dict.fromkeys(("denoiser", "decoder", "classifier"), 0)
-        self._plan: Any = None
-        self._callback: Callable | None = None
-        self._watch: FiniteWatch | None = None
 
     @property
     def denoiser(self) -> Any:
@@ -171,11 +165,6 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
     def num_channels(self) -> int:
         """Channels of the images."""
         return self.latent_shape[0] if self.vae is None else self.vae.config.out_channels
-
-    @property
-    def num_timesteps(self) -> int:
-        """Sampling steps of the last call."""
-        return self._num_timesteps
 
     def get_label_ids(self, class_labels: Sequence[int | str]) -> list[int]:
         """Indices of classes given by index, by name (any of ImageNet's comma-separated synonyms) or by WordNet id.
@@ -219,10 +208,6 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         found = dict(zip(distinct, labels, strict=True))
         return [found[index] for index in ids]
 
-    def check_inputs(self, **inputs: Any) -> None:
-        """Refuses arguments that cannot work, see `dsco_hf.sampling.checks.check_call`."""
-        check_call(self, **inputs)
-
     def prepare_latents(
         self,
         batch_size: int,
@@ -243,24 +228,14 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
     def predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor | int, labels: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
-        """ε_θ(x_t, t, c) `(B, C, h, w)`, with classifier-free guidance if `guidance_scale` > 1 (one batched call).
-
-        Passes of at most the call's `batch_size` images.
-        """
-        if len(latents) > self._batch_size:
-            pieces = zip(latents.split(self._batch_size), labels.split(self._batch_size), strict=True)
-            return torch.cat([self.predict_noise(x, timestep, y, guidance_scale) for x, y in pieces])
-        self._calls["denoiser"] += len(latents) * (2 if guidance_scale > 1 else 1)
+        """ε_θ(x_t, t, c) `(B, C, h, w)`, with classifier-free guidance if `guidance_scale` > 1 (one batched call)."""
         inputs = self.scheduler.scale_model_input(latents, timestep)
         return self.family.predict(inputs, timestep, labels, guidance_scale)
 
     def decode_latents(self, latents: torch.Tensor, *, preview: bool = False) -> torch.Tensor:
         """Latents `(B, C, h, w)` → pixels `(B, C, H, W)` in about [-1, 1]; gradients reach the latents."""
         decoder = self.preview_vae if preview and self.preview_vae is not None else self.vae
-        if decoder is None:
-            return latents
-        self._calls["decoder"] += len(latents)
-        return decode(decoder, latents)
+        return latents if decoder is None else decode(decoder, latents)
 
     @torch.no_grad()
     def encode_pixels(
@@ -288,46 +263,61 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
         pixels = pixels.to(self._execution_device)
         return encode(self.vae, pixels, generator=generator, sample_posterior=sample_posterior)
 
+    def start_call(
+        self,
+        class_labels: Sequence[int | str],
+        targets: Any = None,
+        sampling: Sampling | None = None,
+        *,
+        previous: tuple[torch.Tensor, torch.Tensor] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        tensor_inputs: Sequence[str] | None = None,
+    ) -> Call:
+        """What [`DsCoPipeline.__call__`] does first: the state of a call, whose parts can then be called alone.
+
+        Arguments and errors are those of the call.
+        """
+        ids = self.get_label_ids(class_labels)
+        sampling = (sampling or Sampling()).for_targets(targets)
+        check_call(
+            self, ids, targets, sampling, generator=generator, latents=latents, output_type=output_type,
+            tensor_inputs=tensor_inputs,
+        )  # fmt: skip
+        return Call(self, ids, targets, sampling, generator=generator, latents=latents, previous=previous)
+
     def sample(
         self,
         class_labels: Sequence[int],
-        targets: MatchingTargets | QuantileTargets | None = None,
+        targets: Any = None,
         *,
         seeds: Sequence[int],
+        previous: tuple[torch.Tensor, torch.Tensor] | None = None,
+        output_type: str = "pt",
         **options: Any,
     ) -> DsCoPipelineOutput:
-        """One call without its own progress bar and one seed per image; images as tensors `(B, C, H, W)` in [0, 1]."""
-        generators = [torch.Generator().manual_seed(check_whole("seeds", seed, 0, LARGEST_SEED)) for seed in seeds]
-        shown = dict(getattr(self, "_progress_bar_config", {}))
-        self.set_progress_bar_config(**shown | {"disable": True})
-        try:
-            output = self(list(class_labels), targets, generator=generators, output_type="pt", **options)
-            return cast(DsCoPipelineOutput, output)
-        finally:
-            self.set_progress_bar_config(**shown)
+        """One call without its own progress bar and one seed per image; images as tensors `(B, C, H, W)` in [0, 1].
 
-    @plain_arguments(num_inference_steps=1, optimization_steps=0, batch_size=1)
-    @torch.no_grad()
+        Options are those of [`Sampling.of`].
+        """
+        generators = [torch.Generator().manual_seed(check_whole("seeds", seed, 0, LARGEST_SEED)) for seed in seeds]
+        given: dict[str, Any] = {"previous": previous, "generator": generators, "output_type": output_type}
+        call = self.start_call(list(class_labels), targets, Sampling.of(**options), **given)
+        return self._draw(call, output_type)
+
     def __call__(
         self,
         class_labels: Sequence[int | str],
-        targets: MatchingTargets | QuantileTargets | None = None,
+        targets: Any = None,
         *,
-        objective: str = "rkhs",
-        guidance_scale: float = 4.0,
-        num_inference_steps: int = 50,
-        eta: float = 1.0,
-        optimization_steps: int | None = None,
-        step_size: float = 1.0,
-        step_decay: float = 0.25,
-        optimize_from: float = 0.6,
-        optimize_until: float = 1.0,
-        lookahead: str = "conditional",
-        contrast: float = 0.0,
-        regularization: float = 2.0,
-        classifier_objective: ClassifierObjective | None = None,
-        previous: tuple[torch.Tensor, torch.Tensor] | None = None,
+        method: SamplingMethod | Sampling | str | None = None,
+        objective: Objective | str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
         batch_size: int | None = None,
+        previous: tuple[torch.Tensor, torch.Tensor] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -339,34 +329,20 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
 
         Args:
             class_labels (sequence of `int` or `str`): the generator's classes, by index or name.
-            targets ([`MatchingTargets`], *optional*): what each class has to match; plain sampling if None (and the
-                objective is not "classifier"). The "quantile" objective takes [`QuantileTargets`].
-            objective (`str`): "rkhs" (kernel mean matching), "ridge" (what a ridge regression learns from the images,
-                for a few images of several classes), "quantile" (the released algorithm) or "classifier" (class
-                evidence only, no targets).
-            guidance_scale (`float`): classifier-free guidance; 1 is off.
-            num_inference_steps (`int`): sampling steps.
-            eta (`float`): 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
-            optimization_steps (`int`, *optional*): noise updates per sampling step; 1 if None (200 for "quantile"). 0
-                is plain sampling.
-            step_size (`float`): η, length of the first update in units of the noise's norm.
-            step_decay (`float`): the last optimised step's update is this times `step_size`, in between it falls
-                evenly: coarse moves first, fine ones at the end.
-            optimize_from (`float`): where noise optimisation begins, as a fraction of the sampling steps. Late steps
-                do nearly all of the work.
-            optimize_until (`float`): where it ends, likewise; the last step has no noise.
-            lookahead (`str`): how the images are predicted from x_{t-1}: "conditional" asks the denoiser again without
-                guidance, "guided" with, "none" reuses its last answer, at no cost.
-            contrast (`float`): γ of "rkhs": a class aims at μ_c + γ (μ_c - μ̄), away from the mean over all classes. 0
-                matches the class itself, which suits all but the smallest sets. At one image per class, values like 2
-                (digits) and 8 (CIFAR-10 at 16 px) train better evaluators.
-            regularization (`float`): λ of "ridge", see [`ridge`]. On validation data of CIFAR-10
-                at 16 px, 2 suited 1, 10 and 50 images per class.
-            classifier_objective ([`ClassifierObjective`], *optional*): weights of the "classifier" objective.
+            targets ([`MatchingTargets`], *optional*): what each class has to match, or what else the method takes;
+                without, a method that needs them is plain sampling.
+            method ([`SamplingMethod`], *optional*): what steers the sampling, an object or a name: [`NOpt`] if None,
+                [`Plain`], [`Released`], or one of your own. Also a [`Sampling`], of which the next arguments change
+                what they name.
+            objective ([`Objective`], *optional*): short for `method=NOpt(objective=...)`; object or name: [`RKHS`]
+                (kernel mean matching) if None, [`Ridge`] (what a ridge regression learns from the images, for a few
+                images of several classes), [`ClassifierEvidence`] (without targets), or one of your own.
+            num_inference_steps (`int`, *optional*): see [`Sampling`], whose defaults stand for None.
+            guidance_scale (`float`, *optional*): likewise.
+            eta (`float`, *optional*): likewise.
+            batch_size (`int`, *optional*): likewise.
             previous (`tuple`, *optional*): of images that are in the set already: embedding sums `(C, D)` and counts
                 `(C,)`, or for "ridge" their embeddings `(n, D)` and rows of the targets `(n,)`.
-            batch_size (`int`, *optional*): images per pass through denoiser, decoder and classifier; all at once if
-                None. Memory grows with it; the joint gradient stays exact.
             generator (`torch.Generator` or list of them, *optional*): with one per image, an image's noise does not
                 depend on the others.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): initial noise.
@@ -384,77 +360,65 @@ class DsCoPipeline(NoiseOptimizationMixin, StoredPipeline):
             ValueError: for arguments that cannot work; the message says what is allowed.
             NonFiniteError: if the denoiser, the gradient or an image is not finite; names the step and the classes.
         """
-        ids = self.get_label_ids(class_labels)
-        if optimization_steps is None:
-            optimization_steps = 200 if objective == "quantile" else 1
-        plan = NoisePlan(
-            objective, targets, optimization_steps, step_size, lookahead,
-            classifier_objective or ClassifierObjective(), previous, step_decay, contrast,
-            regularization,
+        sampling = Sampling.of(
+            method, objective, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, eta=eta,
+            batch_size=batch_size,
         )  # fmt: skip
-        self.check_inputs(
-            ids=ids, plan=plan, guidance_scale=guidance_scale, eta=eta, optimize_from=optimize_from,
-            optimize_until=optimize_until, generator=generator, latents=latents, output_type=output_type,
-            tensor_inputs=callback_on_step_end_tensor_inputs,
+        inputs = callback_on_step_end_tensor_inputs
+        call = self.start_call(
+            class_labels, targets, sampling, previous=previous, generator=generator, latents=latents,
+            output_type=output_type, tensor_inputs=inputs,
         )  # fmt: skip
-        self._batch_size, self._guidance_scale, self._eta = batch_size or len(ids), guidance_scale, eta
-        self._callback, self._callback_inputs = callback_on_step_end, callback_on_step_end_tensor_inputs or ["latents"]
-        with explained_out_of_memory(
-            len(ids), self._batch_size, latent=self.vae is not None, preview=self.preview_vae is not None
-        ):
-            self._begin(ids, plan, num_inference_steps, (optimize_from, optimize_until))
-            latents = self._denoise(self.prepare_latents(len(ids), generator, latents), ids, generator)
-            images = self._finish(latents, ids, output_type)
-        discrepancies = torch.stack(self._discrepancies) if self._discrepancies else torch.empty(0, len(set(ids)))
-        self._plan = self._watch = self._callback = None
-        self.maybe_free_model_hooks()
-        counts = (self._calls["denoiser"], self._calls["decoder"], self._calls["classifier"])
-        if not return_dict:
-            return images, ids, discrepancies, *counts
-        return DsCoPipelineOutput(images, ids, discrepancies, *counts)
+        with self.progress_bar(total=len(call.timesteps)) as bar:
 
-    def _begin(self, ids: list[int], plan: NoisePlan, num_inference_steps: int, interval: tuple[float, float]) -> None:
-        """Sets the state of a call: the plan, the sampling steps and the counts."""
-        device = self._execution_device
-        self._calls = {"denoiser": 0, "decoder": 0, "classifier": 0}
-        self._discrepancies = []
-        self._plan = plan
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        self._eta = usable_eta(self.scheduler, self._eta)
-        self._watch = FiniteWatch(ids, self.scheduler.timesteps)
-        if plan.active and self._eta > 0:
-            plan.prepare(self, ids)
-            plan.steps = optimized_steps(self._num_timesteps, *interval)
-
-    def _denoise(
-        self, latents: torch.Tensor, ids: list[int], generator: torch.Generator | list[torch.Generator] | None
-    ) -> torch.Tensor:
-        """All sampling steps: noise `(B, C, h, w)` → clean latents of the same shape."""
-        labels, watch = torch.tensor(ids, device=latents.device), cast(FiniteWatch, self._watch)
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            for i, t in enumerate(self.scheduler.timesteps):
-                noise_pred = self.predict_noise(latents, t, labels, self._guidance_scale)
-                watch.see(i, noise_pred)
-                noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-                if i in self._plan.steps:
-                    noise = self.optimize_noise(i, latents, noise_pred, noise, labels)
-                latents = self.scheduler.step(
-                    noise_pred, t, latents, eta=self._eta, use_clipped_model_output=True, variance_noise=noise
-                ).prev_sample
-                if self._callback is not None:
-                    tensors = {name: {"latents": latents, "noise": noise}[name] for name in self._callback_inputs}
-                    latents = (self._callback(self, i, int(t), tensors) or {}).get("latents", latents)
+            def after_step(i: int, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
                 bar.update()
-        watch.check()
+                if callback_on_step_end is None:
+                    return latents
+                tensors = {name: {"latents": latents, "noise": noise}[name] for name in inputs or ["latents"]}
+                changed = callback_on_step_end(self, i, int(call.timesteps[i]), tensors) or {}
+                return changed.get("latents", latents)
+
+            output = self._draw(call, output_type, after_step)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def _draw(
+        self, call: Call, output_type: str, after_step: Callable[..., torch.Tensor] = lambda i, latents, noise: latents
+    ) -> DsCoPipelineOutput:
+        """All of a call; `after_step` is told the step, the latents and the noise, and gives latents back."""
+        parts = {"latent": self.vae is not None, "preview": self.preview_vae is not None}
+        try:
+            with explained_out_of_memory(len(call.ids), call.batch_size, **parts):
+                images = self._finish(call, self._denoise(call, after_step), output_type)
+        finally:
+            self.maybe_free_model_hooks()
+        classes = len(set(call.ids))
+        discrepancies = torch.stack(call.discrepancies) if call.discrepancies else torch.empty(0, classes)
+        counts = (call.counts["denoiser"], call.counts["decoder"], call.counts["classifier"])
+        return DsCoPipelineOutput(images, call.wanted, discrepancies, *counts)
+
+    def _denoise(self, call: Call, after_step: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """All sampling steps: noise `(B, C, h, w)` → clean latents of the same shape."""
+        method = call.method
+        latents, first = method.begin(call)
+        for i in range(first, len(call.timesteps)):
+            noise_pred = call.predict_noise(latents, call.timesteps[i])
+            call.watch.see(i, noise_pred)
+            noise_pred = method.guide(call, i, latents, noise_pred)
+            noise = method.noise(call, i, latents, noise_pred, call.draw_noise(latents))
+            latents = after_step(i, call.step(i, latents, noise_pred, noise), noise)
+        call.watch.check()
         return latents
 
-    def _finish(self, latents: torch.Tensor, ids: list[int], output_type: str) -> Any:
-        """Decodes, refuses images that are not finite, and converts."""
-        images = latents
-        if output_type != "latent":
-            decoded = (self.decode_latents(part) for part in latents.split(self._batch_size))
-            images = torch.cat([(pixels.float() / 2 + 0.5).clamp(0, 1) for pixels in decoded])
+    def _finish(self, call: Call, latents: torch.Tensor, output_type: str) -> Any:
+        """Decodes, leaves what the method chooses, refuses images that are not finite, and converts."""
+        images, chosen = latents, torch.arange(len(call.ids))
+        if output_type != "latent" or call.method.candidates > 1:
+            decoded = torch.cat([call.decode(part).float() for part in latents.split(call.batch_size)])
+            chosen = call.chosen(call.method.choose(call, latents, decoded))
+            images = (decoded / 2 + 0.5).clamp(0, 1) if output_type != "latent" else latents
+        images = images[chosen.to(images.device)]
         bad = ~images.flatten(1).isfinite().all(dim=1)
-        refuse_nonfinite(bad, ids, "The decoded image is", step=None, models="the VAE")
+        refuse_nonfinite(bad, call.wanted, "The decoded image is", step=None, models="the VAE")
         return to_output(images, output_type)

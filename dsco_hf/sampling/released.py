@@ -7,7 +7,9 @@ describes another objective, the one in `dsco_hf.matching.objectives.rkhs`.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,10 +19,15 @@ from torch import nn
 from ..data.datasets import class_names, iterate_pixels, present_classes
 from ..data.labels import Mapped, class_mapping
 from ..data.schema import image_seed
+from ..matching.feature_spec import Features
 from ..matching.feature_spec import RandomExtractor as RandomExtractor
+from ..matching.objectives import check_kind
 from ..matching.population import refuse_empty_classes
-from ..matching.targets import rows_of_labels
-from ..utils.values import plain_arguments
+from ..matching.targets import MatchingTargets, rows_of_labels
+from ..utils.values import plain_arguments, plain_fields
+from .call import Call, Plain, Sampling, SamplingMethod
+from .noise import momentum_descent
+from .nopt import NOISE, check_interval, optimized_steps
 
 
 @dataclasses.dataclass
@@ -116,6 +123,10 @@ class QuantileTargets:
         return self._pivots[key]
 
 
+Targets = MatchingTargets | QuantileTargets
+"""What a set of images is held against."""
+
+
 @dataclasses.dataclass
 class QuantilePivots:
     """Quantiles of a population's features: `pivots` `(n, d)`, and `mean` and `std` `(d,)` that standardise them."""
@@ -159,3 +170,95 @@ def shell_penalty(noise: torch.Tensor) -> torch.Tensor:
     flat = noise.flatten(1)
     excess = flat.norm(dim=1) - flat.shape[1] ** 0.5
     return (excess.abs() + excess.square()).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Released(SamplingMethod):
+    """The algorithm that the DsCo authors released: 200 iterations of SGD on the noise of every step.
+
+    Features of x_{t-1} itself are held against those of real latents at the level of t; takes [`QuantileTargets`].
+
+    Attributes:
+        iterations (`int`): of SGD, per sampling step.
+        start, stop (`float`): where it begins and ends, as fractions of the sampling steps.
+    """
+
+    sentence: ClassVar[str] = (
+        f"{NOISE} at every step the features of the latents have the quantiles of those of real images."
+    )
+    iterations: int = 200
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        plain_fields(self, iterations=1)
+        check_interval(self.start, self.stop)
+
+    def label(self, targets: Any) -> str:
+        """By which the results of this baseline are known."""
+        return "nopt-quantile"
+
+    def without_targets(self) -> SamplingMethod:
+        """Plain samples."""
+        return Plain()
+
+    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+        """Raises ValueError for targets of another kind."""
+        check_kind(f"method={self.name!r}", QuantileTargets, targets)
+
+    def make_targets(
+        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, seed: int = 0, progress: bool = True
+    ) -> QuantileTargets:
+        """Of real images only."""
+        if not isinstance(given, Dataset | IterableDataset):
+            raise ValueError(f"The method {self.name!r} matches real images: pass a dataset, or another method.")
+        return QuantileTargets.from_dataset(given, pipe, progress=progress)
+
+    def steps(self, num_steps: int) -> range:
+        """Indices of the steps whose noise is optimised."""
+        return optimized_steps(num_steps, self.start, self.stop)
+
+    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+        """Makes the random network, and finds each image's class of the targets."""
+        if call.eta > 0:
+            denoiser, device = call.pipe.denoiser, call.pipe._execution_device
+            extractor = RandomExtractor(call.pipe.latent_shape[0], seed=call.targets.seed)
+            # faster, on a CPU by a third
+            extractor = extractor.to(device, denoiser.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            call.state = extractor, call.targets.rows_of(call.ids).to(device)
+        return super().begin(call)
+
+    def noise(
+        self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The classes of a call share their passes through the network; their losses do not touch each other."""
+        if call.state is None or i not in self.steps(len(call.timesteps)):
+            return noise
+        extractor, rows = call.state
+        dtype, t = next(extractor.parameters()).dtype, int(call.timesteps[i])
+        members = [(rows == row).nonzero()[:, 0] for row in rows.unique()]
+        pivots = [
+            call.targets.pivots(int(rows[index[0]]), len(index), t, extractor, call.scheduler) for index in members
+        ]
+
+        def losses(z: torch.Tensor) -> torch.Tensor:
+            call.counts["classifier"] += len(z)
+            features = extractor(call.step(i, latents, noise_pred, z).to(dtype)).to(z.dtype)
+            pairs = zip(members, pivots, strict=True)
+            return torch.stack([quantile_loss(features[index], p) + shell_penalty(z[index]) for index, p in pairs])
+
+        noise, first = momentum_descent(noise, losses, iterations=self.iterations)
+        call.discrepancies.append(first.float().cpu())
+        return noise
+
+    def passes(
+        self, pipe: DiffusionPipeline, images: int, steps: int, sampling: Sampling, features: Features = None
+    ) -> Counter[str]:
+        """Those of the random network."""
+        updates = images * self.iterations * len(self.steps(steps)) if sampling.eta > 0 else 0
+        return Counter({"extractor_backward": updates})
+
+    def target_passes(self, population: int, steps: int, draws: int = 5) -> Counter[str]:
+        """Real images at every level, `draws` times."""
+        return Counter({"extractor": population * draws * len(self.steps(steps))})

@@ -21,10 +21,13 @@ from ..data.datasets import Pool
 from ..data.schema import nearest
 from ..data.shards import file_sha256
 from ..evaluators import build_evaluator
-from ..matching.objectives import MATCHING
+from ..matching.objectives import ClassifierEvidence, Objective
 from ..matching.targets import MatchingTargets
+from ..sampling.call import Plain
+from ..sampling.flat import from_flat
+from ..sampling.nopt import NOpt
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import QuantileTargets
+from ..sampling.released import QuantileTargets, Released
 from ..utils.files import read_json, write_json
 from ..utils.origins import fingerprint, identity
 from ..utils.progress import Clock
@@ -149,10 +152,8 @@ class StudyPlan:
                     f"`doping_budgets` must exceed the smallest of `budgets` {self.budgets}, got {budget}."
                 )
         for objective in self.objective:
-            if objective not in MATCHING:
-                raise ValueError(
-                    f"`objective` may hold {list(MATCHING)}, got {objective!r}.{nearest(objective, MATCHING)}"
-                )
+            if Objective.kind_of(objective).needs is None:
+                raise ValueError(f"`objective` may hold those that match something, and {objective!r} does not.")
         for name in ("clearest_share", "objective", "contrast", "regularization"):
             if len(values := getattr(self, name)) > 1 and not self.budgets:
                 raise ValueError(f"Several values of `{name}` belong to as many `budgets`: give these, too.")
@@ -185,7 +186,7 @@ class StudyPlan:
     @property
     def second_moment(self) -> bool:
         """Whether the targets need E ψψᵀ."""
-        return "ridge" in self.objective
+        return any(Objective.kind_of(name).needs == "second_moment" for name in self.objective)
 
     @property
     def matched(self) -> dict[str, Any]:
@@ -251,16 +252,15 @@ class StudyPlan:
         names = ("num_inference_steps", "guidance_scale", "block_size", "images_per_call")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         if method == "plain":
-            return None, options | {"optimization_steps": 0}
+            return None, options | {"method": Plain()}
         if method == "nopt-classifier-only":
-            return None, options | {"objective": "classifier"}
-        options |= {name: getattr(self, name) for name in ("step_size", "optimize_from", "optimize_until")}
+            return None, options | {"method": NOpt(ClassifierEvidence())}
         if method == "nopt-quantile":
-            options |= {"objective": "quantile", "optimize_from": 0.0, "optimize_until": 1.0}  # as released
-            return None, options | {"optimization_steps": self.quantile_iterations}
-        objective = self.at_budget("objective", budget)
-        strength = "contrast" if objective == "rkhs" else "regularization"
-        options |= {"objective": objective, strength: self.at_budget(strength, budget)}
+            return None, options | {"method": Released(self.quantile_iterations)}
+        of_method = ("step_size", "optimize_from", "optimize_until")
+        of_objective = ("objective", "contrast", "regularization")
+        flat = {name: getattr(self, name) for name in of_method}
+        options |= from_flat(flat | {name: self.at_budget(name, budget) for name in of_objective})
         if method == "nopt-data-free":
             return method, options
         share = self.at_budget("clearest_share", budget)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from .files import looks_like_path
 from .names import nearest
-from .values import plain
+from .values import Choice, plain
 
 
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})(?:[/\\](?P<part>\w+))?")
@@ -285,6 +285,8 @@ def _told(value: Any) -> Any:
     """A value of an identity as JSON."""
     if hasattr(value, "components") and hasattr(value, "save_pretrained"):
         value = components_of(value)
+    if isinstance(value, Choice):
+        return value.as_record()
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "provenance"):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.name[0] != "_"}
     if isinstance(value, Mapping):

@@ -7,8 +7,9 @@ import functools
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from .names import nearest
 
@@ -62,6 +63,84 @@ def check_real(
             wanted = "a finite number" if low == -math.inf else f"a finite number of at least {low:g}"
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}{_hint(number, real)}")
     return number if isinstance(number, int | float) else float(number)
+
+
+class Choice:
+    """Base of frozen dataclasses that are chosen by name or as objects, and recorded as their name and fields.
+
+    A class directly below this one is a family, such as objectives; those below it are its kinds. Those of this
+    package have short names, others are called by where they are imported from, "module:Class".
+    """
+
+    name: ClassVar[str] = ""
+    argument: ClassVar[str]  # what callers name the family by, such as "objective"
+    kinds: ClassVar[dict[str, type]]  # of the family, by name: those that were imported
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if Choice in cls.__bases__:
+            cls.kinds = {}
+            return
+        if not cls.__module__.startswith(f"{__name__.split('.')[0]}."):
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
+        elif "name" not in cls.__dict__:
+            cls.name = cls.__name__.lower()
+        cls.kinds[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """Takes the numbers of NumPy and torch, too."""
+        plain_fields(self)
+
+    @classmethod
+    def of(cls, given: Any) -> Self:
+        """The object that is given, of the name that is given, or of a record (`as_record`).
+
+        Raises:
+            ValueError: for a name or a field that does not exist, or somebody's own class that is not imported.
+            TypeError: for anything else.
+        """
+        if isinstance(given, cls):
+            return given
+        record = {"name": given} if isinstance(given, str) else given
+        if not isinstance(record, Mapping) or not isinstance(record.get("name"), str):
+            names = ", ".join(f"{name!r}" for name in cls.kinds if ":" not in name)
+            raise TypeError(
+                f"`{cls.argument}` must be one of {names}, or an object of a class below {cls.__name__}, got "
+                f"{given!r}."
+            )
+        kind = cls.kind_of(record["name"])
+        fields = {key: value for key, value in record.items() if key != "name"}
+        known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        if unknown := [key for key in fields if key not in known]:
+            raise ValueError(
+                f"{kind.__name__} has no field {unknown[0]!r}.{nearest(unknown[0], known)} It has {known}."
+            )
+        return kind(**fields)
+
+    @classmethod
+    def kind_of(cls, name: str) -> type[Self]:
+        """The class of that name; nothing is imported because a name says so. See `of` for what is raised."""
+        if name in cls.kinds:
+            return cls.kinds[name]
+        module, _, path = name.partition(":")
+        if not path:
+            check_choice(cls.argument, name, [known for known in cls.kinds if ":" not in known])
+        found: Any = sys.modules.get(module)
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if not (isinstance(found, type) and issubclass(found, cls)):
+            raise ValueError(
+                f"`{cls.argument}` is {name!r}, and no class below {cls.__name__} is there: `import {module}` "
+                "first, as a name imports nothing."
+            )
+        return found
+
+    def as_record(self) -> dict[str, Any]:
+        """Name and fields as plain JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name} | {
+            key: value.as_record() if isinstance(value, Choice) else plain(value) for key, value in fields.items()
+        }
 
 
 def plain(value: Any) -> Any:

@@ -42,6 +42,7 @@ from dsco_hf import (
     PushOptions,
     build_evaluator,
     concentrate,
+    concentrate_and_report,
     concentrate_to_folder,
     dope,
     load_image_dataset,
@@ -57,6 +58,7 @@ from dsco_hf.data.datasets import class_mapping, load_pixels, stratified_split
 from dsco_hf.evaluators import get_protocol, load_image_set, protocol_from_dict
 from dsco_hf.evaluators.checks import check_same_classes
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
+from dsco_hf.sampling.flat import from_flat
 from dsco_hf.utils.configs import parse_config
 from dsco_hf.utils.processes import RunError
 
@@ -580,7 +582,7 @@ def numbers(folder: Path) -> Iterator[Input]:
     ):  # fmt: skip
         yield Input(
             f"{option}={bad!r}",
-            lambda o=option, b=bad: concentrate(pipe, targets, 1, **{**SAMPLING, o: b}),
+            lambda o=option, b=bad: concentrate_and_report(pipe, targets, 1, **SAMPLING | from_flat({o: b})),
             None,
             [option],
         )

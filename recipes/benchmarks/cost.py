@@ -26,6 +26,7 @@ this run; `methods`: seconds, calls, peak memory and seconds by part of each.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -43,9 +44,10 @@ import torch
 
 from dsco_hf.costs.passes import calls, count_passes, pass_costs, predict_memory
 from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds, stand_in_targets, synchronize
+from dsco_hf.sampling.call import Plain, Sampling
+from dsco_hf.sampling.nopt import NOpt, optimized_steps
 from dsco_hf.sampling.pipeline import DsCoPipeline
-from dsco_hf.sampling.plan import optimized_steps
-from dsco_hf.sampling.released import QuantileTargets
+from dsco_hf.sampling.released import QuantileTargets, Released
 from dsco_hf.utils import progress as memory
 
 
@@ -131,12 +133,12 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 def call_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """How the pipeline is called for a method."""
     call: dict[str, Any] = {"guidance_scale": GUIDANCE, "num_inference_steps": options.num_inference_steps}
-    if name == "nopt":
-        call["optimize_from"] = options.optimize_from
-    elif name == "nopt_every_step_full":
-        call["optimize_from"] = 0.0
+    if name == "plain":
+        call["method"] = Plain()
     elif name == "quantile":
-        call |= {"objective": "quantile", "optimize_from": 0.0, "optimization_steps": ITERATIONS // options.divisor}
+        call["method"] = Released(ITERATIONS // options.divisor)
+    else:
+        call["method"] = NOpt(start=options.optimize_from if name == "nopt" else 0.0)
     return call
 
 
@@ -160,11 +162,12 @@ def run_method(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any
     labels = [label for label in range(options.num_classes) for _ in range(options.images_per_class)]
     call, targets = call_options(name, options), targets_for(pipe, name, options)
     # kernels are loaded and chosen in a first call: two steps, one of them optimised
-    first = call | {"num_inference_steps": 2, "optimize_from": 0.0}
-    first |= {"optimization_steps": 1} if name == "quantile" else {}
+    method = call["method"]
+    once = method if name == "plain" else dataclasses.replace(method, start=0.0, iterations=1)
+    first = call | {"num_inference_steps": 2, "method": once}
     batch_size: int | None = None
     while True:
-        timers = Timers(pipe)
+        timers = Timers(pipe, type(method))
         try:
             pipe.sample(labels, targets, seeds=range(len(labels)), batch_size=batch_size, **first)
             if name == "quantile":
@@ -182,7 +185,7 @@ def run_method(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any
                 raise
             torch.cuda.empty_cache()
     counted = {key: getattr(output, key) for key in ("denoiser_calls", "decoder_calls", "classifier_calls")}
-    expected = calls(count_passes(pipe, len(labels), optimised=name != "plain", batch_size=batch_size, **call))
+    expected = calls(count_passes(pipe, len(labels), Sampling.of(batch_size=batch_size, **call)))
     if counted != expected:
         raise AssertionError(f"{name} made {counted} calls, the cost model expects {expected}.")
     predicted = predict_memory(
@@ -205,7 +208,8 @@ def run_method(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any
 class Timers:
     """Wall time of the parts of a sampling call. On a GPU each part waits for the device, which costs little here."""
 
-    def __init__(self, pipe: DsCoPipeline) -> None:
+    def __init__(self, pipe: DsCoPipeline, method: Any) -> None:
+        self.method, self.noise = method, method.noise
         self.pipe, self.seconds, self.depth = pipe, defaultdict(float), defaultdict(int)
         self.optimising = 0
 
@@ -215,14 +219,15 @@ class Timers:
         pipe.decode_latents = self.timed(
             pipe.decode_latents, lambda: "preview_forward" if self.optimising else "decoder"
         )
-        pipe.optimize_noise = self.timed(pipe.optimize_noise, lambda: "optimisation", optimises=True)
+        self.method.noise = self.timed(self.noise, lambda: "optimisation", optimises=True)
         pipe.classifier.forward = self.timed(
             pipe.classifier.forward, lambda: "classifier_forward" if self.optimising else "checks"
         )
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for name in ("predict_noise", "decode_latents", "optimize_noise"):
+        self.method.noise = self.noise
+        for name in ("predict_noise", "decode_latents"):
             del self.pipe.__dict__[name]
         del self.pipe.classifier.__dict__["forward"]
 
@@ -301,12 +306,11 @@ def probe(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any]:
     flops = {kind: cost.flops for kind, cost in costs.items() if kind in seconds}
     work_of = {}
     for steps in (options.num_inference_steps, 50):
-        call = {"guidance_scale": GUIDANCE, "num_inference_steps": steps}
-        call["optimize_from"] = options.optimize_from if steps == options.num_inference_steps else 0.6
-        counts = [count_passes(pipe, images, optimised=optimised, **call) for optimised in (True, False)]
+        nopt = NOpt(start=options.optimize_from) if steps == options.num_inference_steps else NOpt()
+        counts = [count_passes(pipe, images, Sampling(steps, GUIDANCE, method=method)) for method in (nopt, Plain())]
         for unit, rates in (("seconds", seconds), ("flops", flops)):
-            nopt, plain = (sum(n * rates.get(kind, 0) for kind, n in passes.items()) for passes in counts)
-            work_of[f"{unit}_at_{steps}"] = nopt / plain
+            steered, plain = (sum(n * rates.get(kind, 0) for kind, n in passes.items()) for passes in counts)
+            work_of[f"{unit}_at_{steps}"] = steered / plain
     return {
         "seconds_per_image_pass": {kind: round(value, 6) for kind, value in seconds.items()},
         "tflops": {kind: round(count / seconds[kind] / 1e12, 4) for kind, count in flops.items() if count},

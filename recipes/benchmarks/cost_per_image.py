@@ -31,6 +31,7 @@ from dsco_hf.concentration.runs import concentrate_to_folder
 from dsco_hf.data.datasets import load_digits_dataset
 from dsco_hf.evaluators import build_evaluator
 from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.call import Sampling
 from dsco_hf.sampling.pipeline import DsCoPipeline
 
 
@@ -93,7 +94,7 @@ def make_pipeline(folder: Path | None) -> DsCoPipeline:
 
 def one_image(pipe: DsCoPipeline, targets: MatchingTargets, sampling: dict[str, Any]) -> float:
     """Denoiser calls of a set of one image per class, per image."""
-    _, output = UnitSampler(pipe, targets, **sampling).draw(Unit(0, 0, range(len(NAMES)), range(1)))
+    _, output = UnitSampler(pipe, targets, Sampling(**sampling)).draw(Unit(0, 0, range(len(NAMES)), range(1)))
     return output.denoiser_calls / len(NAMES)
 
 

@@ -38,7 +38,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, build_evaluator, concentrate, load_digits_dataset, select
+from dsco_hf import RKHS, DsCoPipeline, MatchingTargets, build_evaluator, concentrate, load_digits_dataset, select
 from dsco_hf.concentration.concentrate import measure_discrepancy
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.evaluators import Execution, get_protocol, load_image_set, predict_logits, train_evaluator, train_job
@@ -70,8 +70,10 @@ CHOICES: dict[str, Any] = {
     "pooled + random network": [{}, {"network": "random"}],
 }  # fmt: skip
 WEIGHED = "pooled + first block, grid"
-CONTRASTS = {f"{DEFAULT}, contrast {contrast:g}": {"contrast": contrast} for contrast in (0.5, 1.0, 2.0, 4.0, 8.0)}
-CLEAR = {f"{DEFAULT}, clearest fifth": {}, f"{DEFAULT}, clearest fifth, contrast 2": {"contrast": 2.0}}
+CONTRASTS = {
+    f"{DEFAULT}, contrast {contrast:g}": {"objective": RKHS(contrast)} for contrast in (0.5, 1.0, 2.0, 4.0, 8.0)
+}
+CLEAR = {f"{DEFAULT}, clearest fifth": {}, f"{DEFAULT}, clearest fifth, contrast 2": {"objective": RKHS(2.0)}}
 RIDGE: dict[str, Any] = {
     "ridge, pooled": None,
     "ridge, untrained": {"network": "classifier_2"},

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, load_image_dataset
+from dsco_hf import DsCoPipeline, MatchingTargets, Sampling, concentrate, load_image_dataset
 from dsco_hf.evaluators import build_evaluator
 from dsco_hf.utils import progress as memory
 
@@ -82,7 +82,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         targets,
         settings["images_per_class"],
         block_size=settings["block"],
-        batch_size=settings["batch_size"],
+        method=Sampling(batch_size=settings["batch_size"]),
         images_per_call=1,  # one class a call
         num_inference_steps=settings["num_inference_steps"],
         guidance_scale=1.5,

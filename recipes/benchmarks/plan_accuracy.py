@@ -22,19 +22,27 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-from dsco_hf import ConvNetConfig, ConvNetForImageClassification, DsCoPipeline, concentrate_and_report
+from dsco_hf import (
+    ConvNetConfig,
+    ConvNetForImageClassification,
+    DsCoPipeline,
+    NOpt,
+    Plain,
+    Sampling,
+    concentrate_and_report,
+)
 from dsco_hf.concentration.concentrate import plan_units
 from dsco_hf.costs.passes import pass_costs, predict
 from dsco_hf.costs.probe import probe_seconds, stand_in_targets
 
 
-# by name: (optimised or not, images per class by those of the command line, options)
-SETTINGS: dict[str, tuple[bool, int, dict[str, Any]]] = {
-    "default": (True, 1, {}),
-    "plain": (False, 1, {}),
-    "guided": (True, 1, {"guidance_scale": 4.0, "lookahead": "guided", "optimize_from": 0.5}),
-    "micro-batches": (True, 1, {"batch_size": 16, "optimize_from": 0.0}),
-    "blocks": (True, 3, {"optimize_from": 0.8}),
+# by name: (images per class by those of the command line, options)
+SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "default": (1, {}),
+    "plain": (1, {"method": Plain()}),
+    "guided": (1, {"guidance_scale": 4.0, "method": NOpt(start=0.5, lookahead="guided")}),
+    "micro-batches": (1, {"batch_size": 16, "method": NOpt(start=0.0)}),
+    "blocks": (3, {"method": NOpt(start=0.8)}),
 }
 
 
@@ -94,9 +102,7 @@ def digits_pipeline(num_classes: int) -> DsCoPipeline:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compare(
-    pipe: DsCoPipeline, options: argparse.Namespace, optimised: bool, factor: int, changes: dict[str, Any]
-) -> dict[str, Any]:
+def compare(pipe: DsCoPipeline, options: argparse.Namespace, factor: int, changes: dict[str, Any]) -> dict[str, Any]:
     """One setting: probe, prediction, run."""
     budget = options.images_per_class * factor
     call = {"guidance_scale": 1.0, "num_inference_steps": options.num_inference_steps, **changes}
@@ -110,10 +116,10 @@ def compare(
         repeats=5,
     )
     found = predict(
-        pipe, options.num_classes, budget, costs=pass_costs(pipe), seconds=seconds, block_size=options.block_size,
-        optimised=optimised, **call,
+        pipe, options.num_classes, budget, Sampling.of(**call), costs=pass_costs(pipe), seconds=seconds,
+        block_size=options.block_size,
     )  # fmt: skip
-    targets = stand_in_targets(pipe) if optimised else None
+    targets = None if changes.get("method") == Plain() else stand_in_targets(pipe)
     _, report = concentrate_and_report(pipe, targets, budget, block_size=options.block_size, progress=False, **call)
     counted = {name: getattr(report, name) for name in found.calls}
     return {

@@ -10,6 +10,7 @@ from dsco_hf import (
     Clarity,
     MatchingTargets,
     QuantileTargets,
+    Released,
     concentrate,
     dope,
     get_protocol,
@@ -123,11 +124,11 @@ MATCHING = {
         is_of(2),
     ),
     "quantiles of classes": (
-        lambda w: quiet(w, ["circle"], objective="quantile"),
-        "pass a dataset, or another objective",
+        lambda w: quiet(w, ["circle"], method="released"),
+        "pass a dataset, or another method",
         lambda w: [
-            *quiet(w, w.real, objective="quantile", optimization_steps=1),
-            *quiet(w, targets_of(w), objective="rkhs"),
+            *quiet(w, w.real, method=Released(iterations=1)),
+            *quiet(w, targets_of(w), method="nopt"),
         ],
         is_of(6),
     ),
@@ -279,7 +280,7 @@ def other_pass(w, folder):
 
 def quantile_set(w):
     targets = QuantileTargets.from_dataset(w.real, w.pipe, progress=False)
-    return quiet(w, targets, objective="quantile", optimization_steps=1)
+    return quiet(w, targets, method=Released(iterations=1))
 
 
 TABLE = MATCHING | SETS | RUNS

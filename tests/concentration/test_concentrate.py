@@ -9,7 +9,9 @@ from datasets import ClassLabel, DatasetDict, Image
 
 from dsco_hf import (
     MatchingTargets,
+    NOpt,
     QuantileTargets,
+    Released,
     concentrate,
     concentrate_and_report,
     concentrate_to_folder,
@@ -29,7 +31,8 @@ from dsco_hf.matching.kernels import mmd2
 from dsco_hf.matching.objectives import ridge
 
 
-OPTIONS = {"num_inference_steps": 5, "guidance_scale": 1.0, "step_size": 0.1, "optimize_from": 0.5, "progress": False}
+NOPT = NOpt(step_size=0.1, start=0.5)
+OPTIONS = {"num_inference_steps": 5, "guidance_scale": 1.0, "method": NOPT, "progress": False}
 
 
 def pixels_of(dataset):
@@ -82,7 +85,7 @@ def test_a_dataset_or_classes_in_place_of_targets(pipe, real_images):
     made = MatchingTargets.from_generator(pipe, ["square", "circle"], seed=3, progress=False, **sampling)
     first, again = (concentrate(pipe, given, 2, seed=3, **OPTIONS) for given in (["square", "circle"], made))
     assert torch.equal(pixels_of(first), pixels_of(again)) and first.features["label"].names == ["square", "circle"]
-    few = concentrate(pipe, real_images, 1, **{**OPTIONS, "objective": "quantile", "optimization_steps": 1})
+    few = concentrate(pipe, real_images, 1, **{**OPTIONS, "method": Released(iterations=1)})
     assert list(few["label"]) == [0, 1, 2]
 
 
@@ -90,12 +93,12 @@ def test_a_dataset_or_classes_in_place_of_targets(pipe, real_images):
     (7, "rkhs", "`targets` must be targets or None, got int. Make them of real images with"),
     ("imagenet", "rkhs", "There is no label set 'imagenet'"),
     (["circel"], "rkhs", "circel.*Nearest: 'circle'"),
-    (["circle"], "quantile", "matches real images: pass a dataset"),
+    (["circle"], None, "'released' matches real images: pass a dataset"),
     (["circle"], "classifier", "pass None, and classes as `class_labels=`"),
 ])  # fmt: skip
 def test_what_cannot_stand_for_targets(pipe, given, objective, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        concentrate(pipe, given, 1, objective=objective, **OPTIONS)
+        concentrate(pipe, given, 1, **{**OPTIONS, "method": NOpt(objective) if objective else Released()})
 
 
 def test_all_splits_and_targets_of_a_run(pipe, real_images, tmp_path):
@@ -153,7 +156,7 @@ def test_optimised_images_are_nearer_than_plain_ones(pipe, targets):
     options = {**OPTIONS, "num_inference_steps": 10}
     _, plain = concentrate_and_report(pipe, None, 3, measure_by=targets, **options)
     _, optimised = concentrate_and_report(
-        pipe, targets, 3, optimization_steps=3, measure_by=None, **{**options, "optimize_from": 0.0}
+        pipe, targets, 3, measure_by=None, **{**options, "method": NOpt(step_size=0.1, start=0.0, iterations=3)}
     )
     assert set(plain.discrepancy_by_class) == set(optimised.discrepancy_by_class) == {"circle", "square", "triangle"}
     assert all(optimised.discrepancy_by_class[k] < plain.discrepancy_by_class[k] for k in plain.discrepancy_by_class)
@@ -209,7 +212,7 @@ def test_plain_samples_of_chosen_classes(pipe):
 def test_other_objectives(pipe, real_images):
     targets = QuantileTargets.from_dataset(real_images, pipe, draws=1, progress=False)
     small, report = concentrate_and_report(
-        pipe, targets, 2, objective="quantile", optimization_steps=2, block_size=1, **OPTIONS
+        pipe, targets, 2, block_size=1, **{**OPTIONS, "method": Released(iterations=2, start=0.5)}
     )
     assert len(small) == 6 and report.classifier_calls == 6 * 2 * 2 and report.discrepancy is None
     alone = concentrate(pipe, None, 2, objective="classifier", **OPTIONS)
@@ -222,18 +225,16 @@ def ridge_targets(pipe, real_images):
 
 
 def test_ridge_lowers_the_error_of_a_regression(pipe, ridge_targets):
-    options = {"guidance_scale": 1.0, "num_inference_steps": 10, "optimize_from": 0.0, "seeds": range(6)}
+    options = {"guidance_scale": 1.0, "num_inference_steps": 10, "seeds": range(6)}
     labels = [0, 0, 1, 1, 2, 2]
 
-    def error(**changes):
-        images = pipe.sample(labels, ridge_targets, **options, **changes).images
+    def error(method):
+        images = pipe.sample(labels, ridge_targets, **options, method=method).images
         observed = FeatureSource(pipe, ridge_targets.features).of_pixels(images * 2 - 1)
         return ridge(observed, torch.tensor(labels), ridge_targets).sum()
 
-    plain, matched, optimised = (
-        error(optimization_steps=steps, objective=objective)
-        for steps, objective in ((0, "ridge"), (2, "rkhs"), (2, "ridge"))
-    )
+    plain = error("plain")
+    matched, optimised = (error(NOpt(objective, start=0.0, iterations=2)) for objective in ("rkhs", "ridge"))
     assert optimised < matched < plain
 
 

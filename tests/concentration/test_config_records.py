@@ -265,7 +265,7 @@ def test_targets_of_another_set_are_refused(one, two, pipe, real_images, targets
         match=r"Config 'default' was drawn for targets with the SHA-256 .*21 images\), those given .*9 images",
     ):
         save_dataset_folder(one, tmp_path / "a", targets=fewer)
-    plain = concentrate(pipe, None, 1, optimization_steps=0, **OPTIONS)
+    plain = concentrate(pipe, None, 1, method="plain", **OPTIONS)
     sets = {"plain": plain, "one": one, "two": two}
     with pytest.raises(
         ValueError,

@@ -1,29 +1,20 @@
-import inspect
+import json
 
 import pytest
 
-from dsco_hf import ClassifierObjective
+from dsco_hf import RKHS, ClassifierEvidence, NOpt, Plain, Released, Ridge, Sampling
 from dsco_hf.concentration import records
 from dsco_hf.concentration.concentrate import concentrate_and_report
-from dsco_hf.sampling.pipeline import DsCoPipeline
 
 
 def test_every_parameter_is_recorded_with_its_default():
     found = records.resolve_parameters(images_per_class=3, guidance_scale=1.0, progress=False)
-    call = inspect.signature(DsCoPipeline.__call__).parameters
-    for name in (
-        "step_size",
-        "step_decay",
-        "optimize_from",
-        "optimize_until",
-        "lookahead",
-        "eta",
-        "num_inference_steps",
-    ):
-        assert found[name] == call[name].default
-    assert found["block_size"] == inspect.signature(concentrate_and_report).parameters["block_size"].default
-    assert found["images_per_class"] == 3 and found["guidance_scale"] == 1.0 and found["optimization_steps"] == 1
-    assert not {"progress", "generator", "latents", "targets", "pipe", "seed"} & set(found)
+    assert found == {
+        "images_per_class": 3, "class_labels": None, "block_size": 10, "images_per_call": 128,
+        "num_inference_steps": 50, "guidance_scale": 1.0, "eta": 1.0, "batch_size": None,
+        "method": {"name": "nopt", "objective": {"name": "rkhs", "contrast": 0.0}, "start": 0.6, "stop": 1.0,
+                   "iterations": 1, "step_size": 1.0, "step_decay": 0.25, "lookahead": "conditional"},
+    }  # fmt: skip
 
 
 def test_recorded_parameters_run_again(pipe, targets):
@@ -39,20 +30,35 @@ def test_recorded_parameters_run_again(pipe, targets):
     assert set(record["classifier"]) >= {"sha256"} and set(record["generator"]) >= {"sha256"}
 
 
-def test_the_objective_of_the_classifier_survives_json():
-    found = records.resolve_parameters(images_per_class=1, objective="classifier", optimization_steps=2)
-    assert records.record_parameters({"parameters": found})["classifier_objective"] == ClassifierObjective()
+@pytest.mark.parametrize("method", [
+    NOpt(ClassifierEvidence(margin=5.0), iterations=2), NOpt(Ridge(0.5)), Released(start=0.2), Plain(),
+])  # fmt: skip
+def test_methods_survive_json(method):
+    found = records.resolve_parameters(images_per_class=1, method=method, eta=0.5)
+    found = records.record_parameters({"parameters": json.loads(json.dumps(found))})["method"]
+    assert found == Sampling(eta=0.5, method=method)
 
 
-def test_the_regularization_is_recorded_where_it_counts():
-    assert "regularization" not in records.resolve_parameters(images_per_class=1)
-    found = records.resolve_parameters(images_per_class=1, objective="ridge", regularization=0.5)
-    assert records.record_parameters({"parameters": found})["regularization"] == 0.5
+@pytest.mark.parametrize(("recorded", "method"), [
+    ({"objective": "rkhs", "optimization_steps": 1, "step_size": 0.5, "step_decay": 0.25, "optimize_from": 0.0,
+      "optimize_until": 0.9, "lookahead": "none", "contrast": 2.0},
+     NOpt(RKHS(2.0), 0.0, 0.9, 1, 0.5, 0.25, "none")),
+    ({"objective": "ridge", "optimization_steps": 2, "contrast": 0.0, "regularization": 0.5},
+     NOpt(Ridge(0.5), iterations=2)),
+    ({"objective": "classifier", "contrast": 0.0, "classifier_objective": {"evidence": 1.0, "margin": 3.0}},
+     NOpt(ClassifierEvidence(margin=3.0))),
+    ({"objective": "quantile", "optimization_steps": 200, "optimize_from": 0.0}, Released()),
+    ({"objective": "ridge", "optimization_steps": 0}, Plain()),
+])  # fmt: skip
+def test_flat_parameters_of_earlier_records_are_read(recorded, method):
+    parameters = {"images_per_class": 2, "block_size": 2, "guidance_scale": 1.0, "batch_size": None, **recorded}
+    found = records.record_parameters({"parameters": parameters})
+    assert found == {"images_per_class": 2, "block_size": 2, "method": Sampling(guidance_scale=1.0, method=method)}
 
 
 def test_unknown_parameters_are_refused():
-    with pytest.raises(TypeError, match="step_sise.*step_size"):
-        records.resolve_parameters(images_per_class=1, step_sise=0.1)
+    with pytest.raises(TypeError, match="num_inference_step`.*Nearest: 'num_inference_steps'"):
+        records.resolve_parameters(images_per_class=1, num_inference_step=5)
     with pytest.raises(TypeError, match="images_per_class"):
         records.resolve_parameters()
     with pytest.raises(ValueError, match="has no parameters"):

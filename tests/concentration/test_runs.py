@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from dsco_hf import DsCoPipeline, MatchingTargets, QuantileTargets, concentrate, concentrate_and_report
-from dsco_hf.concentration.concentrate import Unit, plan_units, sampling_options
+from dsco_hf import (
+    RKHS,
+    DsCoPipeline,
+    MatchingTargets,
+    NOpt,
+    QuantileTargets,
+    Released,
+    Ridge,
+    Sampling,
+    concentrate,
+    concentrate_and_report,
+)
+from dsco_hf.concentration.concentrate import Unit, plan_units
 from dsco_hf.concentration.run_folder import RunFolder
 from dsco_hf.concentration.runs import concentrate_to_folder, divide
 from dsco_hf.utils.origins import model_sha256, targets_sha256
@@ -19,7 +30,7 @@ from dsco_hf.utils.processes import RunError
 
 
 ROOT = Path(__file__).parents[2]
-SAMPLING = {"num_inference_steps": 4, "guidance_scale": 1.0, "optimize_from": 0.0}
+SAMPLING = {"num_inference_steps": 4, "guidance_scale": 1.0, "method": NOpt(start=0.0)}
 SIZES = {"block_size": 2, "images_per_call": 2}  # one class a unit
 OPTIONS = {**SAMPLING, **SIZES, "progress": False}
 
@@ -115,15 +126,15 @@ def test_a_grown_run_of_the_ridge_objective_remembers_every_image(pipe, real_ima
     expected, report = concentrate_and_report(pipe, targets, 5, **options)
     assert grown.session["images"] == 9 and same_rows(grown.dataset(), expected)
     assert grown.report.discrepancy_by_class == pytest.approx(report.discrepancy_by_class, rel=1e-4)
-    with pytest.raises(ValueError, match="options.regularization: 2.0 there, 1.0 now"):
-        concentrate_to_folder(pipe, targets, 5, tmp_path, regularization=1.0, **options)
+    with pytest.raises(ValueError, match="options.method.objective.regularization: 2.0 there, 1.0 now"):
+        concentrate_to_folder(pipe, targets, 5, tmp_path, **{**options, "objective": Ridge(1.0)})
 
 
 def test_other_settings_are_refused_by_name(pipe, targets, make, tmp_path):
     concentrate_to_folder(pipe, targets, 2, tmp_path, **OPTIONS)
     for change, named in (
         ({"seed": 1}, "seed: 0 there, 1 now"),
-        ({"step_size": 0.5}, "options.step_size: 1.0 there, 0.5 now"),
+        ({"method": NOpt(start=0.0, step_size=0.5)}, "options.method.step_size: 1.0 there, 0.5 now"),
         ({"images_per_call": 4}, "images_per_call: 2 there, 4 now"),
         ({"cpu_threads": 2}, "cpu_threads: 1 there, 2 now"),
     ):
@@ -140,7 +151,7 @@ def test_other_settings_are_refused_by_name(pipe, targets, make, tmp_path):
 
 def test_options_that_say_the_same_are_the_same(pipe, targets, tmp_path):
     concentrate_to_folder(pipe, targets, 2, tmp_path, **OPTIONS)
-    spelled_out = {**OPTIONS, "optimization_steps": 1, "lookahead": "conditional", "eta": 1.0}
+    spelled_out = {**OPTIONS, "method": NOpt(RKHS(0.0), 0.0, lookahead="conditional"), "eta": 1.0, "objective": "rkhs"}
     assert concentrate_to_folder(pipe, targets, 2, tmp_path, **spelled_out).session["images"] == 0
 
 
@@ -221,9 +232,9 @@ def test_plain_samples_and_other_objectives(pipe, targets, real_images, tmp_path
     assert set(plain.report.discrepancy_by_class) == {"triangle", "circle"} and report.discrepancy is None
     alone = concentrate_to_folder(pipe, None, 2, tmp_path / "b", objective="classifier", **OPTIONS)
     assert same_rows(alone.dataset(), concentrate(pipe, None, 2, objective="classifier", **OPTIONS))
-    assert alone.settings["options"]["classifier_objective"]["margin"] == 8.0
+    assert alone.settings["options"]["method"]["objective"]["margin"] == 8.0
     quantile = QuantileTargets.from_dataset(real_images, pipe, draws=1, progress=False)
-    options = {**OPTIONS, "objective": "quantile", "optimization_steps": 1}
+    options = {**OPTIONS, "method": Released(iterations=1)}
     released = concentrate_to_folder(pipe, quantile, 2, tmp_path / "c", **options)
     assert same_rows(released.dataset(), concentrate(pipe, quantile, 2, **options))
 
@@ -231,26 +242,26 @@ def test_plain_samples_and_other_objectives(pipe, targets, real_images, tmp_path
 def test_every_option_is_recorded_and_gives_the_same_images(pipe, targets, tmp_path):
     result = concentrate_to_folder(pipe, targets, 2, tmp_path, **OPTIONS)
     recorded = json.loads((tmp_path / "run.json").read_text())["settings"]
-    assert recorded == result.settings and recorded["options"]["optimization_steps"] == 1
-    assert {"eta", "step_size", "step_decay", "optimize_until", "lookahead"} <= set(recorded["options"])
+    assert recorded == result.settings and recorded["options"]["method"]["iterations"] == 1
+    assert set(recorded["options"]) == {"eta", "num_inference_steps", "guidance_scale", "batch_size", "method"}
     rows = concentrate(
         pipe, targets, recorded["images_per_class"], seed=recorded["seed"], block_size=recorded["block_size"],
-        images_per_call=recorded["images_per_call"], progress=False, **recorded["options"],
+        images_per_call=recorded["images_per_call"], progress=False,
+        method=Sampling(**recorded["options"]),
     )  # fmt: skip
     assert same_rows(rows, result.dataset())
 
 
 def test_options_are_checked_before_any_work(pipe, targets, tmp_path):
-    with pytest.raises(TypeError, match="There is no option `stepsize`. Nearest: 'step_size'"):
-        concentrate_to_folder(pipe, targets, 2, tmp_path / "run", stepsize=1.0)
-    with pytest.raises(TypeError, match="'callback_on_step_end'. cannot be recorded"):
+    with pytest.raises(TypeError, match="There is no option `batchsize`. Nearest: 'batch_size'"):
+        concentrate_to_folder(pipe, targets, 2, tmp_path / "run", batchsize=1)
+    with pytest.raises(TypeError, match="no option `callback_on_step_end`"):
         concentrate_to_folder(pipe, targets, 2, tmp_path / "run", callback_on_step_end=print)
     with pytest.raises(ValueError, match="`cpu_threads` must be a whole number of at least 1, got 0"):
         concentrate_to_folder(pipe, targets, 2, tmp_path / "run", cpu_threads=0)
     with pytest.raises(ValueError, match="`images_per_class` must be"):
         concentrate_to_folder(pipe, targets, 0, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert sampling_options({"objective": "quantile"})["optimization_steps"] == 200
 
 
 def test_the_number_of_threads_is_the_callers_again(pipe, targets, tmp_path, monkeypatch):
@@ -306,7 +317,7 @@ FAIL = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
 from conftest import pixel_pipeline, striped_images, tiny_convnet
-from dsco_hf import MatchingTargets
+from dsco_hf import MatchingTargets, NOpt
 from dsco_hf.concentration.runs import concentrate_to_folder
 
 pipe = pixel_pipeline(classifier=tiny_convnet())
@@ -314,7 +325,7 @@ targets = MatchingTargets.from_dataset(striped_images(), pipe, embedding_dim=256
 if sys.argv[3] != "none":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 result = concentrate_to_folder(
-    pipe, targets, 4, sys.argv[1], num_inference_steps=4, guidance_scale=1.0, optimize_from=0.0, block_size=2,
+    pipe, targets, 4, sys.argv[1], num_inference_steps=4, guidance_scale=1.0, method=NOpt(start=0.0), block_size=2,
     images_per_call=2, progress=False,
 )
 print(result.message)

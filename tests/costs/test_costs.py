@@ -5,14 +5,22 @@ import torch
 from diffusers import AutoencoderTiny
 
 from conftest import IMAGENET_NAMES, tiny_resnet
-from dsco_hf import DsCoPipeline, MatchingTargets, QuantileTargets, concentrate_and_report
+from dsco_hf import (
+    DsCoPipeline,
+    MatchingTargets,
+    NOpt,
+    Plain,
+    QuantileTargets,
+    Released,
+    Sampling,
+    concentrate_and_report,
+)
 from dsco_hf.concentration.concentrate import plan_units
 from dsco_hf.costs.passes import (
     PassCost,
     assumed_seconds,
     calls,
     count_passes,
-    count_pivots,
     count_run,
     count_unit,
     largest_batch,
@@ -30,18 +38,17 @@ LABELS = [0, 0, 1, 2, 2]
 SETTINGS = [
     {},
     {"num_inference_steps": 7, "guidance_scale": 1.0},
-    {"optimize_from": 0.0, "lookahead": "guided"},
-    {"lookahead": "guided", "guidance_scale": 1.0},
-    {"lookahead": "none", "optimize_until": 0.8},
+    {"method": NOpt(start=0.0, lookahead="guided")},
+    {"method": NOpt(lookahead="guided"), "guidance_scale": 1.0},
+    {"method": NOpt(lookahead="none", stop=0.8)},
     {"batch_size": 2},
-    {"batch_size": 5, "optimization_steps": 3},
-    {"optimization_steps": 0},
+    {"batch_size": 5, "method": NOpt(iterations=3)},
     {"eta": 0.0},
-    {"optimize_from": 1.0},
-    {"objective": "classifier"},
-    {"objective": "classifier", "optimize_from": 0.0, "batch_size": 3},
-    {"optimised": False},
-    {"optimised": False, "guidance_scale": 1.0, "batch_size": 2},
+    {"method": NOpt(start=1.0)},
+    {"method": NOpt("classifier")},
+    {"method": NOpt("classifier", start=0.0), "batch_size": 3},
+    {"method": Plain()},
+    {"method": Plain(), "guidance_scale": 1.0, "batch_size": 2},
     {"output_type": "latent"},
 ]
 
@@ -69,11 +76,12 @@ def preview_pipe(latent_pipe):
 @pytest.mark.parametrize("space", ["pipe", "latent_pipe", "preview_pipe"])
 def test_calls_are_those_that_the_pipeline_counts(request, make, space, options):
     pipe = request.getfixturevalue(space)
-    options = {"num_inference_steps": 5, **options}
-    optimised = options.pop("optimised", options.get("objective") != "classifier")
-    targets = stand_in_targets(pipe, embedding_dim=16) if optimised else None
-    output = pipe(LABELS, targets, generator=make.generators(range(5)), **{"output_type": "pt", **options})
-    assert calls(count_passes(pipe, 5, optimised=optimised, **options)) == measured(output)
+    given = {"output_type": "pt", "num_inference_steps": 5, **options}
+    kind = given.pop("output_type")
+    sampling = Sampling.of(**given)
+    targets = None if sampling.method.memory is None else stand_in_targets(pipe, embedding_dim=16)
+    output = pipe(LABELS, targets, generator=make.generators(range(5)), output_type=kind, method=sampling)
+    assert calls(count_passes(pipe, 5, sampling, output_type=kind)) == measured(output)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,7 @@ def test_calls_and_work_follow_the_features(make, features, networks, decodes):
     targets = MatchingTargets.from_dataset(images, pipe, features=features, embedding_dim=16, progress=False)
     options = {"num_inference_steps": 4, "batch_size": 2}
     output = pipe([0, 1, 1], targets, generator=make.generators(range(3)), output_type="pt", **options)
-    passes = count_passes(pipe, 3, features=features, **options)
+    passes = count_passes(pipe, 3, Sampling(**options), features=features)
     assert calls(passes) == measured(output)
     assert output.classifier_calls == 2 * networks * output.discrepancies.shape[0] * 3
     assert (passes["preview_backward"] > 0) == decodes
@@ -102,30 +110,24 @@ def test_calls_and_work_follow_the_features(make, features, networks, decodes):
 
 def test_calls_of_the_released_objective(pipe, real_images, make):
     targets = QuantileTargets.from_dataset(real_images, pipe, progress=False)
-    options = {"objective": "quantile", "num_inference_steps": 5, "optimization_steps": 3, "optimize_from": 0.0}
-    output = pipe(LABELS, targets, generator=make.generators(range(5)), **options)
-    assert calls(count_passes(pipe, 5, **options)) == measured(output)
+    sampling = Sampling(5, method=Released(iterations=3))
+    output = pipe(LABELS, targets, generator=make.generators(range(5)), method=sampling)
+    assert calls(count_passes(pipe, 5, sampling)) == measured(output)
     assert output.classifier_calls == 5 * 3 * 4
-    assert count_pivots(pipe, 9, **options) == {"extractor": 9 * 5 * 4}
     first, second = plan_units(3, 4, block_size=2)
-    assert count_unit(pipe, first, last=False, population=9, **options)["extractor"] == 3 * 9 * 5 * 4
-    assert count_unit(pipe, second, last=True, population=9, **options)["extractor"] == 0
+    assert count_unit(pipe, first, sampling, last=False, population=9)["extractor"] == 3 * 9 * 5 * 4
+    assert count_unit(pipe, second, sampling, last=True, population=9)["extractor"] == 0
 
 
 @pytest.mark.parametrize("images_per_class", [2, 5])
 def test_calls_of_a_run_are_those_of_its_report(pipe, targets, images_per_class):
-    options = {"block_size": 2, "images_per_call": 4, "num_inference_steps": 4, "batch_size": 3}
-    _, report = concentrate_and_report(pipe, targets, images_per_class, progress=False, **options)
-    passes = count_run(pipe, 3, images_per_class, **options)
+    sizes, sampling = {"block_size": 2, "images_per_call": 4}, Sampling(4, batch_size=3)
+    _, report = concentrate_and_report(pipe, targets, images_per_class, progress=False, method=sampling, **sizes)
+    passes = count_run(pipe, 3, images_per_class, sampling, **sizes)
     assert calls(passes) == measured(report)
     assert passes["embedding"] == 3 * {2: 0, 5: 4}[images_per_class]
-    plain = count_run(pipe, 3, images_per_class, optimised=False, **options)
+    plain = count_run(pipe, 3, images_per_class, Sampling(4, method="plain"), **sizes)
     assert plain["denoiser"] == passes["denoiser"] and set(plain) == {"denoiser", "step", "call"}
-
-
-def test_an_unknown_option_is_refused(pipe):
-    with pytest.raises(TypeError, match="num_inference_steps"):
-        count_passes(pipe, 1, num_inference_step=5)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +210,8 @@ def test_the_largest_batch_just_fits(latent_costs):
 def test_time_is_that_of_the_slowest_process(pipe):
     costs = {"denoiser": PassCost(10, 1), "preview_backward": PassCost(0, 1)}
     seconds = {"denoiser": 2.0}
-    options = {"block_size": 2, "images_per_call": 2, "num_inference_steps": 3, "guidance_scale": 1.0}
-    found = predict(pipe, 3, 4, costs=costs, seconds=seconds, num_processes=(1, 2, 3, 8), **options)
+    options = {"block_size": 2, "images_per_call": 2}
+    found = predict(pipe, 3, 4, Sampling(3, 1.0), costs=costs, seconds=seconds, num_processes=(1, 2, 3, 8), **options)
     # three groups of one class; 4 images of each, 3 steps, one denoiser pass of 2 s
     assert found.images == 12 and found.passes["denoiser"] == 36
     assert found.seconds == {1: 72.0, 2: 48.0, 3: 24.0, 8: 24.0}
@@ -229,7 +231,7 @@ def test_assumed_seconds_are_flops_by_rate():
 def test_the_probe_measures_every_kind_that_a_run_has(preview_pipe):
     options = {"guidance_scale": 2.0, "repeats": 1, "embedding_dim": 32}
     found = probe_seconds(preview_pipe, 4, **options, extractor=False)
-    run = count_run(preview_pipe, 3, 5, block_size=2, images_per_call=4, batch_size=3)
+    run = count_run(preview_pipe, 3, 5, Sampling(batch_size=3), block_size=2, images_per_call=4)
     assert set(run) <= set(found)
     assert all(seconds > 0 for kind, seconds in found.items() if kind != "call") and found["call"] >= 0
 

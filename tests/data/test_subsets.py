@@ -45,7 +45,7 @@ def test_a_filtered_dataset_is_matched_concentrated_and_doped_as_it_is(make):
         assert (targets.class_names, targets.class_labels) == (["circle", "triangle"], [0, 2])
     sure = select(part, Clearest(0.5), pipe=pipe, progress=False)
     assert sorted(sure["label"]) == [0, 0, 2, 2, 2]
-    small = concentrate(pipe, targets, images_per_class=1, num_inference_steps=2, optimization_steps=0, progress=False)
+    small = concentrate(pipe, targets, images_per_class=1, num_inference_steps=2, method="plain", progress=False)
     assert small.features["label"].names == ["circle", "triangle"]
     mixed = dope(small, part, pipe, images_per_class=3, strategy=Herding(targets), progress=False)
     taken = [row for row in mixed if row["real_index"] >= 0]

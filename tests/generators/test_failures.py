@@ -7,6 +7,7 @@ import torch
 
 from dsco_hf.generators.failures import FiniteWatch, NonFiniteError, explained_out_of_memory, is_out_of_memory
 from dsco_hf.matching.features import classification_head
+from dsco_hf.sampling.flat import from_flat
 
 
 OPTIONS = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "pt", "step_size": 0.1}
@@ -14,7 +15,7 @@ LABELS = [0, 0, 1, 2, 2, 2]
 
 
 def draw(pipe, make, targets=None, **options):
-    return pipe(LABELS, targets, generator=make.generators(range(10, 16)), **OPTIONS | options)
+    return pipe(LABELS, targets, generator=make.generators(range(10, 16)), **from_flat(OPTIONS | options))
 
 
 @pytest.mark.parametrize("optimised", [False, True])

@@ -66,7 +66,7 @@ def fewer(w):
 
 
 def plain(w):
-    return concentrate(w.pipe, None, 1, progress=False, **{"optimization_steps": 0, **FAST})
+    return concentrate(w.pipe, None, 1, progress=False, method="plain", **FAST)
 
 
 def told(w, **source):

@@ -104,9 +104,10 @@ def check_record(record, hub):
         assert len(record[part]["sha256"]) == 64
     parameters = record["configs"]["ipc2"]["parameters"]
     assert parameters["images_per_class"] == 2 and parameters["num_inference_steps"] == 4
-    assert {"step_size", "step_decay", "optimize_from", "optimize_until", "lookahead", "eta", "objective"} < set(
-        parameters
-    )
+    assert set(parameters["method"]) == {
+        *("name", "objective", "start", "stop", "iterations", "step_size", "step_decay", "lookahead")
+    }
+    assert parameters["method"]["objective"] == {"name": "rkhs", "contrast": 0.0} and parameters["eta"] == 1.0
     assert {"block_size", "images_per_call"} < set(parameters) and record["seed"] == 3
     assert record["source"]["dataset"] == "ann/source" and record["source"]["fingerprint"]
     assert f"{record['targets']['path']}/targets.safetensors" in hub.files("ann/story")

@@ -17,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from dsco_hf import DsCoPipeline, Herding, MatchingTargets, concentrate, dope
+from dsco_hf import DsCoPipeline, Herding, MatchingTargets, NOpt, concentrate, dope
 from dsco_hf.concentration.concentrate import measure_discrepancy
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.feature_spec import DEFAULT_FEATURES, FeatureSource, FeatureSpec, feature_specs, layer_weights
@@ -249,7 +249,7 @@ def test_noise_is_optimised_for_any_features(colour_pipe, build, real_images, fe
     pipe = colour_pipe(classifier_2=build("resnet"))
     targets = MatchingTargets.from_dataset(real_images, pipe, features=features, **SMALL)
     assert targets.features == feature_specs(features)
-    options = {"seeds": range(6), "guidance_scale": 1.0, "num_inference_steps": 6, "optimize_from": 0.0}
+    options = {"seeds": range(6), "guidance_scale": 1.0, "num_inference_steps": 6, "method": NOpt(start=0.0)}
     ids = [0, 0, 1, 1, 2, 2]
     plain, matched = (pipe.sample(ids, chosen, **options).images * 2 - 1 for chosen in (None, targets))
     rows = torch.tensor(ids)
@@ -355,7 +355,7 @@ def test_features_of_latents_need_no_decoder(latent_pipe, make):
     latents = latent_pipe.encode_pixels(x, sample_posterior=False)
     expected = latent_pipe.classifier_2.convnet(latents).pooler_output
     torch.testing.assert_close(targets.feature_mean, expected.mean(dim=0))
-    options = {"guidance_scale": 1.0, "num_inference_steps": 6, "optimize_from": 0.0, "output_type": "latent"}
+    options = {"guidance_scale": 1.0, "num_inference_steps": 6, "method": NOpt(start=0.0), "output_type": "latent"}
     distances = []
     for chosen in (None, targets):
         drawn = latent_pipe([0, 0, 1, 1], chosen, generator=make.generators(range(4)), **options)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dsco_hf import ClassifierObjective, MatchingTargets
+from dsco_hf import ClassifierEvidence, MatchingTargets, NOpt
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.features import Observation, batchnorm_layers, observe
 from dsco_hf.matching.kernels import mmd2
@@ -180,8 +180,9 @@ def test_batchnorm_statistics_are_of_all_images_together(make):
 
 def test_classifier_objective_is_the_weighted_sum_of_its_parts(make):
     convnet = make.convnet()
+    pipe = make.pipe(classifier=convnet)
     observation = observe(convnet, normal(4, 1, 8, 8).clamp(-1, 1), moments=True)
-    labels = rows = torch.tensor([2, 0, 0, 2])
+    labels = torch.tensor([2, 0, 0, 2])
     index = torch.tensor([1, 0, 0, 1])
     parts = {
         "evidence": class_means(class_evidence(observation.logits, labels, margin=5.0)[:, None], index, 2)[:, 0],
@@ -189,20 +190,20 @@ def test_classifier_objective_is_the_weighted_sum_of_its_parts(make):
         "batchnorm": batchnorm_distance(observation.moments, convnet).expand(2) / 2,
     }
     for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 2.0, 3.0)):
-        objective = ClassifierObjective(**dict(zip(parts, weights, strict=True)), margin=5.0)
+        objective = ClassifierEvidence(**dict(zip(parts, weights, strict=True)), margin=5.0)
         expected = sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
-        torch.testing.assert_close(objective(observation, rows, labels, convnet), expected)
+        torch.testing.assert_close(objective.bind(pipe, None, labels.tolist())(observation), expected)
     assert all(part.abs().max() > 1e-4 for part in parts.values())
 
 
 def test_a_classifier_without_batchnorm_has_no_statistics_to_meet(pipe, make):
     pipe.register_modules(classifier=make.convnet(norm="instance"))
-    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "optimize_from": 0.0, "objective": "classifier"}
-    every = (ClassifierObjective(), ClassifierObjective(batchnorm=0.0), ClassifierObjective(evidence=0.0))
+    options = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    every = (ClassifierEvidence(), ClassifierEvidence(batchnorm=0.0), ClassifierEvidence(evidence=0.0))
     for batch_size in (None, 2):  # at once, and in micro-batches
         options |= {"batch_size": batch_size, "output_type": "pt"}
         drawn = [
-            pipe([0, 1, 1], generator=make.generators(range(3)), classifier_objective=weights, **options).images
-            for weights in every
+            pipe([0, 1, 1], generator=make.generators(range(3)), method=NOpt(each, start=0.0), **options).images
+            for each in every
         ]
         assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

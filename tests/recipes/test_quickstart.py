@@ -76,7 +76,8 @@ def test_the_dataset_says_how_it_was_drawn_and_is_drawn_again(output, capsys):
     assert record["generator"]["folder"] == "pipeline" and record["source"]["dataset"] == "scikit-learn digits"
     for name, contrast in (("ipc1", 2.0), ("ipc10", 0.0), ("doped", 0.0)):
         told = config_record(record, name)["parameters"]
-        assert (told["contrast"], told["optimize_from"], told["num_inference_steps"]) == (contrast, 0.5, 10)
+        assert told["method"]["objective"] == {"name": "rkhs", "contrast": contrast}
+        assert (told["method"]["start"], told["num_inference_steps"]) == (0.5, 10)
     rule = config_record(record, "doped")["doping"]["strategy"]
     assert (rule["name"], rule["num_students"]) == ("clarity", 4) and rule["protocol"]["name"].startswith("quick")
     assert record_of(load_dataset(str(output / "dataset"), "ipc3", split="train"))["cost"]["images"] == 30

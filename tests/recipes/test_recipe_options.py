@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import dsco_hf.evaluators.training as train_evaluation
 from dsco_hf.hub.cards import DatasetCardFields
+from dsco_hf.sampling.flat import FLAT
 from dsco_hf.studies import options
 from dsco_hf.utils.configs import check_anew, option_texts, parse_config
 from recipes import (
@@ -74,6 +75,8 @@ def test_every_option_is_used(name):
     used |= {text.removeprefix("datasets_") for text in used} | inherited  # passed on as a whole
     if "DatasetCardFields" in used | {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
         used |= {field.name for field in dataclasses.fields(DatasetCardFields)}
+    if "from_flat" in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+        used |= set(FLAT)  # taken as a whole
     names = {option.removeprefix("datasets_") for option in options_of(name)}
     assert not names - used
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from dsco_hf import DsCoPipeline, concentrate
-from dsco_hf.concentration.concentrate import sampling_options
+from dsco_hf import DsCoPipeline, NOpt, Ridge, Sampling, concentrate
 from dsco_hf.concentration.run_folder import RunFolder
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment
-from recipes.concentrate import SAMPLING, ConcentrateRecipe, check_recipe, main
+from recipes.concentrate import SAMPLING, ConcentrateRecipe, check_recipe, main, sampling_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +66,9 @@ def read(path):
 
 
 def test_fields_are_those_of_the_pipeline():
-    usual, recipe = sampling_options({"objective": "ridge"}), ConcentrateRecipe(objective="ridge")
-    assert set(SAMPLING) == set(usual)
-    assert {name: getattr(recipe, name) for name in SAMPLING} == {**usual, "optimization_steps": None}
+    assert sampling_of(ConcentrateRecipe()) == Sampling()
+    assert sampling_of(ConcentrateRecipe(objective="ridge")).method == NOpt(Ridge())
+    assert {name for name in SAMPLING if not hasattr(ConcentrateRecipe(), name)} == {"classifier_objective"}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/configs/concentrate_*.yaml")), ids=lambda path: path.stem)
@@ -112,7 +111,7 @@ def test_a_run_its_files_and_the_same_from_its_record(work, pipe, targets, monke
     told = capsys.readouterr()
     assert "6 of 6 units are finished: 12 images. The dataset is in out/dataset." in told.out and "12/12" in told.err
     options = {"block_size": 2, "images_per_call": 2, "num_inference_steps": 4, "guidance_scale": 1.0}
-    small = concentrate(pipe, targets, 4, optimize_from=0.0, progress=False, **options)
+    small = concentrate(pipe, targets, 4, method=NOpt(start=0.0), progress=False, **options)
     expected = [np.asarray(image).tobytes() for image in small["image"]]
     assert pixels(work / "out") == expected
     results, record = read(work / "out" / "results.json"), read(work / "out" / "dataset" / "concentration.json")
@@ -120,7 +119,7 @@ def test_a_run_its_files_and_the_same_from_its_record(work, pipe, targets, monke
     assert record["cost"]["peak_memory_bytes"] > 50e6 and results["session"]["processes"] == 1
     assert record["method"] == "nopt" and record["seed"] == 0 and record["environment"]["threads"] == 1
     assert record["blocks"]["size"] == 2 and record["blocks"]["count"] == 2 and record["changes"] == []
-    assert record["parameters"]["optimization_steps"] == 1 and record["parameters"]["step_decay"] == 0.25
+    assert record["parameters"]["method"]["iterations"] == 1 and record["parameters"]["method"]["step_decay"] == 0.25
     main(["--from", "out/dataset", "--output_dir", "again"])
     assert "All rows are identical to those of out/dataset." in capsys.readouterr().out
     assert pixels(work / "again") == expected and read(work / "again" / "results.json")["from"]["identical"] is True

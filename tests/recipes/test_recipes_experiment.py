@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from transformers import AutoModelForImageClassification
 
 from conftest import NAMES, striped_images
-from dsco_hf import DsCoPipeline, build_evaluator, concentrate, measure_discrepancy
+from dsco_hf import RKHS, DsCoPipeline, NOpt, Ridge, build_evaluator, concentrate, measure_discrepancy
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.targets import MatchingTargets
@@ -113,8 +113,11 @@ def test_contrast_and_the_clearest_images_by_budget(work):
     for budget in (1, 2):
         rows = Dataset.from_parquet(str(folder / "sets" / f"nopt-ipc{budget}-seed0.parquet"), keep_in_memory=True)
         matched, options = (real if budget == 1 else targets), {"guidance_scale": 1.0, "num_inference_steps": 3}
-        options |= {"optimize_from": 0.4, "progress": False}
-        drawn = [concentrate(pipe, matched, budget, contrast=contrast, **options) for contrast in (6 / budget, 0)]
+        options |= {"progress": False}
+        drawn = [
+            concentrate(pipe, matched, budget, method=NOpt(RKHS(contrast), 0.4), **options)
+            for contrast in (6 / budget, 0)
+        ]
         same, other = ([image.tobytes() for image in one["image"]] for one in drawn)
         assert [image.tobytes() for image in rows["image"]] == same != other
     sets = {path.stem: path.read_bytes() for path in (folder / "sets").glob("*.parquet")}
@@ -145,17 +148,18 @@ def test_objectives_by_budget_and_wider_features(work):
     ).eval()
     classifier = AutoModelForImageClassification.from_pretrained(work / "classifier").eval()
     pipe = DsCoPipeline.from_pretrained(work / "pipe", classifier=classifier, classifier_2=wider)
-    options = {"optimize_from": 0.4, "guidance_scale": 1.0, "num_inference_steps": 3, "progress": False}
+    options = {"guidance_scale": 1.0, "num_inference_steps": 3, "progress": False}
     for method, population in (("nopt", "real"), ("nopt-data-free", "nopt-data-free")):
         targets = MatchingTargets.from_pretrained(folder / f"targets-{population}")
-        for budget, chosen in ((1, {"objective": "ridge", "regularization": 0.5}), (2, {"objective": "rkhs"})):
+        for budget, chosen in ((1, Ridge(0.5)), (2, RKHS())):
             name = f"{method}-ipc{budget}-seed0"
             rows = Dataset.from_parquet(str(folder / "sets" / f"{name}.parquet"), keep_in_memory=True)
-            expected = concentrate(pipe, targets, budget, **chosen, **options)
+            expected = concentrate(pipe, targets, budget, method=NOpt(chosen, 0.4), **options)
             assert [image.tobytes() for image in rows["image"]] == [image.tobytes() for image in expected["image"]]
             told = json.loads((folder / "sets" / f"{name}.json").read_text())
-            assert chosen.items() <= told["made_with"]["set"].items() and told["population"] == population
-    with pytest.raises(ValueError, match=r"may hold \['rkhs', 'ridge'\], got 'ridg'. Nearest: 'ridge'"):
+            assert told["made_with"]["set"]["method"] == NOpt(chosen, 0.4).as_record()
+            assert told["population"] == population
+    with pytest.raises(ValueError, match="must be one of .*, got 'ridg'. Nearest: 'ridge'"):
         experiment.ExperimentRecipe(dataset="a", objective=["ridg"])
 
 

@@ -5,11 +5,23 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from dsco_hf import MatchingTargets, QuantileTargets
+from dsco_hf import DsCoPipeline, MatchingTargets, QuantileTargets
+from dsco_hf.sampling.flat import from_flat
+
+
+PASSES = []
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch):
+    """Notes every pass through a denoiser."""
+    predict = DsCoPipeline.predict_noise
+    monkeypatch.setattr(DsCoPipeline, "predict_noise", lambda *given: PASSES.append(1) or predict(*given))
+    PASSES.clear()
 
 
 def nothing_ran(pipe):
-    return all(count == 0 for count in pipe._calls.values())
+    return not PASSES
 
 
 @pytest.mark.parametrize(
@@ -18,24 +30,24 @@ def nothing_ran(pipe):
         ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of at least 1, got 0"),
         ({"num_inference_steps": -4}, "at least 1, got -4"),
         ({"num_inference_steps": 2.5}, "at least 1, got 2.5"),
-        ({"optimization_steps": -1}, "`optimization_steps` must be a whole number of at least 0, got -1"),
+        ({"optimization_steps": -1}, "`iterations` must be a whole number of at least 1, got -1"),
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
         ({"eta": 1.5}, "`eta` must be a number from 0 to 1, got 1.5"),
         ({"eta": -0.1}, "`eta` must be"),
-        ({"optimize_from": 1.1}, "`optimize_from` must be a number from 0 to 1"),
-        ({"optimize_until": -1}, "`optimize_until` must be a number from 0 to 1"),
-        ({"optimize_from": 0.8, "optimize_until": 0.5}, "`optimize_from=0.8` must not exceed `optimize_until=0.5`"),
+        ({"optimize_from": 1.1}, "`start` must be a number from 0 to 1"),
+        ({"optimize_until": -1}, "`stop` must be a number from 0 to 1"),
+        ({"optimize_from": 0.8, "optimize_until": 0.5}, "`start=0.8` must not exceed `stop=0.5`"),
         ({"step_decay": 1.5}, "`step_decay` must be a number from 0 to 1"),
         ({"contrast": -1.0}, "`contrast` must be a finite number of at least 0, got -1.0"),
         ({"contrast": float("nan")}, "`contrast` must be"),
-        ({"regularization": 0.0}, "`regularization` must be a finite number above 0, got 0.0"),
-        ({"regularization": float("inf")}, "`regularization` must be"),
-        ({"regularization": float("nan")}, "`regularization` must be"),
+        ({"objective": "ridge", "regularization": 0.0}, "`regularization` must be a finite number above 0, got 0.0"),
+        ({"objective": "ridge", "regularization": float("inf")}, "`regularization` must be"),
+        ({"objective": "ridge", "regularization": float("nan")}, "`regularization` must be"),
         ({"objective": "ridge"}, r"targets with a second moment, and these have none: .*second_moment=True"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be a finite number of at least 0"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be"),
         ({"step_size": float("inf")}, "`step_size` must be"),
-        ({"objective": "quantiles"}, "`objective` must be one of .*got 'quantiles'. Nearest: 'quantile'"),
+        ({"objective": "rigde"}, "`objective` must be one of .*got 'rigde'. Nearest: 'ridge'"),
         ({"output_type": "pli"}, "`output_type` must be one of .*Nearest: 'pil'"),
         ({"lookahead": "guide"}, "`lookahead` must be one of .*Nearest: 'guided'"),
         (
@@ -48,7 +60,7 @@ def nothing_ran(pipe):
 )
 def test_arguments_that_cannot_work(pipe, targets, options, message):
     with pytest.raises(ValueError, match=message):
-        pipe([0, 1], targets, **options)
+        pipe([0, 1], targets, **from_flat(options))
     assert nothing_ran(pipe)
 
 
@@ -126,11 +138,17 @@ def test_objectives_and_targets_must_fit(pipe, targets, real_images):
     with pytest.raises(ValueError, match="'classifier' objective uses no targets"):
         pipe([0], targets, objective="classifier")
     with pytest.raises(ValueError, match="takes QuantileTargets, got MatchingTargets.*QuantileTargets.from_dataset"):
-        pipe([0], targets, objective="quantile")
+        pipe([0], targets, method="released")
     with pytest.raises(ValueError, match="takes MatchingTargets, got QuantileTargets"):
         pipe([0], quantiles)
     with pytest.raises(ValueError, match="takes MatchingTargets, got ndarray"):
         pipe([0], np.zeros(3))
+    with pytest.raises(ValueError, match="`objective` is a field of 'nopt', and 'plain' has none: leave it out"):
+        pipe([0], targets, method="plain", objective="ridge")
+    with pytest.raises(ValueError, match="`method` must be one of .*'nopt'.*got 'npot'"):
+        pipe([0], targets, method="npot")
+    with pytest.raises(TypeError, match="`objective` must be one of 'rkhs', .*below Objective, got 3"):
+        pipe([0], targets, objective=3)
 
 
 def test_ridge_needs_classes_to_tell_apart(pipe, make):

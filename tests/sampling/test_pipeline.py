@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from dsco_hf import (
-    ClassifierObjective,
     DsCoPipeline,
     DsCoPipelineOutput,
     MatchingTargets,
+    NOpt,
     QuantileTargets,
+    Sampling,
     measure_discrepancy,
 )
-from dsco_hf.matching.features import Observation, observe
+from dsco_hf.matching.features import Observation
+from dsco_hf.sampling.flat import from_flat
 from dsco_hf.sampling.noise import joint_gradient, loss_gradient
-from dsco_hf.sampling.plan import NoisePlan, optimized_steps
+from dsco_hf.sampling.nopt import observation, optimized_steps, preview
 
 
 LABELS = [0, 0, 1, 2, 2, 2]
@@ -29,7 +32,7 @@ NOPT = {**PLAIN, "step_size": 0.1}
 
 
 def draw(pipe, make, labels=LABELS, targets=None, *, seeds=SEEDS, **options):
-    return pipe(labels, targets, generator=make.generators(seeds), **{**NOPT, **options})
+    return pipe(labels, targets, generator=make.generators(seeds), **from_flat({**NOPT, **options}))
 
 
 @pytest.fixture
@@ -110,29 +113,22 @@ def test_micro_batches_give_the_images_of_the_full_batch(request, make, space):
     torch.testing.assert_close(draw(pipe, make, batch_size=4).images, draw(pipe, make).images, atol=1e-5, rtol=0)
 
 
-def one_step(pipe, targets, *, steps=6, i=3, labels=LABELS, scale=2.0):
-    """The state in the middle of a call: plan, latents, predicted noise, noise to optimise, classes."""
-    pipe._guidance_scale, pipe._eta = scale, 1.0
-    plan = NoisePlan("rkhs", targets, 1, 0.1, "conditional", ClassifierObjective(batchnorm=0.0))
-    pipe._plan, pipe._batch_size = plan, 100
-    plan.prepare(pipe, labels)
-    pipe.scheduler.set_timesteps(steps)
+def one_step(pipe, targets, *, steps=6, i=3, labels=LABELS, scale=2.0, **method):
+    """The middle of a call: the call, latents, predicted noise, noise to optimise, classes."""
+    nopt = NOpt(**{"step_size": 0.1, **method})
+    call = pipe.start_call(labels, targets, Sampling(steps, scale, method=nopt))
+    nopt.begin(call)
     config, generator = pipe.transformer.config, torch.Generator().manual_seed(0)
     shape = (2, len(labels), config.in_channels, config.sample_size, config.sample_size)
     latents, noise = torch.randn(shape, generator=generator).to(pipe.transformer.dtype)
-    ids = torch.tensor(labels)
-    noise_pred = pipe.predict_noise(latents, pipe.scheduler.timesteps[i], ids, scale)
-    return plan, latents, noise_pred, noise, ids
+    noise_pred = call.predict_noise(latents, call.timesteps[i])
+    return call, latents, noise_pred, noise, call.labels
 
 
-def preview_loss(pipe, plan, i, latents, noise_pred, noise, ids, lookahead):
+def preview_loss(call, i, latents, noise_pred, noise, lookahead):
     """What is minimised, once more: (observation of noise, loss of observations)."""
-    preview = pipe._preview(i, latents, noise_pred, noise, ids, lookahead)
-
-    def look(z, part):
-        return observe(pipe.classifier, pipe.decode_latents(preview(z, part), preview=True).clamp(-1, 1))
-
-    return look, lambda seen: plan.loss(Observation(*seen))
+    look = observation(call, call.state, preview(call, i, latents, noise_pred, noise, lookahead))
+    return look, lambda seen: call.state(Observation(*seen))
 
 
 @pytest.mark.parametrize("lookahead", ["conditional", "guided", "none"])
@@ -146,8 +142,8 @@ def test_gradient_of_the_noise_equals_finite_differences(request, space, lookahe
             getattr(pipe, name).double()
     if lookahead == "none":  # clipped predictions would lie exactly on the kink of the clipping of pixels
         pipe.scheduler.register_to_config(clip_sample=False)
-    plan, latents, noise_pred, noise, ids = one_step(pipe, targets)
-    look, loss = preview_loss(pipe, plan, 3, latents, noise_pred, noise, ids, lookahead)
+    call, latents, noise_pred, noise, _ = one_step(pipe, targets)
+    look, loss = preview_loss(call, 3, latents, noise_pred, noise, lookahead)
     losses, gradient = loss_gradient(noise, lambda z: loss(look(z, slice(None))))
     assert losses.shape == (3,) and gradient.flatten(1).norm(dim=1).min() > 1e-6
     in_parts, gradient_in_parts = joint_gradient(noise, look, loss, batch_size=4)
@@ -165,12 +161,13 @@ def test_gradient_of_the_noise_equals_finite_differences(request, space, lookahe
 
 
 def test_the_pipeline_moves_noise_along_that_gradient(pipe, targets):
-    plan, latents, noise_pred, noise, ids = one_step(pipe, targets)
-    pipe._discrepancies = []
-    look, loss = preview_loss(pipe, plan, 3, latents, noise_pred, noise, ids, "conditional")
+    call, latents, noise_pred, noise, _ = one_step(pipe, targets)
+    look, loss = preview_loss(call, 3, latents, noise_pred, noise, "conditional")
     losses, gradient = loss_gradient(noise, lambda z: loss(look(z, slice(None))))
-    moved = pipe.optimize_noise(3, latents, noise_pred, noise, ids)
-    torch.testing.assert_close(pipe._discrepancies[0], losses)
+    before = call.counts["classifier"]
+    moved = call.method.noise(call, 3, latents, noise_pred, noise)
+    torch.testing.assert_close(call.discrepancies[0], losses)
+    assert call.counts["classifier"] == before + len(LABELS)
     radius = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     by_hand = noise - 0.1 * radius * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     by_hand = by_hand / by_hand.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius
@@ -182,10 +179,9 @@ def test_the_pipeline_moves_noise_along_that_gradient(pipe, targets):
 def test_a_small_step_lowers_the_predicted_discrepancy(request, space, i):
     pipe = request.getfixturevalue("pipe" if space == "pixels" else "latent_pipe")
     targets = request.getfixturevalue("targets" if space == "pixels" else "latent_targets")
-    plan, latents, noise_pred, noise, ids = one_step(pipe, targets, i=i)
-    plan.step_size, pipe._discrepancies = 0.01, []
-    moved = pipe.optimize_noise(i, latents, noise_pred, noise, ids)
-    look, loss = preview_loss(pipe, plan, i, latents, noise_pred, noise, ids, "conditional")
+    call, latents, noise_pred, noise, _ = one_step(pipe, targets, i=i, start=0.0, step_size=0.01, step_decay=1.0)
+    moved = call.method.noise(call, i, latents, noise_pred, noise)
+    look, loss = preview_loss(call, i, latents, noise_pred, noise, "conditional")
     with torch.no_grad():
         before, after = (loss(look(z, slice(None))) for z in (noise, moved))
     assert (after < before).all(), (before, after)
@@ -289,7 +285,6 @@ def test_plain_calls_of_a_pixel_generator(pipe, make):
     output = draw(pipe, make)
     assert (output.denoiser_calls, output.decoder_calls, output.classifier_calls) == (72, 0, 0)
     assert draw(pipe, make, guidance_scale=1.0).denoiser_calls == 36
-    assert pipe.num_timesteps == 6
 
 
 def test_null_class_is_the_one_after_the_last(pipe):
@@ -387,7 +382,9 @@ def test_callback_sees_each_step_and_may_change_the_latents(pipe, targets, make)
     watched = draw(pipe, make, targets=targets, **inputs)
     assert torch.equal(watched.images, draw(pipe, make, targets=targets).images)
     assert [step for step, _, _ in calls] == list(range(6))
-    assert [t for _, t, _ in calls] == pipe.scheduler.timesteps.tolist()
+    scheduler = copy.copy(pipe.scheduler)
+    scheduler.set_timesteps(6)
+    assert [t for _, t, _ in calls] == scheduler.timesteps.tolist()
     assert all(names == ["latents", "noise"] for _, _, names in calls)
     calls.clear()
     draw(pipe, make, callback_on_step_end=record)
@@ -491,9 +488,9 @@ def test_lookaheads_differ_only_where_they_should(pipe, targets, make):
 @pytest.mark.parametrize("lookahead", ["conditional", "guided", "none"])
 def test_previews_by_the_formula(latent_pipe, latent_targets, lookahead):
     pipe, i = latent_pipe, 3
-    _, x, eps, z, ids = one_step(pipe, latent_targets, i=i)
+    call, x, eps, z, ids = one_step(pipe, latent_targets, i=i)
     moved = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
-    t, t_next = pipe.scheduler.timesteps[i : i + 2].tolist()
+    t, t_next = call.timesteps[i : i + 2].tolist()
     a, a_next = pipe.scheduler.alphas_cumprod[t], pipe.scheduler.alphas_cumprod[t_next]
     sigma = ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()  # eta = 1; Song et al. 2021, eq. 16
     clean = (x - (1 - a).sqrt() * eps) / a.sqrt()
@@ -507,7 +504,7 @@ def test_previews_by_the_formula(latent_pipe, latent_targets, lookahead):
         scale = 2.0 if lookahead == "guided" else 1.0
         eps_next = pipe.predict_noise(ahead(z), torch.tensor(t_next), ids, scale)  # at z, not where it has moved
         expected = (ahead(moved) - (1 - a_next).sqrt() * eps_next) / a_next.sqrt()
-    found = pipe._preview(i, x, eps, z, ids, lookahead)(moved[1:4], slice(1, 4))
+    found = preview(call, i, x, eps, z, lookahead)(moved[1:4], slice(1, 4))
     torch.testing.assert_close(found, expected[1:4], atol=1e-4, rtol=1e-4)
 
 
@@ -524,8 +521,12 @@ def test_previous_images_change_what_is_drawn(pipe, targets, make):
 @pytest.mark.parametrize("space", ["pixels", "latents"])
 def test_classifier_objective_lowers_its_loss(request, make, space):
     pipe = request.getfixturevalue("pipe" if space == "pixels" else "latent_pipe")
-    objective = ClassifierObjective(batchnorm=0.05)
-    options = {"objective": "classifier", "classifier_objective": objective, "step_size": 0.05, "optimize_from": 0.8}
+    options = {
+        "objective": "classifier",
+        "classifier_objective": {"batchnorm": 0.05},
+        "step_size": 0.05,
+        "optimize_from": 0.8,
+    }
     output = draw(pipe, make, num_inference_steps=8, optimization_steps=6, **options)
     assert output.discrepancies.shape == (6, 3)  # one step: 6 of 0..7, the last is left out
     assert (output.discrepancies[-1] < output.discrepancies[0]).all()
@@ -539,8 +540,6 @@ def test_quantile_objective_counts_and_differs(pipe, real_images, make):
     assert output.discrepancies.shape == (2, 3) and output.classifier_calls == 2 * 4 * 6
     assert output.denoiser_calls == 72
     assert not torch.equal(output.images, draw(pipe, make).images)
-    plan = NoisePlan("quantile", targets, 1, 0.1, "none", ClassifierObjective())
-    assert plan.active
 
 
 def test_models_stay_as_they_are(pipe, targets, make):
@@ -592,3 +591,40 @@ def test_the_older_class_name_of_published_checkpoints_loads(dit_folder, tmp_pat
         [0, 1], generator=torch.Generator().manual_seed(0), **options
     ).images
     assert torch.equal(older, newer)
+
+
+def test_a_call_leaves_the_pipeline_as_it_was(pipe, targets, make):
+    def state():
+        return {name: repr(value) for name, value in vars(pipe).items()}, repr(pipe.scheduler.timesteps)
+
+    def fail(*_):
+        raise KeyError("stop")
+
+    before = state()
+    draw(pipe, make, targets=targets, batch_size=2)
+    assert state() == before
+    with pytest.raises(KeyError):
+        draw(pipe, make, targets=targets, batch_size=2, callback_on_step_end=fail)
+    assert state() == before
+
+
+@pytest.mark.parametrize("objective", ["rkhs", "classifier"])
+def test_two_threads_draw_with_one_pipeline(pipe, targets, make, objective):
+    """Sets of other sizes, steps, guidance and seeds at the same time, each as if it were drawn alone."""
+    chosen = targets if objective == "rkhs" else None
+    jobs = [
+        {"labels": [seed % 3, 2, 1][: 1 + seed % 3], "seeds": range(seed, seed + 1 + seed % 3),
+         "batch_size": 1 + seed % 2, "num_inference_steps": 4 + seed, "guidance_scale": 1.0 + seed % 2,
+         "optimize_from": 0.0}
+        for seed in range(6)
+    ]  # fmt: skip
+
+    def run(job):
+        return draw(pipe, make, targets=chosen, objective=objective, **job)
+
+    alone = [run(job) for job in jobs]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(run, jobs))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.discrepancies, other.discrepancies)
+        assert one.denoiser_calls == other.denoiser_calls and one.classifier_calls == other.classifier_calls

@@ -10,13 +10,14 @@ from torch._inductor.exc import InductorError
 
 from dsco_hf import DsCoPipeline, MatchingTargets
 from dsco_hf.generators.failures import cannot_run
+from dsco_hf.sampling.flat import from_flat
 
 
 OPTIONS = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt", "step_size": 0.1}
 
 
 def draw(pipe, make, targets=None, **options):
-    return pipe([0, 0, 1], targets, generator=make.generators(range(3)), **OPTIONS | options)
+    return pipe([0, 0, 1], targets, generator=make.generators(range(3)), **from_flat(OPTIONS | options))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from dsco_hf import MatchingTargets
 from dsco_hf.generators.latents import conventions, decode, encode, to_output
+from dsco_hf.sampling.flat import from_flat
 from dsco_hf.sampling.noise import joint_gradient, loss_gradient
 
 
@@ -14,7 +15,7 @@ OPTIONS = {"num_inference_steps": 6, "guidance_scale": 2.0, "output_type": "pt",
 
 
 def draw(pipe, make, targets=None, **options):
-    return pipe(LABELS, targets, generator=make.generators(range(10, 16)), **OPTIONS | options)
+    return pipe(LABELS, targets, generator=make.generators(range(10, 16)), **from_flat(OPTIONS | options))
 
 
 def tiny_preview(seed=4, **options):

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from conftest import tiny_unet
 from dsco_hf import DsCoPipeline, MatchingTargets, QuantileTargets, concentrate
+from dsco_hf.sampling.flat import from_flat
 
 
 NAMES = ("circle", "square", "triangle")
@@ -40,7 +41,11 @@ def unet_targets(guided_pipe, real_images):
 def draw(pipe, make, targets=None, labels=(0, 0, 1, 2), *, scale=2.0, **options):
     seeds = range(10, 10 + len(labels))
     return pipe(
-        list(labels), targets, generator=make.generators(seeds), guidance_scale=scale, **{**OPTIONS, **options}
+        list(labels),
+        targets,
+        generator=make.generators(seeds),
+        guidance_scale=scale,
+        **from_flat({**OPTIONS, **options}),
     )
 
 
@@ -55,7 +60,9 @@ def test_what_the_unet_says_of_itself(guided_pipe):
 
 def test_plain_sampling_by_hand(guided_pipe, make):
     """diffusers' scheduler with the UNet's own call and guidance written out."""
-    found = guided_pipe([0, 2], generator=torch.Generator().manual_seed(3), guidance_scale=2.0, **OPTIONS).images
+    found = guided_pipe(
+        [0, 2], generator=torch.Generator().manual_seed(3), guidance_scale=2.0, **from_flat(OPTIONS)
+    ).images
     generator, labels = torch.Generator().manual_seed(3), torch.tensor([0, 2, 3, 3])
     scheduler = DDIMScheduler.from_config(guided_pipe.scheduler.config)
     scheduler.set_timesteps(5)
@@ -72,7 +79,7 @@ def test_plain_sampling_by_hand(guided_pipe, make):
 def test_classes_and_guidance_change_the_images(guided_pipe, make):
     latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
     images = guided_pipe(
-        [0, 1, 2], latents=latents, generator=make.generators([5, 5, 5]), guidance_scale=1.0, **OPTIONS
+        [0, 1, 2], latents=latents, generator=make.generators([5, 5, 5]), guidance_scale=1.0, **from_flat(OPTIONS)
     ).images
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
     assert not torch.equal(draw(guided_pipe, make, scale=1.0).images, draw(guided_pipe, make, scale=3.0).images)

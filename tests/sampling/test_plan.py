@@ -1,11 +1,12 @@
-"""The plan of a call: which steps are optimised, and how far each moves the noise."""
+"""The steps of a call: which steps are optimised, and how far each moves the noise."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from dsco_hf.matching.objectives import ClassifierObjective
-from dsco_hf.sampling.plan import NoisePlan, optimized_steps, usable_eta
+from dsco_hf import NOpt
+from dsco_hf.sampling.call import usable_eta
+from dsco_hf.sampling.nopt import optimized_steps
 
 
 @pytest.mark.parametrize(
@@ -22,12 +23,11 @@ def test_the_last_step_is_never_optimised(arguments, expected):
 
 
 def test_updates_fall_evenly_from_coarse_to_fine():
-    plan = NoisePlan("rkhs", None, 1, 2.0, "conditional", ClassifierObjective(), step_decay=0.25)
-    assert plan.step_size_at(7) == 2.0  # no steps are known yet
-    plan.steps = range(12, 17)
-    assert [plan.step_size_at(i) for i in plan.steps] == pytest.approx([2.0, 1.625, 1.25, 0.875, 0.5])
-    plan.steps = range(3, 4)
-    assert plan.step_size_at(3) == 2.0
+    method = NOpt(start=0.6, stop=0.85, step_size=2.0, step_decay=0.25)
+    assert method.steps(20) == range(12, 17)
+    assert [method.step_size_at(i, 20) for i in range(12, 17)] == pytest.approx([2.0, 1.625, 1.25, 0.875, 0.5])
+    assert NOpt(start=0.6, stop=0.8, step_size=2.0).steps(5) == range(3, 4)
+    assert NOpt(start=0.6, stop=0.8, step_size=2.0).step_size_at(3, 5) == 2.0
 
 
 def test_eta_stays_what_it_is_unless_rounding_would_break_the_step(pipe):

@@ -22,6 +22,7 @@ from dsco_hf import (
 )
 from dsco_hf.concentration.records import record_parameters
 from dsco_hf.hub.verification import verify_folder
+from dsco_hf.sampling.flat import from_flat
 
 
 RECORDED = Path(__file__).parents[1] / "recorded"
@@ -54,7 +55,7 @@ def targets(pipe):
 def test_images_calls_and_discrepancies_are_those_of_then(name, pipe, targets):
     facts = FACTS["sets"][name]
     matched = {"plain": "none", "classifier": "none", "rkhs-contrast": "rkhs", "ridge": "rkhs"}.get(name, name)
-    rows, report = concentrate_and_report(pipe, targets[matched], 3, **facts["options"])
+    rows, report = concentrate_and_report(pipe, targets[matched], 3, **from_flat(facts["options"]))
     drawn, expected = pixels(rows), np.load(RECORDED / "images.npz")[name]
     assert np.abs(drawn.astype(int) - expected).max() <= 2  # of 255: other processors round otherwise
     here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
@@ -67,7 +68,7 @@ def test_images_calls_and_discrepancies_are_those_of_then(name, pipe, targets):
 
 def test_a_run_of_then_is_finished_and_grows(pipe, targets, tmp_path):
     shutil.copytree(RECORDED / "run", tmp_path / "run")
-    options = {**RUN, "images_per_call": 10, "progress": False}
+    options = from_flat({**RUN, "images_per_call": 10, "progress": False})
     finished = concentrate_to_folder(pipe, targets["rkhs"], 2, tmp_path / "run", **options)
     assert finished.finished and finished.session["images"] == 0
     grown = concentrate_to_folder(pipe, targets["rkhs"], 4, tmp_path / "run", **options)

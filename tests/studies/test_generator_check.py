@@ -61,7 +61,7 @@ def test_a_classifier_that_cannot_say_is_not_asked(digits_pipe, pipe, make):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({}, True), ({"optimization_steps": 0}, False), ({"objective": "classifier"}, False)]
+    ("options", "said"), [({}, True), ({"method": "plain"}, False), ({"objective": "classifier"}, False)]
 )
 def test_plain_samples_are_not_drawn_silently(options, said, pipe, caplog):
     caplog.set_level(logging.WARNING)

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from conftest import NAMES, striped_images
-from dsco_hf import Herding, Pool, get_protocol
+from dsco_hf import RKHS, Herding, NOpt, Plain, Pool, Released, Ridge, get_protocol
 from dsco_hf.concentration.doping import select, selected_rows
 from dsco_hf.evaluators import load_image_set
 from dsco_hf.studies.figures import draw_study_samples
@@ -36,11 +36,11 @@ def test_a_plan_says_what_is_drawn_of_what():
     assert plan.set_names()[:3] == ["nopt-quantile-ipc10-seed0", "nopt-ipc10-seed0", "nopt-ipc10-seed1"]
     assert plan.doped_names() == {f"nopt+doping-ipc12-seed{seed}": f"nopt-ipc10-seed{seed}" for seed in (0, 1)}
     population, options = plan.drawing("nopt", 1)
-    assert population == "clearest-0.2" and options["objective"] == "ridge" and options["regularization"] == 2.0
-    assert "contrast" not in options and (options["step_size"], options["guidance_scale"]) == (0.5, 2)
-    assert plan.drawing("nopt", 10)[0] == "real" and plan.drawing("nopt", 10)[1]["contrast"] == 3
-    assert plan.drawing("plain", 1)[0] is None and plan.drawing("plain", 1)[1]["optimization_steps"] == 0
-    assert plan.drawing("nopt-quantile", 1)[1]["optimization_steps"] == 200
+    assert population == "clearest-0.2" and options["method"] == NOpt(Ridge(2.0), step_size=0.5)
+    assert options["guidance_scale"] == 2
+    assert plan.drawing("nopt", 10)[0] == "real" and plan.drawing("nopt", 10)[1]["method"].objective == RKHS(3.0)
+    assert plan.drawing("plain", 1)[0] is None and plan.drawing("plain", 1)[1]["method"] == Plain()
+    assert plan.drawing("nopt-quantile", 1)[1]["method"] == Released(200)
     assert plan.pivots == {"draws": 1, "counts": [1, 10]} and plan.sizes == [1, 10, 12]
     assert plan.matched == {"features": {}, "second_moment": True} and plan.templates["guidance_scale"] == 2
 

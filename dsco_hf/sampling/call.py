@@ -1,0 +1,348 @@
+"""One call of the pipeline: its options, the method that steers it, and its state, which is nobody else's.
+
+A method has four hooks, and needs to define only those in which it differs from plain sampling: `begin` (first latents
+and first step), `guide` (the prediction of a step), `noise` (the noise of a step) and `choose` (which of the drawn
+images stay).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..data.schema import image_seed, nearest
+from ..generators.failures import FiniteWatch
+from ..matching.feature_spec import Features
+from ..matching.targets import MatchingTargets
+from ..utils.values import Choice, check_real, plain_fields
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+_STEP = {"use_clipped_model_output": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingMethod(Choice):
+    """How the sampling of images is steered. A subclass has its settings as fields, and hooks; as it is, none is used.
+
+    Attributes:
+        candidates (`int`): images drawn for each one that stays, see `choose`.
+        sentence (`str`): what cards say was done.
+    """
+
+    argument: ClassVar[str] = "method"
+    candidates = 1  # a subclass may have it as a field
+    sentence: ClassVar[str] = "The sampling of a frozen class-conditional diffusion model was steered."
+
+    @property
+    def second_moment(self) -> bool:
+        """Whether targets that are made for it need E ψψᵀ."""
+        return False
+
+    @property
+    def memory(self) -> str | None:
+        """What later blocks of a run are told of finished ones, as `previous`.
+
+        "sums" of their embeddings by class, "images" (each embedding), or None for nothing.
+        """
+        return None
+
+    @property
+    def uses_classifier(self) -> bool:
+        """Whether the pipeline's classifiers see the images, and so must be able to."""
+        return False
+
+    def label(self, targets: Any) -> str:
+        """What results call a set that was drawn so."""
+        return self.name.split(":")[-1].lower()
+
+    def without_targets(self) -> SamplingMethod:
+        """What is drawn where there are no targets: this, or plain samples if it is nothing without."""
+        return self
+
+    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+        """Raises ValueError for targets, or parts of a pipeline, that do not fit."""
+
+    def make_targets(
+        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, seed: int = 0, progress: bool = True
+    ) -> Any:
+        """Targets of what is given in their place.
+
+        Args:
+            pipe (`DiffusionPipeline`): that is to draw.
+            given: a dataset of real images; or, data-free, a label set's name or a list of the generator's classes.
+            sampling ([`Sampling`]): as the set is drawn, so are the samples that stand for the generator's classes.
+            seed (`int`): of those samples.
+            progress (`bool`): show a progress bar.
+
+        Raises:
+            ValueError: for what targets cannot be made of.
+        """
+        options: dict[str, Any] = {"second_moment": self.second_moment, "progress": progress}
+        if isinstance(given, Dataset | IterableDataset):
+            return MatchingTargets.from_dataset(given, pipe, **options)
+        drawn = {name: getattr(sampling, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+        return MatchingTargets.from_generator(pipe, given, seed=seed, **options, **drawn)
+
+    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+        """The first latents `(B, C, h, w)` and the first of the sampling steps; called once.
+
+        What the method has to keep for the length of the call goes into `call.state`.
+        """
+        return call.first_latents(), 0
+
+    def guide(self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
+        """The prediction `(B, C, h, w)` that step i takes; given is the denoiser's.
+
+        `call.clean(i, latents, noise_pred)` is x̂0, `call.timesteps[i]` t, and `call.sigma(i)` the deviation of the
+        step's noise.
+        """
+        return noise_pred
+
+    def noise(
+        self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The noise `(B, C, h, w)` that step i takes; given is a draw of it."""
+        return noise
+
+    def choose(self, call: Call, latents: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Which of the drawn images stay, in the order of `call.wanted`: indices `(len(call.wanted),)`.
+
+        Args:
+            call ([`Call`]): its `ids` are the classes of the drawn images, the wanted ones `candidates` times over.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): all that were drawn.
+            pixels (`torch.Tensor` of shape `(B, C, H, W)`): the images, in about [-1, 1].
+        """
+        return torch.arange(len(call.wanted))
+
+    def passes(
+        self, pipe: DiffusionPipeline, images: int, steps: int, sampling: Sampling, features: Features = None
+    ) -> Counter[str]:
+        """Images that pass through each model beside plain sampling, by kind (`dsco_hf.costs.passes.KINDS`).
+
+        Args:
+            pipe (`DiffusionPipeline`): its components decide what there is to pass through.
+            images (`int`): drawn in the call, candidates among them.
+            steps (`int`): sampling steps.
+            sampling ([`Sampling`]): the call's options.
+            features (*optional*): what the targets match.
+        """
+        return Counter()
+
+    def target_passes(self, population: int, steps: int) -> Counter[str]:
+        """Passes of `population` real images of a class, once in a run."""
+        return Counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(SamplingMethod):
+    """Ancestral sampling, steered by nothing."""
+
+    sentence: ClassVar[str] = (
+        "The synthetic images are plain samples of a class-conditional diffusion model: nothing was optimised."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are drawn: what calls, runs, records, costs and recipes share.
+
+    Attributes:
+        num_inference_steps (`int`): sampling steps.
+        guidance_scale (`float`): classifier-free guidance; 1 is off.
+        eta (`float`): 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
+        batch_size (`int`, *optional*): images per pass through denoiser, decoder and classifier; all of a call at once
+            if None. Memory grows with it; a joint gradient stays exact.
+        method ([`SamplingMethod`]): what steers it; a name, such as "plain", becomes the object.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    eta: float = 1.0
+    batch_size: int | None = None
+    method: SamplingMethod = dataclasses.field(default_factory=lambda: SamplingMethod.of("nopt"))
+
+    def __post_init__(self) -> None:
+        """Refuses numbers out of range; makes the method of its name or record."""
+        plain_fields(self, num_inference_steps=1, batch_size=1)
+        object.__setattr__(self, "method", SamplingMethod.of(self.method))
+        check_real("eta", self.eta, 0, 1)
+        check_real("guidance_scale", self.guidance_scale, 0)
+
+    @classmethod
+    def of(cls, method: Any = None, objective: Any = None, **fields: Any) -> Self:
+        """Options as callers give them.
+
+        Args:
+            method: a [`SamplingMethod`], its name, or a [`Sampling`] that the others change.
+            objective: of the method, NOpt if none is given: an `Objective`, or its name.
+            fields: of this class; those that are None are left as they are.
+
+        Raises:
+            TypeError: for an option that does not exist; the nearest is suggested.
+            ValueError: for a value that cannot be, or a method without an objective.
+        """
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "method"]
+        for name in fields:
+            if name not in known:
+                names = [*known, "method", "objective"]
+                raise TypeError(f"There is no option `{name}`.{nearest(name, names)} The options are {names}.")
+        base = method if isinstance(method, cls) else cls() if method is None else cls(method=method)
+        changed = {name: value for name, value in fields.items() if value is not None}
+        if objective is not None:
+            if "objective" not in [field.name for field in dataclasses.fields(base.method)]:
+                raise ValueError(f"`objective` is a field of 'nopt', and {base.method.name!r} has none: leave it out.")
+            changed["method"] = dataclasses.replace(base.method, objective=objective)  # type: ignore[call-arg]
+        return dataclasses.replace(base, **changed)
+
+    def for_targets(self, targets: Any) -> Self:
+        """The same, or plain sampling where the method needs targets and there are none."""
+        return self if targets is not None else dataclasses.replace(self, method=self.method.without_targets())
+
+    def make_targets(self, pipe: DiffusionPipeline, given: Any, *, seed: int = 0, progress: bool = True) -> Any:
+        """The targets that are given, or those of a dataset, a label set's name or a list of classes.
+
+        Raises:
+            TypeError: for anything else; see [`SamplingMethod.make_targets`] for other errors.
+        """
+        if isinstance(given, DatasetDict | IterableDatasetDict):
+            raise TypeError(
+                f"Got all splits, {list(given)}; choose one, for example `dataset[{next(iter(given))!r}]`."
+            )
+        if not isinstance(given, Dataset | IterableDataset | str | list | tuple):
+            return given
+        return self.method.make_targets(pipe, given, self, seed=seed, progress=progress)
+
+    def as_record(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "method": self.method.as_record()}
+
+
+class Call:
+    """The state of one call of the pipeline, which it leaves as it was.
+
+    Attributes:
+        pipe (`DiffusionPipeline`), targets, sampling ([`Sampling`]): what it was called with.
+        wanted (`list[int]`): the generator's class of each image that is asked for.
+        ids (`list[int]`), labels (`torch.Tensor` of shape `(B,)`): those of each image that is drawn.
+        scheduler (`DDIMScheduler`): its own; timesteps (`torch.Tensor` of shape `(S,)`), eta (`float`): of its steps.
+        batch_size (`int`): images per pass.
+        previous (`tuple`, *optional*): finished images, as the method's `memory` tells them.
+        counts (`Counter`): images that passed through "denoiser", "decoder" and "classifier".
+        discrepancies (`list[torch.Tensor]`): losses `(K,)` of the classes.
+        state: what the method keeps.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        ids: Sequence[int],
+        targets: Any = None,
+        sampling: Sampling | None = None,
+        *,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        previous: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self.pipe, self.targets, self.sampling = pipe, targets, (sampling or Sampling()).for_targets(targets)
+        self.method = self.sampling.method
+        self.wanted, self.ids = list(ids), [*ids] * self.method.candidates
+        self.labels = torch.tensor(self.ids, device=pipe._execution_device)
+        self.generator = with_candidates(generator, self.method.candidates)
+        self.given, self.previous = latents, previous
+        self.batch_size = self.sampling.batch_size or len(self.ids)
+        self.scheduler: DDIMScheduler = copy.copy(pipe.scheduler)
+        self.scheduler.set_timesteps(self.sampling.num_inference_steps, device=pipe._execution_device)
+        self.timesteps = self.scheduler.timesteps
+        self.eta = usable_eta(self.scheduler, self.sampling.eta)
+        self.counts: Counter[str] = Counter()
+        self.discrepancies: list[torch.Tensor] = []
+        self.watch = FiniteWatch(self.ids, self.timesteps)
+        self.state: Any = None
+
+    def first_latents(self) -> torch.Tensor:
+        """Pure noise `(B, C, h, w)`, or the latents that were given."""
+        given = None if self.given is None else self.given.repeat(self.method.candidates, 1, 1, 1)
+        return self.pipe.prepare_latents(len(self.ids), self.generator, given)
+
+    def draw_noise(self, like: torch.Tensor) -> torch.Tensor:
+        """Gaussian noise of the shape of `(B, C, h, w)`, of the call's generators."""
+        return randn_tensor(like.shape, generator=self.generator, device=like.device, dtype=like.dtype)
+
+    def predict_noise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | int, guidance_scale: float | None = None
+    ) -> torch.Tensor:
+        """ε_θ `(B, C, h, w)` of all images of the call, counted, in passes of `batch_size` images."""
+        scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        self.counts["denoiser"] += len(latents) * (2 if scale > 1 else 1)
+        parts = zip(latents.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+        found = [self.pipe.predict_noise(x, timestep, y, scale) for x, y in parts]
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def decode(self, latents: torch.Tensor, *, preview: bool = False) -> torch.Tensor:
+        """Pixels of latents, see [`DsCoPipeline.decode_latents`], counted."""
+        if self.pipe.vae is not None or (preview and self.pipe.preview_vae is not None):
+            self.counts["decoder"] += len(latents)
+        return self.pipe.decode_latents(latents, preview=preview)
+
+    def chosen(self, rows: torch.Tensor) -> torch.Tensor:
+        """The indices that a method chose; ValueError unless they are of the wanted classes, in order."""
+        found = [self.ids[row] for row in rows.tolist()]
+        if found != self.wanted:
+            raise ValueError(
+                f"`choose` of {self.method.name!r} left images of the classes {found[:10]}, and {self.wanted[:10]} "
+                "were asked for: return one index for each of `call.wanted`, of an image of that class."
+            )
+        return rows
+
+    def step(self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_{t-1} of step i; gradients reach the noise."""
+        t = self.timesteps[i]
+        found = self.scheduler.step(noise_pred, t, latents, eta=self.eta, variance_noise=noise, **_STEP)
+        return found.prev_sample
+
+    def clean(self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
+        """x̂0 `(B, C, h, w)`, the clean latents that a prediction at step i says; gradients reach both."""
+        return self.scheduler.step(noise_pred, self.timesteps[i], latents).pred_original_sample
+
+    def sigma(self, i: int) -> float:
+        """Standard deviation of the noise that step i adds; 0 at the last."""
+        t = int(self.timesteps[i])
+        previous = t - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
+        return float(self.eta * self.scheduler._get_variance(t, previous) ** 0.5)
+
+
+def with_candidates(generator: Generators, candidates: int) -> Generators:
+    """One generator per image as one for each of its candidates: the first draws what the image alone would draw."""
+    if candidates == 1 or not isinstance(generator, Sequence):
+        return generator
+    further = [
+        torch.Generator(one.device).manual_seed(image_seed(one.initial_seed(), 0, number, "candidate"))
+        for number in range(1, candidates)
+        for one in generator
+    ]
+    return [*generator, *further]
+
+
+def usable_eta(scheduler: DDIMScheduler, eta: float) -> float:
+    """η, or a millionth less where rounding would have DDIM take the root of a negative number.
+
+    A step has the variance σ² = η² (1 - α_s) / (1 - α_t) · (1 - α_t / α_s) and a part of √(1 - α_s - σ²). Where α_t is
+    nearly zero, as at the first step of a cosine schedule, η = 1 makes that root 0, or in float32 a little less.
+    """
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    for t in scheduler.timesteps.tolist():
+        previous = scheduler.alphas_cumprod[t - stride] if t >= stride else scheduler.final_alpha_cumprod
+        deviation = eta * scheduler._get_variance(t, t - stride) ** 0.5
+        if 1 - previous - deviation**2 < 0:
+            return eta * (1 - 1e-6)
+    return eta

@@ -1,0 +1,49 @@
+"""Sampling options as one flat list: how recipes' YAML and command lines name them, and records and runs once did."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ..matching.objectives import Objective
+from .call import Plain, SamplingMethod
+from .nopt import NOpt
+from .released import Released
+
+
+_NOPT = {"optimize_from": "start", "optimize_until": "stop", "step_size": "step_size", "step_decay": "step_decay",
+         "lookahead": "lookahead"}  # fmt: skip
+_OF_OBJECTIVE = ("contrast", "regularization")
+FLAT = ("objective", "optimization_steps", *_NOPT, *_OF_OBJECTIVE, "classifier_objective")
+
+
+def from_flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the method as one object, `method`, in place of the flat names in `FLAT`; others stay as they are.
+
+    Args:
+        options: `objective` ("quantile" is the released algorithm), `optimization_steps` (0 is plain sampling),
+            `optimize_from`, `contrast`, ..., and any others. Without a flat name among them, nothing changes.
+
+    Raises:
+        ValueError: for values that cannot be.
+    """
+    given = {name: options[name] for name in FLAT if options.get(name) is not None}
+    others = {name: value for name, value in options.items() if name not in FLAT}
+    return {**others, "method": _method(given)} if given else others
+
+
+def _method(given: Mapping[str, Any]) -> SamplingMethod:
+    kind, iterations = given.get("objective", "rkhs"), given.get("optimization_steps")
+    if iterations == 0:
+        return Plain()
+    counted = {} if iterations is None else {"iterations": iterations}
+    if kind == "quantile":
+        interval = {"start": given.get("optimize_from", 0.6), "stop": given.get("optimize_until", 1.0)}
+        return Released(**interval, **counted)
+    known = {field.name for field in dataclasses.fields(Objective.kind_of(kind))}
+    fields = {name: given[name] for name in _OF_OBJECTIVE if name in given and name in known}
+    if kind == "classifier":
+        fields = dict(given.get("classifier_objective", {}))
+    named = {field: given[name] for name, field in _NOPT.items() if name in given}
+    return NOpt(objective={"name": kind, **fields}, **named, **counted)  # type: ignore[arg-type]
