@@ -33,7 +33,7 @@ from .protocols import Protocol
 from .training import Execution, train_evaluator
 
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate")
+PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "evaluate")
 
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers import DDIMScheduler, ModelMixin
 
 from ..data.schema import nearest
@@ -244,3 +246,22 @@ def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float, prediction_type:
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+
+
+def read_class_mapping(
+    path: str | Path | None, names: Sequence[str], label_ids: Callable[[Sequence[int | str]], list[int]]
+) -> dict[int, list[int]]:
+    """The classes that new ones start from, out of a YAML file with `new class: old class` or a list of old ones.
+
+    Args:
+        path (`str` or `Path`, *optional*): the file; without one nothing is mapped.
+        names (sequence of `str`): the new classes, by label.
+        label_ids (`Callable`): the old classes by index or name, such as `DsCoPipeline.get_label_ids`.
+
+    Raises:
+        ValueError: for a class that there is not.
+    """
+    chosen = {} if path is None else yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if unknown := [name for name in chosen if str(name) not in names]:
+        raise ValueError(f"{path} names {unknown[0]!r}, no class of the dataset.{nearest(str(unknown[0]), names)}")
+    return {names.index(str(name)): label_ids(old if isinstance(old, list) else [old]) for name, old in chosen.items()}

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..data.schema import class_names, find_columns, image_seed
 from ..matching.features import observe
 from ..matching.kernels import frechet_distance
 from ..sampling.pipeline import DsCoPipeline
+from .figures import sample_grid
 
 
 logger = logging.getLogger(__name__)
@@ -259,3 +261,24 @@ def _of_real(
         moments = [(part.mean(dim=0), torch.cov(part.T)) for part in (features, samples)]
         distance = float(frechet_distance(*moments[0], *moments[1]))
     return float((answers == known[labels]).float().mean()), distance
+
+
+def draw_plain_samples(
+    pipe: DsCoPipeline, path: str | Path, *, images_per_class: int = 8, seed: int = 0, **sampling: Any
+) -> Path:
+    """A picture with plain samples of up to ten classes.
+
+    Args:
+        pipe (`DsCoPipeline`): the generator.
+        path (`str` or `Path`): the PNG file to write.
+        images_per_class (`int`): of every class.
+        seed (`int`): of their noise.
+        **sampling: `num_inference_steps` and `guidance_scale`.
+    """
+    shown = sorted(pipe.id2label)[:10]
+    drawn: Any = pipe(
+        class_labels=[label for label in shown for _ in range(images_per_class)],
+        generator=torch.Generator().manual_seed(seed), output_type="pt", **sampling,
+    )  # fmt: skip
+    rows = drawn.images.float().cpu().mul(2).sub(1).unflatten(0, (len(shown), images_per_class))
+    return sample_grid({"generated": rows}, [pipe.id2label[label] for label in shown], path)
