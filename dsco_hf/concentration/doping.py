@@ -19,10 +19,10 @@ from ..data.schema import class_names, find_columns
 from ..data.shards import rows_record, synthetic_rows
 from ..evaluators import ImageSet
 from ..sampling.pipeline import DsCoPipeline
-from ..utils.origins import from_recorded, model_sha256
+from ..utils.origins import model_sha256
 from ..utils.values import check_whole, plain_arguments
 from .concentrate import SOURCES, row_features
-from .selection import SELECTIONS, Selection, find_selection, selection_name
+from .selection import Selection, recorded_selection
 from .set_records import record_of, with_record
 
 
@@ -77,7 +77,7 @@ def dope(
         ValueError: for class names that differ, images of several sizes in `small` without `image_size`, a budget
             smaller than `small` or larger than the data, or what the rule says of models that it misses.
     """
-    rule = find_selection(strategy)
+    rule = Selection.of(strategy)
     if (images_per_class is None) == (total is None):
         raise ValueError(
             "Pass either `images_per_class` or `total`, the size of the result with its synthetic images."
@@ -136,7 +136,7 @@ def recorded_doping(doping: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         raise ValueError(f"The record has no `strategy` of a doping, but {sorted(doping)}.")
     names = ("images_per_class", "total", "class_wise", "image_size", "image_column", "label_column", "seed")
     options = {name: doping[name] for name in names if doping.get(name) is not None}
-    return {"strategy": from_recorded(told, SELECTIONS, Selection, **given), **options}
+    return {"strategy": recorded_selection(told, **given), **options}
 
 
 @plain_arguments()
@@ -185,12 +185,12 @@ def selected_rows(
     seed: int = 0,
 ) -> torch.Tensor:
     """The rows of [`select`] in what the pool was made of: `(n,)`, int64."""
-    rule = find_selection(strategy)
+    rule = Selection.of(strategy)
     if not len(pool.labels):
         raise ValueError("No image to choose from: the dataset is empty.")
     if images_per_class is None:
         if not rule.picks:
-            raise ValueError(f"`images_per_class` is missing: {selection_name(rule)!r} ranks all images there are.")
+            raise ValueError(f"`images_per_class` is missing: {rule.name!r} ranks all images there are.")
         return pool.rows[choose(rule, pool, None, pool.counts, pipe, seed, budget=len(pool.labels)).sort().values]
     count = check_whole("images_per_class", images_per_class, 1)
     present = [(name, have) for name, have in zip(pool.names, pool.counts, strict=True) if have]
@@ -226,7 +226,7 @@ def choose(
     Raises:
         ValueError: for what is no ranking of the pool, or one with too few images of a class.
     """
-    name, size = selection_name(rule), len(pool.labels)
+    name, size = rule.name, len(pool.labels)
     order = torch.as_tensor(rule.rank(pool, small, wanted, pipe, seed)).cpu()
     if order.ndim != 1 or order.is_floating_point() or (len(order) and not 0 <= order.min() <= order.max() < size):
         raise ValueError(

@@ -16,7 +16,7 @@ anywhere and pass it; nothing has to be told of it elsewhere:
 Of a ranking the first images of every class are taken, so that choices are nested by construction. The record of a
 doped set names the rule, one's own by its import path, with its fields; `recorded_doping` makes it again. A rule
 that compares images of different classes says `across_classes = True`, one that says itself how many are chosen
-`picks = True`. A rule of the package also stands in `SELECTIONS`, by whose names it can be asked for.
+`picks = True`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from ..matching.objectives import class_margin
 from ..matching.targets import MatchingTargets
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.names import find_classes
-from ..utils.origins import recorded_fields, recorded_name
-from ..utils.values import check_choice, check_real, plain_fields
+from ..utils.origins import model_sha256, targets_sha256
+from ..utils.values import Choice, check_choice, check_real, plain, plain_fields
 from .concentrate import embed_pixels
 
 
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Choice):
     """A rule that ranks real images; its fields are its hyper-parameters.
 
     Attributes:
@@ -64,6 +64,7 @@ class Selection:
         picks (`bool`): it ranks only those that should be chosen, so that their number need not be said.
     """
 
+    argument: ClassVar[str] = "strategy"
     across_classes: ClassVar[bool] = False
     picks: ClassVar[bool] = False
 
@@ -90,11 +91,9 @@ class Selection:
         Args:
             names (sequence of `str`): the classes, for rules that are more exact with them.
             pipe (`DsCoPipeline`, *optional*): likewise.
-
-        Raises:
-            TypeError: for a field that cannot be written down.
         """
-        return recorded_fields(self, SELECTIONS)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"name": self.name, **{key: _told(value) for key, value in fields.items()}}
 
 
 @dataclass(frozen=True)
@@ -352,9 +351,6 @@ class Clearest(Selection):
         return torch.cat(parts)
 
 
-SELECTIONS: dict[str, type[Selection]] = {kind.__name__.lower(): kind for kind in (Herding, Clarity, Random, Clearest)}
-
-
 def clarity_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """p[y] - max_{k≠y} p[k]: `(N, K)` and `(N,)` → `(N,)` in [-1, 1]. Low where a student is wrong or in doubt."""
     own = probabilities.gather(1, labels[:, None])[:, 0]
@@ -388,22 +384,42 @@ def find_selection(strategy: str | Selection, **offered: Any) -> Selection:
     """A rule by its name, or the rule itself.
 
     Args:
-        strategy (`str` or [`Selection`]): one of `SELECTIONS`, or an object.
+        strategy (`str` or [`Selection`]): as for [`Selection.of`].
         offered: values for those fields that the named rule has, as where a recipe knows one protocol for all.
+    """
+    if not isinstance(strategy, str):
+        return Selection.of(strategy)
+    known = {field.name for field in dataclasses.fields(Selection.kind_of(strategy))}
+    return Selection.of({"name": strategy, **{key: value for key, value in offered.items() if key in known}})
+
+
+def recorded_selection(told: Mapping[str, Any], **given: Any) -> Selection:
+    """The rule that was recorded, see [`Selection.record`].
+
+    Args:
+        told (mapping): its record.
+        given: models and targets, of which the record knows the SHA-256 only, by field.
 
     Raises:
-        ValueError: for an unknown name.
-        TypeError: for what is no rule.
+        ValueError: for a rule or field that is not there, and models or targets that are missing or others.
     """
-    if isinstance(strategy, Selection):
-        return strategy
-    if not isinstance(strategy, str):
-        raise TypeError(f"`strategy` must be a name or a `Selection` such as `Herding()`, got {strategy!r}.")
-    check_choice("strategy", strategy, list(SELECTIONS))
-    kind = SELECTIONS[strategy]
-    return kind(**{field.name: offered[field.name] for field in dataclasses.fields(kind) if field.name in offered})
+    fields = dict(told)
+    for key, value in told.items():
+        if isinstance(value, Mapping) and "sha256" in value:
+            if key not in given or _told(given[key]) != value:
+                other = "; the one given is another" if key in given else ""
+                raise ValueError(
+                    f"Of `{key}` of {told.get('name')!r} the record has the SHA-256 {value['sha256'][:12]}… only: "
+                    f"pass the same one as `{key}=`{other}."
+                )
+            fields[key] = given[key]
+    return Selection.of(fields)
 
 
-def selection_name(rule: Selection) -> str:
-    """What a rule is recorded as: its name in `SELECTIONS`, or the import path of one's own, "module:Class"."""
-    return recorded_name(rule, SELECTIONS)
+def _told(value: Any) -> Any:
+    """A field of a rule as plain values; of a model its type and SHA-256, of targets their SHA-256."""
+    if isinstance(value, torch.nn.Module):
+        return {"architecture": type(value).__name__, "sha256": model_sha256(value)}
+    if hasattr(value, "provenance"):
+        return {"sha256": targets_sha256(value)}
+    return protocol_to_dict(value) if isinstance(value, Protocol) else plain(value)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..concentration.concentrate import concentrate_and_report
 from ..concentration.doping import dope, select
-from ..concentration.selection import SELECTIONS, Clearest, find_selection
+from ..concentration.selection import Clearest, Selection, find_selection
 from ..data.datasets import Pool
 from ..data.schema import nearest
 from ..data.shards import file_sha256
@@ -143,7 +143,7 @@ class StudyPlan:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
-        check_choice("doping_strategy", self.doping_strategy, list(SELECTIONS))
+        check_choice("doping_strategy", self.doping_strategy, [name for name in Selection.kinds if ":" not in name])
         for budget in self.doping_budgets:
             if "nopt" not in self.methods:
                 raise ValueError(f"Real images are added to sets of 'nopt', which `methods` {self.methods} lacks.")

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib import metadata
@@ -22,7 +21,6 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .files import looks_like_path
-from .names import nearest
 from .values import Choice, plain
 
 
@@ -304,91 +302,3 @@ def _is_plain(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# Objects that a user may define: objectives, methods, selections. Each is a dataclass of its hyper-parameters.
-
-
-def recorded_name(thing: Any, names: Mapping[str, type]) -> str:
-    """What an object is recorded as: the name that its class has here, or the import path of one's own class.
-
-    Args:
-        thing: any object.
-        names: the classes of the package by name.
-
-    Returns:
-        `str`: such as "ridge", or "my_module:MyObjective".
-    """
-    kind = type(thing)
-    own = f"{kind.__module__}:{kind.__qualname__}"
-    return next((name for name, known in names.items() if known is kind), own)
-
-
-def recorded_fields(thing: Any, names: Mapping[str, type]) -> dict[str, Any]:
-    """A dataclass as a record: its `name` by [`recorded_name`], and its fields as plain values.
-
-    Models become their type and SHA-256, targets their SHA-256, dataclasses their fields.
-
-    Raises:
-        TypeError: for a field that cannot be written down.
-    """
-    fields = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
-    return {"name": recorded_name(thing, names), **{name: _field(name, value) for name, value in fields.items()}}
-
-
-def from_recorded(told: Mapping[str, Any], names: Mapping[str, type], kind: type, **given: Any) -> Any:
-    """The object that [`recorded_fields`] recorded. Nothing is imported because a record says so.
-
-    Args:
-        told: `name` and fields.
-        names: the classes of the package by name.
-        kind: what the class must be derived from.
-        given: models and targets, of which the record knows the SHA-256 only, by field.
-
-    Raises:
-        ValueError: for a class that is not there, a field that it does not have, and models or targets that are
-            missing or others.
-    """
-    fields = dict(told)
-    name = str(fields.pop("name", None))
-    module, _, qualname = name.partition(":")
-    found: Any = names.get(name) or sys.modules.get(module)
-    for part in qualname.split(".") if qualname else ():
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        advice = f" It is somebody's own: `import {module}` first, as a record imports nothing." if qualname else ""
-        raise ValueError(f"The recorded {kind.__name__} {name!r} is not there.{advice}{nearest(name, names)}")
-    known = {field.name for field in dataclasses.fields(found)}  # type: ignore[arg-type]
-    if unknown := [key for key in fields if key not in known]:
-        raise ValueError(f"{name!r} has no field {unknown[0]!r} here.{nearest(unknown[0], known)}")
-    for key, value in fields.items():
-        if isinstance(value, Mapping) and "sha256" in value:
-            if key not in given or _field(key, given[key])["sha256"] != value["sha256"]:
-                other = "; the one given is another" if key in given else ""
-                raise ValueError(
-                    f"Of `{key}` of {name!r} the record has the SHA-256 {str(value['sha256'])[:12]}… only: pass the "
-                    f"same one as `{key}=`{other}."
-                )
-            fields[key] = given[key]
-    return found(**fields)
-
-
-def _field(name: str, value: Any) -> Any:
-    """A field of a recorded object as plain values."""
-    value = plain(value)
-    if isinstance(value, torch.nn.Module):
-        return {"architecture": type(value).__name__, "sha256": model_sha256(value)}
-    if hasattr(value, "provenance"):
-        return {"sha256": targets_sha256(value)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _field(name, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_field(name, item) for item in value]
-    if _is_plain(value):
-        return value
-    raise TypeError(
-        f"`{name}` cannot be recorded: a {type(value).__name__} is no number, text, list, dict, dataclass, model or "
-        "targets."
-    )
