@@ -98,7 +98,10 @@ def explained_out_of_memory(images: int, batch_size: int, *, latent: bool, previ
         if is_out_of_memory(error):
             advice = []
             if batch_size > 1:
-                advice.append(f"lower `batch_size` (images per pass through a model, now {min(batch_size, images)})")
+                advice.append(
+                    f"lower `batch_size` (images per pass through a model, now {min(batch_size, images)}: "
+                    "`method=Sampling(batch_size=...)`)"
+                )
             if images > 1:
                 advice.append(f"draw fewer images a call (now {images}; `images_per_call` of `concentrate`)")
             if latent and not preview:
