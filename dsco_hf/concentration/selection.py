@@ -85,15 +85,19 @@ class Selection(Choice):
         """
         raise NotImplementedError(f"{type(self).__name__} has no `rank(pool, small, wanted, pipe, seed)`.")
 
+    def as_record(self) -> dict[str, Any]:
+        """`name`, and the fields as plain values; of models and targets their SHA-256."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"name": self.name, **{key: _told(value) for key, value in fields.items()}}
+
     def record(self, names: Sequence[str], pipe: DsCoPipeline | None) -> dict[str, Any]:
-        """What is recorded: `name`, and the fields as plain values; of models and targets their SHA-256.
+        """What a doped set records of its rule: [`as_record`], or more exactly.
 
         Args:
             names (sequence of `str`): the classes, for rules that are more exact with them.
             pipe (`DsCoPipeline`, *optional*): likewise.
         """
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"name": self.name, **{key: _told(value) for key, value in fields.items()}}
+        return self.as_record()
 
 
 @dataclass(frozen=True)
