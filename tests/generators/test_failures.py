@@ -93,8 +93,10 @@ def test_out_of_memory_says_what_to_lower(latent_pipe, make):
     with pytest.raises(RuntimeError, match="can't allocate memory") as error:
         draw(latent_pipe, make, batch_size=4)
     (note,) = error.value.__notes__
-    for setting in ("lower `batch_size` (images per pass through a model, now 4: `method=Sampling(batch_size=...)`)",
-                    "(now 6; `images_per_call`", "`preview_vae`", "`pipe.vae.enable_slicing()`", "bfloat16"):  # fmt: skip
+    for setting in (
+        "lower `batch_size` (images per pass through a model, now 4: `method=Sampling(batch_size=...)`)",
+        *("(now 6; `images_per_call`", "`preview_vae`", "`pipe.vae.enable_slicing()`", "bfloat16"),
+    ):
         assert setting in note
     handle.remove()
     assert draw(latent_pipe, make, batch_size=4).images.isfinite().all()  # the pipeline is as good as before
