@@ -21,8 +21,8 @@ from accelerate import Accelerator
 
 from dsco_hf.concentration.doping import select
 from dsco_hf.data.pixels import default_image_size
-from dsco_hf.studies.options import ClassifierOptions, ComparedOptions, ReadOptions, StudyOptions
-from dsco_hf.studies.study import FULL, Study, real_baselines
+from dsco_hf.studies.options import ClassifierOptions, ReadOptions, StudyOptions
+from dsco_hf.studies.study import FULL, ComparedOptions, Study, real_baselines
 from dsco_hf.studies.tables import write_comparison
 from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
 

@@ -12,14 +12,17 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..concentration.records import PARTS, config_record
+from ..concentration.records import PARTS, concentration_record, config_record, library_versions
+from ..concentration.runs import RunResult
+from ..data.shards import rows_sha256
 from ..matching.targets import MatchingTargets
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
+from ..studies.generator_check import GeneratorCheck
 from ..utils.files import check_path, reading
 from ..utils.origins import model_sha256, targets_sha256
 from ..utils.safety import Token, explained, safe_path
-from .folder import CONCENTRATION, WRITE_AGAIN, parse_record
+from .folder import CONCENTRATION, WRITE_AGAIN, parse_record, read_folder, save_dataset_folder
 
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -222,3 +225,96 @@ def _load_targets(
             f"The targets that {name} names are not those that it was made with: the SHA-256 of their content differs."
         )
     return targets
+
+
+def compared(origin: Mapping[str, Any], found: str) -> tuple[dict[str, Any], str]:
+    """Whether the images are those of the published dataset, for the results and in words."""
+    versions = dict(origin["versions"])
+    now = library_versions()
+    other = {name: [versions[name], now.get(name)] for name in versions if versions[name] != now.get(name)}
+    expected, changed = origin.get("rows_sha256"), origin.get("changed")
+    same = None if expected is None else expected == found
+    outcome = {key: value for key, value in origin.items() if key not in ("versions", "real")}
+    outcome |= {"identical": same and changed is None, "as_drawn": same, "other_versions": other}
+    if same is None:
+        return outcome, " The record has no hash of the synthetic rows to compare them with."
+    if same and changed is not None:
+        told = f"The rows are as they were first drawn, but NOT as {origin['dataset']} has them: {changed}."
+        return outcome, f" {told}"
+    if same:
+        which = "All synthetic rows" if origin.get("real") else "All rows"
+        if origin.get("published_sha256") is None:  # a record of an earlier version
+            return outcome, f" {which} are identical to those that the record of {origin['dataset']} says were drawn."
+        return outcome, f" {which} are identical to those of {origin['dataset']}."
+    why = "; ".join(f"{name} {a} there, {b} here" for name, (a, b) in other.items()) or "the versions are the same"
+    return (
+        outcome,
+        f" The rows DIFFER from those of {origin['dataset']} ({why}; another device or CPU can be the cause).",
+    )
+
+
+def save_run(
+    result: RunResult,
+    folder: str | Path,
+    *,
+    pipe: DsCoPipeline,
+    targets: Any,
+    parameters: Mapping[str, Any],
+    check: GeneratorCheck | None = None,
+    targets_id: str | None = None,
+    **record_options: Any,
+) -> dict[str, Any]:
+    """Writes what a finished run has drawn as it is published, beside the other sizes that lie there.
+
+    Args:
+        result: Of `concentrate_to_folder`.
+        folder: Of the dataset.
+        pipe: That drew it.
+        targets: What was matched.
+        parameters: How it was drawn, with sizes.
+        check: What the classifier makes of plain samples.
+        targets_id: Where the targets are published.
+        **record_options: Of `concentration_record`: method, seed, source, targets_revision.
+
+    Returns:
+        The record.
+    """
+    cache = Path(folder).parent / "run" / "rows.arrow"
+    dataset, images = result.dataset(cache_file=cache), parameters["images_per_class"]
+    kept = targets if isinstance(targets, MatchingTargets) else None
+    record = concentration_record(
+        pipe, kept, result.report, parameters=parameters, targets_id=targets_id, **record_options
+    )
+    size = min(parameters["block_size"], images)
+    record["blocks"] = {
+        "size": size,
+        "count": -(-images // size),
+        "nested": "the images of the first k blocks are those of a run with k times `size` images per class",
+    }
+    record |= {"models": result.settings["models"], "changes": result.changes}
+    record["environment"]["threads"] = result.settings["cpu_threads"]
+    record["synthetic"] = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
+    if check is not None:
+        record["generator_check"] = check.record()
+    if (measured := result.report.discrepancy) is not None:
+        record["discrepancy"] = {"set": measured, "as many random real images": result.report.random_discrepancy}
+    configs, records = _earlier_sizes(Path(folder), images)
+    save_dataset_folder(
+        {**configs, f"ipc{images}": dataset},
+        folder,
+        default_config=f"ipc{images}",
+        concentration={"configs": {**records, f"ipc{images}": record}} if configs else record,
+        targets=kept if not targets_id else None,
+    )
+    cache.unlink()
+    return record
+
+
+def _earlier_sizes(folder: Path, images: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The other sizes of a set that has grown, and their records: they stay beside the new one."""
+    if not (folder / "concentration.json").is_file():
+        return {}, {}
+    stored = read_folder(folder)
+    configs = {name: splits for name, splits in stored["configs"].items() if name != f"ipc{images}"}
+    records = {name: config_record(stored["concentration"], name) for name in configs}
+    return configs, {name: {k: v for k, v in record.items() if k != "config"} for name, record in records.items()}

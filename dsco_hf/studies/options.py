@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from datasets import Dataset
 from diffusers import AutoencoderTiny
 from transformers import PreTrainedModel
 
-from ..data.datasets import find_columns, load_image_dataset, load_pixels, load_splits
-from ..data.pixels import image_sizes
+from ..data.datasets import load_pixels, load_splits
 from ..evaluators import ImageSet, Protocol, get_protocol, load_image_set
+from ..matching.targets import MatchingTargets
+from ..sampling.call import Sampling
+from ..sampling.flat import FLAT, from_flat
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import check_choice
@@ -137,6 +139,32 @@ class MatchOptions(ReadOptions):
     def splits(self, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
         """As of [`ReadOptions.open`]; nothing where there is no dataset."""
         return self.open(self.dataset, self.dataset_name, self.split, **options) if self.dataset else (None, None, {})
+
+    def classes(self, pipe: DsCoPipeline) -> list[int | str]:
+        """The generator's classes, by index or name; a number is an index unless its classes are named by numbers."""
+        return [pipe.get_label_ids([label])[0] if label.isdecimal() else label for label in self.class_labels]
+
+    def targets_options(self, pipe: DsCoPipeline, **drawing: Any) -> dict[str, Any]:
+        """Options of `MatchingTargets.from_dataset`, or of `from_generator`, which takes `drawing`, too."""
+        shared: dict[str, Any] = {"features": None if self.features is None else json.loads(self.features)}
+        if not self.data_free:
+            return shared | self.columns | {"on_error": self.on_error, "mapping": self.mapping}
+        samples = {"samples_per_class": self.samples_per_class, "weighting": self.weighting}
+        return shared | samples | drawing | {"class_labels": self.classes(pipe) or None}
+
+    def make_targets(self, pipe: DsCoPipeline, real: Any, **options: Any) -> MatchingTargets:
+        """Targets of real images, or of the generator's own where there are none."""
+        if self.data_free:
+            return MatchingTargets.from_generator(pipe, **options)
+        return MatchingTargets.from_dataset(real, pipe, **options)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is matched, as it decides targets: a mapping by what is in its file."""
+        names = ("dataset", "dataset_name", "split", "test_split", "holdout", "revision", "data_free")
+        text, file = self.mapping, Path(self.mapping or "")
+        text = file.read_text(encoding="utf-8") if text and file.is_file() else text
+        return {name: getattr(self, name) for name in names} | {"mapping": text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,112 +330,42 @@ class StudyOptions(NetworkOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedOptions:
-    """Small sets of anybody, of several sizes.
+class SamplingOptions:
+    """How images are drawn, as command lines and files name it.
 
     Attributes:
-        datasets: `name=path[@config[@split[@revision]]]`, where a part may be empty (`name=path@@@main`) and
-            `{budget}` stands for the images per class.
-        datasets_image_column, datasets_label_column: of those, where they have several of them: a column of all of
-            them, or `name=column` for each.
-        budgets: images per class.
-        allow_unequal: accept datasets of other sizes than the budget.
-
-    Raises:
-        ValueError: for names that are taken, or columns of a dataset that is not compared.
+        objective: "rkhs", "ridge" or "classifier" of NOpt, see `dsco_hf.matching.objectives`, or "quantile", the
+            released algorithm.
+        num_inference_steps, guidance_scale, eta, batch_size: of all methods, see `dsco_hf.Sampling`.
+        optimization_steps: at each of the optimised sampling steps; 0 draws plain samples.
+        step_size, step_decay, optimize_from, optimize_until, lookahead: of NOpt, see there.
+        contrast: of "rkhs".
+        regularization: of "ridge".
+        block_size: images of a class that are optimised jointly.
+        images_per_call: of several classes, at most; smaller calls occupy more processes.
     """
 
-    datasets: list[str] = field(default_factory=list)
-    datasets_image_column: list[str] = field(default_factory=list)
-    datasets_label_column: list[str] = field(default_factory=list)
-    budgets: list[int] = field(default_factory=lambda: [10])
-    allow_unequal: bool = False
+    objective: str = "rkhs"
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 50
+    eta: float = 1.0
+    optimization_steps: int | None = None
+    step_size: float = 1.0
+    step_decay: float = 0.25
+    optimize_from: float = 0.6
+    optimize_until: float = 1.0
+    lookahead: str = "conditional"
+    contrast: float = 0.0
+    regularization: float = 2.0
+    batch_size: int | None = None
+    block_size: int = 10
+    images_per_call: int = 128
 
-    def __post_init__(self) -> None:
-        """Refuses what cannot be told apart."""
-        for item in self.datasets:
-            if "=" not in item or item.split("=")[0] in ("", "random", "herding", "full") or item.count("@") > 3:
-                raise ValueError(
-                    f"--datasets takes name=path[@config[@split[@revision]]] with a name of its own, got {item!r}."
-                )
-        names = [item.split("=")[0] for item in self.datasets]
-        if len(set(names)) != len(names):
-            raise ValueError(f"The names of --datasets must differ, got {names}.")
-        for option in ("image_column", "label_column"):
-            given = getattr(self, f"datasets_{option}")
-            owners = [item.split("=")[0] for item in given if "=" in item]
-            if len(given) - len(owners) > 1 or len(set(owners)) < len(owners) or set(owners) - set(names):
-                raise ValueError(
-                    f"--datasets_{option} takes one column for all datasets, or name=column for some of {names}, got "
-                    f"{given}."
-                )
-
-    def columns_of(self, name: str) -> dict[str, Any]:
-        """The columns of a compared dataset."""
-        found = {}
-        for option in ("image_column", "label_column"):
-            given = getattr(self, f"datasets_{option}")
-            shared = next((item for item in given if "=" not in item), None)
-            found[option] = dict(item.split("=", 1) for item in given if "=" in item).get(name, shared)
-        return found
-
-    def open_compared(self) -> dict[tuple[str, int], Dataset]:
-        """The compared datasets by name and budget."""
-        opened = {}
-        for item in self.datasets:
-            name, place = item.split("=", 1)
-            for budget in self.budgets:
-                path, config, split, revision = [*place.format(budget=budget).split("@"), "", "", ""][:4]
-                rows = load_image_dataset(path, config or None, split=split or "train", revision=revision or None)
-                try:
-                    find_columns(rows, **self.columns_of(name))
-                except ValueError as error:
-                    raise ValueError(
-                        f"Set {name!r}: {error} Here these are --datasets_image_column and --datasets_label_column."
-                    ) from error
-                opened[name, budget] = rows
-        return opened
-
-    def size_of_all(self, compared: Mapping[tuple[str, int], Dataset]) -> int | None:
-        """The one size of compared images, to which all others are brought, so that all are treated alike.
-
-        Raises:
-            ValueError: if they have several.
-        """
-        found = {key: image_sizes(rows, **self.columns_of(key[0])) for key, rows in compared.items()}
-        sides = {side for sizes in found.values() for size in sizes for side in size}
-        if len(sides) > 1:
-            listed = [
-                f"{name} ({budget} per class) {' and '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])}"
-                for (name, budget), sizes in found.items()
-            ]
-            raise ValueError(
-                f"The compared images have several sizes: {'; '.join(listed[:10])}. To treat all alike, choose one "
-                f"with --image_size, such as {min(sides)}."
-            )
-        return sides.pop() if sides else None
-
-    def load_compared(
-        self, compared: Mapping[tuple[str, int], Dataset], real: ImageSet, **options: Any
-    ) -> dict[str, ImageSet]:
-        """The compared datasets in memory, by name of a set, with the classes of `real`; checked for size.
-
-        Args:
-            compared: see [`ComparedOptions.open_compared`].
-            real: the real images.
-            **options: of [`~dsco_hf.evaluators.load_image_set`].
-        """
-        sets = {}
-        for (name, budget), dataset in compared.items():
-            images = load_image_set(dataset, classes=real.names, **options, **self.columns_of(name))
-            wanted = budget * len(real.names)
-            if len(images.labels) != wanted and not self.allow_unequal:
-                raise ValueError(
-                    f"The dataset {name!r} has {len(images.labels)} images, but {budget} per class are {wanted}. "
-                    "Compare at equal size, with {budget} in the path or config, or pass --allow_unequal true."
-                )
-            sets[f"{name}-ipc{budget}"] = images
-        return sets
+    @property
+    def sampling(self) -> Sampling:
+        """As one object."""
+        names = ("guidance_scale", "num_inference_steps", "eta", "batch_size", *FLAT)
+        return Sampling.of(**from_flat({name: getattr(self, name) for name in names if hasattr(self, name)}))
 
 
 def frozen(path: str | None, revision: str | None, dtype: torch.dtype | None = None) -> PreTrainedModel | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,12 +18,14 @@ from ..concentration.concentrate import measure_discrepancy
 from ..concentration.doping import select, selected_rows
 from ..concentration.methods import in_order
 from ..concentration.selection import Herding
-from ..data.datasets import Pool
+from ..data.datasets import Pool, find_columns, load_image_dataset
+from ..data.pixels import image_sizes
 from ..evaluators import (
     ImageSet,
     Protocol,
     get_protocol,
     job_identity,
+    load_image_set,
     protocol_to_dict,
     run_job,
     summarise,
@@ -224,6 +228,115 @@ class Study:
             "seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in spent),
             **{f"{kind}_calls": spent[0].get(f"{kind}_calls", 0) for kind in ("denoiser", "decoder", "classifier")},
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions:
+    """Small sets of anybody, of several sizes.
+
+    Attributes:
+        datasets: `name=path[@config[@split[@revision]]]`, where a part may be empty (`name=path@@@main`) and
+            `{budget}` stands for the images per class.
+        datasets_image_column, datasets_label_column: of those, where they have several of them: a column of all of
+            them, or `name=column` for each.
+        budgets: images per class.
+        allow_unequal: accept datasets of other sizes than the budget.
+
+    Raises:
+        ValueError: for names that are taken, or columns of a dataset that is not compared.
+    """
+
+    datasets: list[str] = field(default_factory=list)
+    datasets_image_column: list[str] = field(default_factory=list)
+    datasets_label_column: list[str] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=lambda: [10])
+    allow_unequal: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be told apart."""
+        for item in self.datasets:
+            if "=" not in item or item.split("=")[0] in ("", "random", "herding", "full") or item.count("@") > 3:
+                raise ValueError(
+                    f"--datasets takes name=path[@config[@split[@revision]]] with a name of its own, got {item!r}."
+                )
+        names = [item.split("=")[0] for item in self.datasets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"The names of --datasets must differ, got {names}.")
+        for option in ("image_column", "label_column"):
+            given = getattr(self, f"datasets_{option}")
+            owners = [item.split("=")[0] for item in given if "=" in item]
+            if len(given) - len(owners) > 1 or len(set(owners)) < len(owners) or set(owners) - set(names):
+                raise ValueError(
+                    f"--datasets_{option} takes one column for all datasets, or name=column for some of {names}, got "
+                    f"{given}."
+                )
+
+    def columns_of(self, name: str) -> dict[str, Any]:
+        """The columns of a compared dataset."""
+        found = {}
+        for option in ("image_column", "label_column"):
+            given = getattr(self, f"datasets_{option}")
+            shared = next((item for item in given if "=" not in item), None)
+            found[option] = dict(item.split("=", 1) for item in given if "=" in item).get(name, shared)
+        return found
+
+    def open_compared(self) -> dict[tuple[str, int], Dataset]:
+        """The compared datasets by name and budget."""
+        opened = {}
+        for item in self.datasets:
+            name, place = item.split("=", 1)
+            for budget in self.budgets:
+                path, config, split, revision = [*place.format(budget=budget).split("@"), "", "", ""][:4]
+                rows = load_image_dataset(path, config or None, split=split or "train", revision=revision or None)
+                try:
+                    find_columns(rows, **self.columns_of(name))
+                except ValueError as error:
+                    raise ValueError(
+                        f"Set {name!r}: {error} Here these are --datasets_image_column and --datasets_label_column."
+                    ) from error
+                opened[name, budget] = rows
+        return opened
+
+    def size_of_all(self, compared: Mapping[tuple[str, int], Dataset]) -> int | None:
+        """The one size of compared images, to which all others are brought, so that all are treated alike.
+
+        Raises:
+            ValueError: if they have several.
+        """
+        found = {key: image_sizes(rows, **self.columns_of(key[0])) for key, rows in compared.items()}
+        sides = {side for sizes in found.values() for size in sizes for side in size}
+        if len(sides) > 1:
+            listed = [
+                f"{name} ({budget} per class) {' and '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])}"
+                for (name, budget), sizes in found.items()
+            ]
+            raise ValueError(
+                f"The compared images have several sizes: {'; '.join(listed[:10])}. To treat all alike, choose one "
+                f"with --image_size, such as {min(sides)}."
+            )
+        return sides.pop() if sides else None
+
+    def load_compared(
+        self, compared: Mapping[tuple[str, int], Dataset], real: ImageSet, **options: Any
+    ) -> dict[str, ImageSet]:
+        """The compared datasets in memory, by name of a set, with the classes of `real`; checked for size.
+
+        Args:
+            compared: see [`ComparedOptions.open_compared`].
+            real: the real images.
+            **options: of [`~dsco_hf.evaluators.load_image_set`].
+        """
+        sets = {}
+        for (name, budget), dataset in compared.items():
+            images = load_image_set(dataset, classes=real.names, **options, **self.columns_of(name))
+            wanted = budget * len(real.names)
+            if len(images.labels) != wanted and not self.allow_unequal:
+                raise ValueError(
+                    f"The dataset {name!r} has {len(images.labels)} images, but {budget} per class are {wanted}. "
+                    "Compare at equal size, with {budget} in the path or config, or pass --allow_unequal true."
+                )
+            sets[f"{name}-ipc{budget}"] = images
+        return sets
 
 
 def real_baselines(

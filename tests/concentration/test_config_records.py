@@ -23,8 +23,7 @@ from dsco_hf.concentration.records import config_record
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.shards import rows_sha256
 from dsco_hf.evaluators.protocols import protocol_from_dict
-from dsco_hf.hub.remake import recorded_rows
-from recipes.concentrate import compared
+from dsco_hf.hub.remake import compared, recorded_rows
 
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 1.0, "progress": False}

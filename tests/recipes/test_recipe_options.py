@@ -81,7 +81,7 @@ def test_every_option_is_used(name):
     assert not names - used
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"concentrate"}))  # which passes those of a call on
+@pytest.mark.parametrize("name", RECIPES)
 def test_help_says_what_every_option_is(name):
     texts = option_texts(RECIPES[name])
     assert not [option for option in options_of(name) if len(texts.get(option, "")) < 5]

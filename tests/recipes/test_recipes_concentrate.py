@@ -12,9 +12,10 @@ from datasets import load_dataset
 from dsco_hf import DsCoPipeline, NOpt, Ridge, Sampling, concentrate
 from dsco_hf.concentration.run_folder import RunFolder
 from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.flat import FLAT
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment
-from recipes.concentrate import SAMPLING, ConcentrateRecipe, check_recipe, main, sampling_of
+from recipes.concentrate import ConcentrateRecipe, check_recipe, main
 
 
 ROOT = Path(__file__).parents[2]
@@ -66,9 +67,9 @@ def read(path):
 
 
 def test_fields_are_those_of_the_pipeline():
-    assert sampling_of(ConcentrateRecipe()) == Sampling()
-    assert sampling_of(ConcentrateRecipe(objective="ridge")).method == NOpt(Ridge())
-    assert {name for name in SAMPLING if not hasattr(ConcentrateRecipe(), name)} == {"classifier_objective"}
+    assert ConcentrateRecipe().sampling == Sampling()
+    assert ConcentrateRecipe(objective="ridge").sampling.method == NOpt(Ridge())
+    assert {name for name in FLAT if not hasattr(ConcentrateRecipe(), name)} == {"classifier_objective"}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/configs/concentrate_*.yaml")), ids=lambda path: path.stem)
@@ -85,7 +86,7 @@ def test_configs_load_and_say_how_they_are_launched(path):
     (["--generator", "g", "--dataset", "d", "--data_free"], "can match one of them only"),
     (["--generator", "g", "--objective", "classifier", "--data_free"], "matches nothing: leave 'data_free' out"),
     (["--generator", "g", "--objective", "quantile", "--targets", "t"], "matches real images: give `dataset`"),
-    (["--generator", "g", "--targets", "t", "--dtype", "int8"], "`dtype` must be float32"),
+    (["--generator", "g", "--targets", "t", "--dtype", "int8"], "`dtype` must be one of .'float32'"),
     (["--from", "user/name", "--seed", "3"], r"leave \['seed'\] out"),
     (["--from=user/name", "--step_size", "2", "--max_hours", "3"], r"leave \['step_size'\] out"),
     (["--images_per_clas", "3"], "Unknown option '--images_per_clas'. Nearest: 'images_per_class'"),

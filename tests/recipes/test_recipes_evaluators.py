@@ -308,7 +308,7 @@ def test_compare_reads_the_columns_sizes_and_splits_of_every_set(small, tmp_path
         seen[path] = (name, options)
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr("dsco_hf.studies.options.load_image_dataset", recorded)
+    monkeypatch.setattr("dsco_hf.studies.study.load_image_dataset", recorded)
     with pytest.raises(FileNotFoundError):
         compare.main([*given[:1], "peer=user/peer@ipc{budget}@@abc", *given[3:]])
     assert seen == {"user/peer": ("ipc1", {"split": "train", "revision": "abc"})}
