@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-from ..data.schema import nearest
-from ..matching.kernels import draw_frequencies, fourier_embedding, median_bandwidth, mmd2
-from ..utils.values import check_real, check_whole, plain, plain_arguments
+# absolute, as `evaluate.load` runs a copy of this file elsewhere
+from dsco_hf.data.schema import nearest
+from dsco_hf.matching.kernels import draw_frequencies, fourier_embedding, median_bandwidth, mmd2
+from dsco_hf.utils.values import check_real, check_whole, plain, plain_arguments
 
 
 # Rows that the bandwidth is estimated from, and rows of distances that are held at once.
