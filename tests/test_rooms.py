@@ -29,7 +29,7 @@ ORDER = {
         *["methods", "config_records", "set_records", "concentrate", "selection"],
         *["doping", "records", "run_folder", "runs"],
     ],
-    "costs": ["tracing", "passes", "probe"],
+    "costs": ["tracing", "passes", "probe", "plan"],
     "studies": [
         *["options", "figures", "generator_check", "metrics", "feature_figures"],
         *["kept", "plans", "tables", "study"],

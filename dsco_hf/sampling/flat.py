@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..matching.objectives import Objective
-from .call import Plain, SamplingMethod
+from .call import Plain, Sampling, SamplingMethod
 from .nopt import NOpt
 from .released import Released
 
@@ -47,3 +48,42 @@ def _method(given: Mapping[str, Any]) -> SamplingMethod:
         fields = dict(given.get("classifier_objective", {}))
     named = {field: given[name] for name, field in _NOPT.items() if name in given}
     return NOpt(objective={"name": kind, **fields}, **named, **counted)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How images are drawn, as command lines and files name it.
+
+    Attributes:
+        objective: "rkhs", "ridge" or "classifier" of NOpt, see `dsco_hf.matching.objectives`, or "quantile", the
+            released algorithm.
+        num_inference_steps, guidance_scale, eta, batch_size: of all methods, see `dsco_hf.Sampling`.
+        optimization_steps: at each of the optimised sampling steps; 0 draws plain samples.
+        step_size, step_decay, optimize_from, optimize_until, lookahead: of NOpt, see there.
+        contrast: of "rkhs".
+        regularization: of "ridge".
+        block_size: images of a class that are optimised jointly.
+        images_per_call: of several classes, at most; smaller calls occupy more processes.
+    """
+
+    objective: str = "rkhs"
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 50
+    eta: float = 1.0
+    optimization_steps: int | None = None
+    step_size: float = 1.0
+    step_decay: float = 0.25
+    optimize_from: float = 0.6
+    optimize_until: float = 1.0
+    lookahead: str = "conditional"
+    contrast: float = 0.0
+    regularization: float = 2.0
+    batch_size: int | None = None
+    block_size: int = 10
+    images_per_call: int = 128
+
+    @property
+    def sampling(self) -> Sampling:
+        """As one object."""
+        names = ("guidance_scale", "num_inference_steps", "eta", "batch_size", *FLAT)
+        return Sampling.of(**from_flat({name: getattr(self, name) for name in names if hasattr(self, name)}))

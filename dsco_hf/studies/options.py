@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,6 @@ from transformers import PreTrainedModel
 from ..data.datasets import load_pixels, load_splits
 from ..evaluators import ImageSet, Protocol, get_protocol, load_image_set
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Sampling
-from ..sampling.flat import FLAT, from_flat
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import check_choice
@@ -123,7 +122,7 @@ class MatchOptions(ReadOptions):
         data_free: match samples of the generator instead, and read no real image.
         class_labels: the generator's classes, where no real images say which; all if none.
         samples_per_class, weighting: see `MatchingTargets.from_generator`.
-        features: what to match, as JSON; see `dsco_hf.matching.feature_spec`.
+        features: what to match, as YAML or JSON; see `dsco_hf.matching.feature_spec`.
     """
 
     dataset: str | None = None
@@ -146,7 +145,9 @@ class MatchOptions(ReadOptions):
 
     def targets_options(self, pipe: DsCoPipeline, **drawing: Any) -> dict[str, Any]:
         """Options of `MatchingTargets.from_dataset`, or of `from_generator`, which takes `drawing`, too."""
-        shared: dict[str, Any] = {"features": None if self.features is None else json.loads(self.features)}
+        shared: dict[str, Any] = {"features": self.features}
+        with contextlib.suppress(TypeError, json.JSONDecodeError):  # none; or YAML, which is read where it is used
+            shared["features"] = json.loads(self.features)  # type: ignore[arg-type]
         if not self.data_free:
             return shared | self.columns | {"on_error": self.on_error, "mapping": self.mapping}
         samples = {"samples_per_class": self.samples_per_class, "weighting": self.weighting}
@@ -327,45 +328,6 @@ class StudyOptions(NetworkOptions):
         """As options of [`~dsco_hf.studies.study.Study`]."""
         return {"architectures": self.architectures, "overrides": self.overrides, "compiled": self.compile,
                 "checkpoint_seconds": self.checkpoint_seconds}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How images are drawn, as command lines and files name it.
-
-    Attributes:
-        objective: "rkhs", "ridge" or "classifier" of NOpt, see `dsco_hf.matching.objectives`, or "quantile", the
-            released algorithm.
-        num_inference_steps, guidance_scale, eta, batch_size: of all methods, see `dsco_hf.Sampling`.
-        optimization_steps: at each of the optimised sampling steps; 0 draws plain samples.
-        step_size, step_decay, optimize_from, optimize_until, lookahead: of NOpt, see there.
-        contrast: of "rkhs".
-        regularization: of "ridge".
-        block_size: images of a class that are optimised jointly.
-        images_per_call: of several classes, at most; smaller calls occupy more processes.
-    """
-
-    objective: str = "rkhs"
-    guidance_scale: float = 4.0
-    num_inference_steps: int = 50
-    eta: float = 1.0
-    optimization_steps: int | None = None
-    step_size: float = 1.0
-    step_decay: float = 0.25
-    optimize_from: float = 0.6
-    optimize_until: float = 1.0
-    lookahead: str = "conditional"
-    contrast: float = 0.0
-    regularization: float = 2.0
-    batch_size: int | None = None
-    block_size: int = 10
-    images_per_call: int = 128
-
-    @property
-    def sampling(self) -> Sampling:
-        """As one object."""
-        names = ("guidance_scale", "num_inference_steps", "eta", "batch_size", *FLAT)
-        return Sampling.of(**from_flat({name: getattr(self, name) for name in names if hasattr(self, name)}))
 
 
 def frozen(path: str | None, revision: str | None, dtype: torch.dtype | None = None) -> PreTrainedModel | None:

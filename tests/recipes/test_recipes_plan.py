@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsco_hf.costs.passes import calls
+from dsco_hf.costs.plan import largest_budget
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -49,9 +50,9 @@ def test_a_plan_for_assumed_devices(plan, tmp_path, capsys):
 
 
 def test_the_budget_just_fits_into_the_time(plan):
-    assert plan.largest_budget(lambda budget: 3.0 * budget, 100.0) == 33
-    assert plan.largest_budget(lambda budget: 3.0 * budget, 99.0) == 33
-    assert plan.largest_budget(lambda budget: 3.0 * budget, 2.0) == 0
+    assert largest_budget(lambda budget: 3.0 * budget, 100.0) == 33
+    assert largest_budget(lambda budget: 3.0 * budget, 99.0) == 33
+    assert largest_budget(lambda budget: 3.0 * budget, 2.0) == 0
 
 
 def test_a_device_that_is_too_small(plan, capsys):

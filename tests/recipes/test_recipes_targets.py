@@ -74,7 +74,7 @@ def test_data_free_targets_and_another_bandwidth_without_a_new_pass(folder):
 def test_what_to_match_is_asked_for(folder):
     with pytest.raises(ValueError, match="Give either `dataset`.* or `data_free`"):
         compute(folder)
-    with pytest.raises(ValueError, match="`dtype` must be float32"):
+    with pytest.raises(ValueError, match="`dtype` must be one of .'float32'"):
         compute(folder, "--data_free", "--dtype", "fp16")
 
 
