@@ -19,7 +19,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 
 from dsco_hf.data.datasets import dataset_fingerprint, load_pixels, present_classes
 from dsco_hf.data.pixels import default_image_size
@@ -32,26 +32,19 @@ from dsco_hf.generators.denoisers import (
     with_schedule_of,
 )
 from dsco_hf.generators.training import GeneratorTrainingResult, train_generator
-from dsco_hf.sampling.models import load_model
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.studies.generator_check import GeneratorScore, draw_plain_samples
-from dsco_hf.studies.options import ClassifierOptions, OutputOptions, RealOptions
+from dsco_hf.studies.options import ClassifierOptions, FineTuneOptions, OutputOptions, RealOptions
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorRecipe(GeneratorTrainingConfig, RealOptions, ClassifierOptions, OutputOptions):
+class GeneratorRecipe(GeneratorTrainingConfig, RealOptions, FineTuneOptions, ClassifierOptions, OutputOptions):
     """Options of this recipe; those of the training itself and of the data are inherited.
 
     Attributes:
         image_size, num_channels: what images are brought to; by default their own size, or 32 px if they have several.
-        vae, vae_revision: an `AutoencoderKL` (folder or Hub id) to train in its latents; none for pixel space.
-        finetune_from, finetune_revision: a pipeline (folder or Hub id) to train further: its denoiser with new class
-            embeddings, its noise schedule, its autoencoder and its image size (a UNet takes another `image_size`
-            too). A learned variance stays as it is.
-        class_mapping: a YAML file with `dataset class: class of that pipeline`, index or name, or a list of them, for
-            classes that should start from others than the mean of all.
         classifier, classifier_revision: an image classifier to store with the pipeline, and to score samples with.
         output_dir: the pipeline folder.
         checkpoint_every: steps between checkpoints (kept in `<output_dir>-checkpoints`); if None, as many as take ten
@@ -67,11 +60,6 @@ class GeneratorRecipe(GeneratorTrainingConfig, RealOptions, ClassifierOptions, O
 
     image_size: int | None = None
     num_channels: int = 3
-    vae: str | None = None
-    vae_revision: str | None = None
-    finetune_from: str | None = None
-    finetune_revision: str | None = None
-    class_mapping: str | None = None
     output_dir: str = "outputs/generator"
     checkpoint_every: int | None = None
     max_minutes: float | None = None
@@ -102,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_anew(recipe.resume, accelerator, sorted(recipe.checkpoints.glob("step-*")))
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         dataset, _, splits = recipe.splits()
-        run = GeneratorRun(recipe, accelerator, dataset, load_base(recipe))
+        run = GeneratorRun(recipe, accelerator, dataset, recipe.load_base())
     result = run.train()
     if accelerator.is_main_process:
         if result.finished:
@@ -124,15 +112,13 @@ class GeneratorRun:
         fields = dataclasses.fields(GeneratorTrainingConfig)
         self.config = GeneratorTrainingConfig(**{field.name: getattr(recipe, field.name) for field in fields})
         self.denoiser: ModelMixin | None = None
-        self.vae = None if base is None else base.vae
+        self.vae = recipe.load_vae() if base is None else base.vae
         if base is not None:
             self.config = with_schedule_of(self.config, base.scheduler)
             self.denoiser = denoiser_of(base.denoiser).adapt(
                 len(self.names), mapping=read_class_mapping(recipe.class_mapping, self.names, base.get_label_ids),
                 sample_size=(recipe.image_size or base.image_size) // base.vae_scale_factor,
             )  # fmt: skip
-        elif recipe.vae is not None:
-            self.vae = load_model(AutoencoderKL, recipe.vae, revision=recipe.vae_revision)
         if self.vae is not None:
             self.vae.to(accelerator.device)
         self.scheduler = base.scheduler if base else build_scheduler(self.config, latents=self.vae is not None)
@@ -190,17 +176,6 @@ class GeneratorRun:
         }  # fmt: skip
         write_json(self.output / "results.json", results)
         print(f"Saved the pipeline to {self.output}, loss {result.losses[-1]['loss']:.4f} after {result.step} steps.")
-
-
-def load_base(recipe: GeneratorRecipe) -> DsCoPipeline | None:
-    """The pipeline to fine-tune, if one was named."""
-    if recipe.finetune_from is None:
-        if recipe.class_mapping is not None:
-            raise ValueError("`class_mapping` maps to classes of `finetune_from`, which is missing.")
-        return None
-    if recipe.vae is not None:
-        raise ValueError("`finetune_from` brings its own autoencoder: leave `vae` out.")
-    return DsCoPipeline.from_pretrained(recipe.finetune_from, revision=recipe.finetune_revision)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def card(w, *options):
 
 def base(w, *options):
     recipe = parse_config(train_generator.GeneratorRecipe, ["--finetune_from", w.saved("plain"), *options])
-    return train_generator.load_base(recipe).num_classes
+    return recipe.load_base().num_classes
 
 
 COMPARE = {

@@ -133,10 +133,10 @@ def test_a_unet_is_scored_while_it_trains_and_fine_tuned_to_other_classes(tmp_pa
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):
-    from recipes.train_generator import GeneratorRecipe, load_base
+    from recipes.train_generator import GeneratorRecipe
 
     with pytest.raises(ValueError, match=message):
-        load_base(parse_config(GeneratorRecipe, options))
+        parse_config(GeneratorRecipe, options).load_base()
 
 
 def test_unknown_options_are_named():
