@@ -75,7 +75,7 @@ def described_study(recipe: ComparisonRecipe, accelerator: Accelerator) -> tuple
             "or teacher with --teacher; recipes/train_evaluator.py evaluates one dataset with its stored labels."
         )
     compared = recipe.open_compared()
-    train, tested, splits = recipe.open(recipe.real, recipe.real_name, recipe.train_split, tested=True)
+    train, tested, splits = recipe.open_splits(recipe.real, recipe.real_name, recipe.train_split, tested=True)
     if protocol.image_size is None:
         size = recipe.size_of_all(compared) if compared else default_image_size(train, **recipe.columns)
         protocol = dataclasses.replace(protocol, image_size=size)

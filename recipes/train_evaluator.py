@@ -119,7 +119,7 @@ def load_sets(
             "name the real dataset that its networks are to be tested on with --test_dataset."
         )
         try:
-            small, tested, splits = recipe.open(recipe.dataset, recipe.dataset_name, recipe.split, tested=True)
+            small, tested, splits = recipe.open_splits(recipe.dataset, recipe.dataset_name, recipe.split, tested=True)
         except NothingToTestError as error:
             raise nothing from error
         if "holdout" in splits and "source" in small.column_names:

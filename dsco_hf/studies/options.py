@@ -63,7 +63,7 @@ class ReadOptions:
         """The columns, as options of all that reads rows."""
         return {"image_column": self.image_column, "label_column": self.label_column}
 
-    def open(
+    def open_splits(
         self, path: str, name: str | None, split: str, *, tested: bool = False, **options: Any
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Training images, test images or None, and what was taken; see [`~dsco_hf.data.opening.load_splits`].
@@ -108,8 +108,8 @@ class RealOptions(ReadOptions):
     train_split: str = "train"
 
     def splits(self, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """As of [`ReadOptions.open`]."""
-        return self.open(self.dataset, self.dataset_name, self.train_split, **options)
+        """As of [`ReadOptions.open_splits`]."""
+        return self.open_splits(self.dataset, self.dataset_name, self.train_split, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +136,12 @@ class MatchOptions(ReadOptions):
     features: str | None = None
 
     def splits(self, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """As of [`ReadOptions.open`]; nothing where there is no dataset."""
-        return self.open(self.dataset, self.dataset_name, self.split, **options) if self.dataset else (None, None, {})
+        """As of [`ReadOptions.open_splits`]; nothing where there is no dataset."""
+        return (
+            self.open_splits(self.dataset, self.dataset_name, self.split, **options)
+            if self.dataset
+            else (None, None, {})
+        )
 
     def classes(self, pipe: DsCoPipeline) -> list[int | str]:
         """The generator's classes, by index or name; a number is an index unless its classes are named by numbers."""

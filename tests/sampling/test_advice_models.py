@@ -162,6 +162,12 @@ CHECKS = {
         lambda w: ridge(w, MatchingTargets.from_dataset(w.real, w.pipe, second_moment=True)),
         is_of(2),
     ),
+    "an objective of a method that has none": (
+        lambda w: w.pipe([0], method="plain", objective="ridge", **FAST),
+        "`objective` is a field of 'nopt', and 'plain' has none: leave it out",
+        lambda w: w.pipe([0], method="plain", **FAST).images,
+        is_of(1),
+    ),
     "ridge of one class": (
         lambda w: w.pipe([0], one_class(w), objective="ridge", **FAST),
         "have only .*: choose objective='rkhs'",
