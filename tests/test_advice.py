@@ -174,7 +174,7 @@ TABLE = {
     ),
     "sizes that differ": (
         lambda w: load_pixels(w.mixed),
-        "Pass `image_size=` to resize and crop",
+        "Pass `image_size=` .*to bring them all to one size",
         lambda w: load_pixels(w.mixed, image_size=8)[0].shape,
         lambda found: found == (22, 1, 8, 8) or found == (22, 3, 8, 8),
     ),

@@ -121,7 +121,7 @@ def test_what_the_maker_adds_is_joined_with_what_the_set_carries(one, two, tmp_p
         ({"source": {"rows": 7}}, "source.rows=21, the given record says 7"),
         ({"generator": {"sha256": "0" * 64}}, "generator.sha256='.*', the given record says '0000"),
         ({"cost": {"images": 5}}, "cost.images=3, the given record says 5"),
-        ({"configs": {"defautl": {}}}, "a record of a config 'defautl'.*Nearest: 'default'"),
+        ({"configs": {"defautl": {}}}, "tells of a config 'defautl', but the configs are .*Nearest: 'default'"),
     ],
 )
 def test_contradictions_are_refused_by_name(one, tmp_path, given, message):
