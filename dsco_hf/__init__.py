@@ -1,6 +1,6 @@
 """dsco_hf: concentrates image-classification datasets with class-conditional diffusion models."""
 
-from .concentration.concentrate import ConcentrationReport, concentrate, concentrate_and_report, measure_discrepancy
+from .concentration.concentrate import ConcentrationReport, concentrate, concentrate_and_report
 from .concentration.doping import dope, recorded_doping, select
 from .concentration.records import concentration_record
 from .concentration.runs import concentrate_to_folder
@@ -29,6 +29,7 @@ from .hub.publish import (
     verify,
 )
 from .hub.remake import load_recorded
+from .matching.discrepancy import measure_discrepancy
 from .matching.feature_spec import FeatureSpec
 from .matching.objectives import RKHS, ClassifierEvidence, Objective, Ridge
 from .matching.targets import MatchingTargets

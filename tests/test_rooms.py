@@ -17,8 +17,8 @@ ORDER = {
         *["latents", "checkpoints", "data", "training"],
     ],
     "matching": [
-        *["feature_files", "kernels", "preprocessing", "target_files", "features"],
-        *["feature_spec", "population", "targets", "objectives"],
+        *["files", "kernels", "preprocessing", "features", "feature_spec"],
+        *["population", "targets", "objectives", "discrepancy"],
     ],
     "sampling": ["models", "loading", "noise", "call", "nopt", "released", "flat", "checks", "pipeline"],
     "evaluators": [
@@ -26,7 +26,7 @@ ORDER = {
         *["protocols", "checks", "training", "evaluation"],
     ],
     "concentration": [
-        *["methods", "config_records", "set_records", "concentrate", "selection"],
+        *["methods", "selection", "config_records", "set_records", "concentrate"],
         *["doping", "records", "run_folder", "runs"],
     ],
     "costs": ["tracing", "passes", "probe", "plan"],

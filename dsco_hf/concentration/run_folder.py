@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features
 from datasets.table import embed_table_storage
+from tqdm.auto import tqdm
 
 from ..data.schema import nearest
 from ..data.shards import file_sha256
@@ -293,3 +295,37 @@ def _parquet(rows: Dataset) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
+
+
+class RunProgress:
+    """A bar over the images of all processes, which the manifest tells of; it moves while this process is at work."""
+
+    def __init__(self, folder: RunFolder, images: Mapping[str, int], *, shown: bool, interval: float = 1.0) -> None:
+        self.folder, self.images, self.interval = folder, images, interval
+        self.bar = tqdm(
+            total=sum(images.values()), initial=self._count(), desc="Concentrating", unit="img", disable=not shown
+        )
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        if not self.bar.disable:
+            self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.end.set()
+        if not self.bar.disable:
+            self.thread.join()
+            self._show()
+        self.bar.close()
+
+    def _watch(self) -> None:
+        while not self.end.wait(self.interval):
+            self._show()
+
+    def _show(self) -> None:
+        with contextlib.suppress(OSError):  # a bar stops no run
+            self.bar.update(self._count() - self.bar.n)
+
+    def _count(self) -> int:
+        return sum(self.images.get(name, 0) for name in self.folder.finished())

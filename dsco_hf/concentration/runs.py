@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import platform
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from ..generators.failures import NonFiniteError
+from ..matching.discrepancy import PreviousBlocks, random_discrepancy
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline
@@ -33,16 +32,15 @@ from .concentrate import (
     COSTS,
     IMAGES_PER_CALL,
     ConcentrationReport,
-    PreviousBlocks,
     Unit,
     UnitSampler,
+    divide,
     peak_memory_bytes,
     plan_units,
-    random_discrepancy,
     row_features,
     to_dataset,
 )
-from .run_folder import RunFolder, unit_name
+from .run_folder import RunFolder, RunProgress, unit_name
 from .set_records import drawn_record, with_record
 
 
@@ -255,7 +253,7 @@ class _Run:
             mine=sum(unit_name(unit) not in finished for unit in mine), versions=versions(),
         )  # fmt: skip
         shown = self.progress and rank == 0
-        with _Progress(self.folder, dict(zip(self.names, (u.images for u in self.units), strict=True)), shown=shown):
+        with RunProgress(self.folder, dict(zip(self.names, (u.images for u in self.units), strict=True)), shown=shown):
             self.team.everywhere(lambda: self._work(mine, finished, last), "drawing")
             outcomes = self.team.gather((self.failures, self.stopped, self.drawn))
         seconds = time.monotonic() - self.start
@@ -400,24 +398,6 @@ class _Run:
         )
 
 
-def divide(units: Sequence[Unit], processes: int) -> list[set[int]]:
-    """Gives each process groups of classes so that all have about the same number of images to draw.
-
-    The largest group first, each to the process that has least ("longest processing time", Graham 1969). Processes
-    beyond the number of groups get none.
-    """
-    costs: dict[int, int] = {}
-    for unit in units:
-        costs[unit.group] = costs.get(unit.group, 0) + unit.images
-    shares: list[set[int]] = [set() for _ in range(processes)]
-    loads = [0] * processes
-    for group in sorted(costs, key=lambda group: (-costs[group], group)):
-        least = loads.index(min(loads))
-        shares[least].add(group)
-        loads[least] += costs[group]
-    return shares
-
-
 def summarise(entries: Mapping[Unit, Mapping[str, Any]], names: Sequence[str]) -> ConcentrationReport:
     """The report of a run from its manifest entries."""
     report = ConcentrationReport()
@@ -451,37 +431,3 @@ def _threads(device: torch.device, cpu_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Progress:
-    """A bar over the images of all processes, which the manifest tells of; it moves while this process is at work."""
-
-    def __init__(self, folder: RunFolder, images: Mapping[str, int], *, shown: bool, interval: float = 1.0) -> None:
-        self.folder, self.images, self.interval = folder, images, interval
-        self.bar = tqdm(
-            total=sum(images.values()), initial=self._count(), desc="Concentrating", unit="img", disable=not shown
-        )
-        self.end = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        if not self.bar.disable:
-            self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.end.set()
-        if not self.bar.disable:
-            self.thread.join()
-            self._show()
-        self.bar.close()
-
-    def _watch(self) -> None:
-        while not self.end.wait(self.interval):
-            self._show()
-
-    def _show(self) -> None:
-        with contextlib.suppress(OSError):  # a bar stops no run
-            self.bar.update(self._count() - self.bar.n)
-
-    def _count(self) -> int:
-        return sum(self.images.get(name, 0) for name in self.folder.finished())

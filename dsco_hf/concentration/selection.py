@@ -21,6 +21,7 @@ that compares images of different classes says `across_classes = True`, one that
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import logging
 import math
@@ -40,6 +41,7 @@ from ..evaluators.checks import class_columns, model_classes
 from ..evaluators.evaluation import ImageSet, evaluator_builder
 from ..evaluators.protocols import Protocol, get_protocol, protocol_from_dict, protocol_to_dict
 from ..evaluators.training import train_evaluator
+from ..matching.discrepancy import embed_pixels
 from ..matching.features import features_and_logits
 from ..matching.kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
 from ..matching.objectives import class_margin
@@ -48,7 +50,6 @@ from ..sampling.pipeline import DsCoPipeline
 from ..utils.names import find_classes
 from ..utils.origins import model_sha256, targets_sha256
 from ..utils.values import Choice, check_choice, check_real, plain, plain_fields
-from .concentrate import embed_pixels
 
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Selection(Choice):
     across_classes: ClassVar[bool] = False
     picks: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int], pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
@@ -83,7 +85,6 @@ class Selection(Choice):
         Returns:
             `torch.Tensor` of shape `(M,)`, int64, M ≤ N: places in the pool, each once, best first.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no `rank(pool, small, wanted, pipe, seed)`.")
 
     def as_record(self) -> dict[str, Any]:
         """`name`, and the fields as plain values; of models and targets their SHA-256."""

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from ..concentration.concentrate import BLOCK_SIZE, IMAGES_PER_CALL, Unit, plan_units
-from ..concentration.runs import divide
+from ..concentration.concentrate import BLOCK_SIZE, IMAGES_PER_CALL, Unit, divide, plan_units
 from ..matching.feature_spec import Features, FeatureSource, feature_specs
 from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline

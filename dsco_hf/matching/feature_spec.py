@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -214,6 +215,16 @@ class FeatureSource:
         latents = self.pipe.encode_pixels(pixels, sample_posterior=False) if self.needs_latents else None
         return self(pixels, latents)
 
+    def parts(self) -> dict[str, Any]:
+        """What every real image passes through on its way to features, by name."""
+        networks: dict[str, Any] = {str(place): network for place, network in enumerate(self.networks)}
+        return networks | ({"vae": self.pipe.vae} if self.needs_latents else {})
+
+    def classifiers(self) -> dict[str, str | None]:
+        """Names of the classifiers that features come from."""
+        used = {"classifier"} | ({"classifier_2"} & {spec.network for spec in self.specs})
+        return {name: name_of(getattr(self.pipe, name)) for name in sorted(used)}
+
     @torch.no_grad()
     def probe(self) -> list[torch.Tensor]:
         """Features `(2, d_l)` of two fixed noise images, layer by layer, float32 on CPU.
@@ -389,3 +400,9 @@ def _group(spec: FeatureSpec) -> tuple[str, str, int]:
 def _parts(spec: FeatureSpec) -> list[tuple]:
     """Every layer of a spec, told from all others."""
     return [(*_group(spec), layer, spec.pooling) for layer in spec.layers]
+
+
+def name_of(model: Any) -> str | None:
+    """Hub id of a model; of a local folder only its last part, as targets are shared."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    return (Path(name).name if Path(name).exists() or Path(name).is_absolute() else name) or None

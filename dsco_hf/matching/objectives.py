@@ -6,6 +6,7 @@ needs the memory of one micro-batch only (`dsco_hf.sampling.noise.joint_gradient
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -81,6 +82,7 @@ class Objective(Choice):
         rows = targets.rows_of(ids).to(device)
         return Bound(self, pipe, FeatureSource(pipe, targets.features), rows, targets.to(device), previous)
 
+    @abc.abstractmethod
     def losses(self, seen: Observation, bound: Bound) -> torch.Tensor:
         """The losses `(K,)` of the K classes that occur, in ascending order of their row; lower is better.
 
@@ -88,7 +90,6 @@ class Objective(Choice):
             seen ([`Observation`]): what the networks see in the B images; gradients reach it.
             bound ([`Bound`]): each image's row of the targets, the targets, and the finished images.
         """
-        raise NotImplementedError(f"{type(self).__name__} must have the method `losses(seen, bound)`.")
 
 
 @dataclasses.dataclass(frozen=True)

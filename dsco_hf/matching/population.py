@@ -23,8 +23,8 @@ from ..data.pixels import PixelBatch, iterate_pixels
 from ..data.schema import nearest
 from ..utils.processes import Team
 from ..utils.values import LARGEST_SET, check_whole
-from .feature_files import FeatureFolder, TemporaryFeatures
 from .feature_spec import layer_weights
+from .files import FeatureFolder, TemporaryFeatures
 from .kernels import draw_frequencies, fourier_embedding, median_bandwidth
 
 
@@ -433,3 +433,15 @@ def refuse_empty_classes(weights: Iterable[float], names: Sequence[str]) -> None
             "class at least one image, or leave it out: of a dataset that is not streamed such classes are left out "
             "by themselves, of samples by `class_labels`."
         )
+
+
+def rows_of_labels(class_labels: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+    """Position in `class_labels` of each wanted class; ValueError names the classes that are not there."""
+    rows = {label: row for row, label in reversed(list(enumerate(class_labels)))}
+    missing = sorted({int(label) for label in wanted} - set(rows))
+    if missing:
+        raise ValueError(
+            f"There are no targets for class(es) {missing[:10]} of the generator; there are for "
+            f"{sorted(rows)[:20]}{' …' if len(rows) > 20 else ''}. Make targets that include them."
+        )
+    return torch.tensor([rows[int(label)] for label in wanted], dtype=torch.int64)

@@ -29,13 +29,12 @@ from .feature_spec import (
     check_finite,
     check_probe,
     feature_specs,
+    name_of,
 )
 from .features import features_and_logits, probe_features
+from .files import check_shapes, find_targets, read_config, read_tensors, write_targets
 from .kernels import fourier_embedding
-from .population import Population, Weighting, shared_batches, template_units
-from .target_files import CONFIG_NAME as CONFIG_NAME
-from .target_files import WEIGHTS_NAME as WEIGHTS_NAME
-from .target_files import check_shapes, find_targets, read_config, read_tensors, write_targets
+from .population import Population, Weighting, rows_of_labels, shared_batches, template_units
 
 
 logger = logging.getLogger(__name__)
@@ -218,13 +217,8 @@ class MatchingTargets:
         specs = feature_specs(features)
         source = FeatureSource(pipe, specs)
         names = present_classes(dataset, label_column=label_column)
-        labels = class_mapping(
-            class_names(dataset, label_column=label_column),
-            pipe.id2label,
-            pipe.num_classes,
-            mapping=mapping,
-            present=names,
-        )
+        known = class_names(dataset, label_column=label_column)
+        labels = class_mapping(known, pipe.id2label, pipe.num_classes, mapping=mapping, present=names)
         source.warn_of_other_classes(names)
         probe = source.probe()
         columns = {"image_column": image_column, "label_column": label_column}
@@ -234,24 +228,16 @@ class MatchingTargets:
         identity = {
             "population": "data",
             "dataset_fingerprint": fingerprint,
-            "class_names": names,
             **options,
             "batch_size": batch_size,
             "processes": None if mapped or accelerator is None else accelerator.num_processes,
-            "features": [dataclasses.asdict(spec) for spec in specs],
-            "networks": {} if work_dir is None else _digests(_seen_through(pipe, source)),
-            "versions": versions(),
         }
-        shared: dict[str, Any] = {
-            "accelerator": accelerator,
-            "work_dir": work_dir,
-            "identity": identity,
-            "device": source.device,
-        }
+        shared: dict[str, Any] = {"seed": seed, "accelerator": accelerator}
+        population = _population(source, names, identity, source.parts(), work_dir, **shared)
         options["threads"] = default_threads() if decode_threads is None else decode_threads
         options["classes"] = names
         options["progress"] = progress and (accelerator is None or accelerator.is_main_process)
-        with Population(names, seed=seed, **shared) as population:
+        with population:
             for unit, batch in shared_batches(dataset, population, batch_size=batch_size, **options):
                 seen = source.of_pixels(batch.pixels).features
                 check_finite(seen, f"image {int(batch.indices[0])} and following")
@@ -267,7 +253,7 @@ class MatchingTargets:
             "fingerprint": fingerprint if mapped else None,
             "images": images,
             "skipped": len(dataset) - images if mapped else None,
-            **_classifiers(pipe, specs),
+            **source.classifiers(),
             "seed": seed,
         }
         return cls(names, labels, **statistics, probe=torch.cat(probe, dim=1), provenance=provenance, features=specs)
@@ -344,39 +330,24 @@ class MatchingTargets:
         identity = {
             "population": "generator",
             "class_labels": labels,
-            "class_names": names,
             **drawing,
-            "features": [dataclasses.asdict(spec) for spec in specs],
             "seed": seed,
             "batch_size": batch_size,
-            "networks": {} if work_dir is None else _digests(components_of(pipe) | _seen_through(pipe, source)),
-            "versions": versions(),
         }
-        shared: dict[str, Any] = {
-            "accelerator": accelerator,
-            "work_dir": work_dir,
-            "identity": identity,
-            "device": source.device,
-        }
+        parts = components_of(pipe) | source.parts()
+        shared: dict[str, Any] = {"seed": seed, "accelerator": accelerator}
+        population = _population(source, names, identity, parts, work_dir, **shared)
         units = template_units(len(labels), samples_per_class, batch_size)
-        with Population(names, seed=seed, **shared) as population:
+        with population:
             population.resume(population.finished)
-            mine = population.share(list(units))
-            total = sum(len(units[unit][1]) for unit in mine)
+            mine = {unit: units[unit] for unit in population.share(list(units))}
+            total = sum(len(indices) for _, indices in mine.values())
             shown = progress and (accelerator is None or accelerator.is_main_process)
             with tqdm(total=total, desc="Template samples", unit="img", disable=not shown) as bar:
-                for unit in mine:
-                    row, indices = units[unit]
+                for unit, (row, indices) in mine.items():
                     seeds = [image_seed(seed, labels[row], index, "template") for index in indices]
                     drawn = pipe.sample([labels[row]] * len(seeds), seeds=seeds, **sampling)
-                    seen = source.of_pixels(drawn.images * 2 - 1)
-                    check_finite(seen.features, f"template samples of class {names[row]!r}")
-                    logits = seen.logits
-                    if weighting != "none" and not source.predicts:
-                        logits = features_and_logits(pipe.classifier, drawn.images * 2 - 1)[1]
-                    samples, rows, weights = (part.cpu() for part in weigh(logits, row))
-                    keys = torch.tensor(seeds)[samples]
-                    population.add(seen.features.cpu()[samples], rows, weights, keys=keys, unit=unit)
+                    _add_templates(population, source, weigh, drawn.images * 2 - 1, row, seeds, unit)
                     bar.update(len(seeds))
             sizes = [block.shape[1] for block in probe]
             statistics = population.embed(
@@ -386,8 +357,8 @@ class MatchingTargets:
         provenance = {
             "population": "generator",
             **drawing,
-            "generator": _name_of(pipe),
-            **_classifiers(pipe, specs),
+            "generator": name_of(pipe),
+            **source.classifiers(),
             "seed": seed,
         }
         return cls(names, labels, **statistics, probe=torch.cat(probe, dim=1), provenance=provenance, features=specs)
@@ -429,39 +400,48 @@ class MatchingTargets:
         return cls(**fields, **tensors, features=specs)
 
 
-def rows_of_labels(class_labels: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-    """Position in `class_labels` of each wanted class; ValueError names the classes that are not there."""
-    rows = {label: row for row, label in reversed(list(enumerate(class_labels)))}
-    missing = sorted({int(label) for label in wanted} - set(rows))
-    if missing:
-        raise ValueError(
-            f"There are no targets for class(es) {missing[:10]} of the generator; there are for "
-            f"{sorted(rows)[:20]}{' …' if len(rows) > 20 else ''}. Make targets that include them."
-        )
-    return torch.tensor([rows[int(label)] for label in wanted], dtype=torch.int64)
+def _population(
+    source: FeatureSource,
+    names: Sequence[str],
+    identity: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    work_dir: str | Path | None,
+    **shared: Any,
+) -> Population:
+    """The features of one pass; a pass that goes on in `work_dir` knows itself by all that decides them."""
+    known = {
+        **identity,
+        "class_names": list(names),
+        "features": [dataclasses.asdict(spec) for spec in source.specs],
+        "networks": {} if work_dir is None else _digests(parts),
+        "versions": versions(),
+    }
+    return Population(names, work_dir=work_dir, identity=known, device=source.device, **shared)
 
 
-def _classifiers(pipe: DiffusionPipeline, specs: Sequence[FeatureSpec]) -> dict[str, str | None]:
-    """Names of the classifiers that a pipeline's features come from."""
-    used = {"classifier"} | ({"classifier_2"} & {spec.network for spec in specs})
-    return {name: _name_of(getattr(pipe, name)) for name in sorted(used)}
-
-
-def _seen_through(pipe: DiffusionPipeline, source: FeatureSource) -> dict[str, Any]:
-    """What every real image passes through on its way to features."""
-    networks: dict[str, Any] = {str(place): network for place, network in enumerate(source.networks)}
-    return networks | ({"vae": pipe.vae} if source.needs_latents else {})
+def _add_templates(
+    population: Population,
+    source: FeatureSource,
+    weigh: Weighting,
+    pixels: torch.Tensor,
+    row: int,
+    seeds: Sequence[int],
+    unit: str,
+) -> None:
+    """Adds samples `(B, C, H, W)` of a class, weighted by what the classifier makes of them."""
+    seen = source.of_pixels(pixels)
+    check_finite(seen.features, f"template samples of class {population.names[row]!r}")
+    logits = seen.logits
+    if weigh.kind != "none" and not source.predicts:
+        logits = features_and_logits(source.pipe.classifier, pixels)[1]
+    samples, rows, weights = (part.cpu() for part in weigh(logits, row))
+    keys = torch.tensor(seeds)[samples]
+    population.add(seen.features.cpu()[samples], rows, weights, keys=keys, unit=unit)
 
 
 def _digests(parts: Mapping[str, Any]) -> dict[str, str]:
     """By which a pass knows its models again."""
     return {name: fingerprint(part)[:16] for name, part in parts.items() if part is not None}
-
-
-def _name_of(model: Any) -> str | None:
-    """Hub id of a model; of a local folder only its last part, as targets are shared."""
-    name = str(getattr(model, "name_or_path", "") or "")
-    return (Path(name).name if Path(name).exists() or Path(name).is_absolute() else name) or None
 
 
 def _source_of(dataset: Dataset | IterableDataset) -> str | None:

@@ -22,8 +22,8 @@ from ..data.schema import image_seed
 from ..matching.feature_spec import Features
 from ..matching.feature_spec import RandomExtractor as RandomExtractor
 from ..matching.objectives import check_kind
-from ..matching.population import refuse_empty_classes
-from ..matching.targets import MatchingTargets, rows_of_labels
+from ..matching.population import refuse_empty_classes, rows_of_labels
+from ..matching.targets import MatchingTargets
 from ..utils.values import plain_arguments, plain_fields
 from .call import Call, Plain, Sampling, SamplingMethod
 from .noise import momentum_descent

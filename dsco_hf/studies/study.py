@@ -14,7 +14,6 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..concentration.concentrate import measure_discrepancy
 from ..concentration.doping import select, selected_rows
 from ..concentration.methods import in_order
 from ..concentration.selection import Herding
@@ -32,6 +31,7 @@ from ..evaluators import (
     train_job,
 )
 from ..evaluators.evaluation import read_job, run_environment
+from ..matching.discrepancy import measure_discrepancy
 from ..matching.targets import MatchingTargets
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.configs import make_accelerator

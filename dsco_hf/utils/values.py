@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import inspect
@@ -65,7 +66,7 @@ def check_real(
     return number if isinstance(number, int | float) else float(number)
 
 
-class Choice:
+class Choice(abc.ABC):
     """Base of frozen dataclasses that are chosen by name or as objects, and recorded as their name and fields.
 
     A class directly below this one is a family, such as objectives; those below it are its kinds. Those of this

@@ -39,12 +39,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from dsco_hf import RKHS, DsCoPipeline, MatchingTargets, build_evaluator, concentrate, load_digits_dataset, select
-from dsco_hf.concentration.concentrate import measure_discrepancy
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.evaluators import Execution, get_protocol, load_image_set, predict_logits, train_evaluator, train_job
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.generators.training import train_generator
+from dsco_hf.matching.discrepancy import measure_discrepancy
 from dsco_hf.matching.feature_spec import FeatureSource, feature_specs, layer_weights
 from dsco_hf.matching.kernels import draw_frequencies, fourier_embedding, median_bandwidth
 

@@ -17,15 +17,10 @@ from dsco_hf import (
     concentrate_to_folder,
     measure_discrepancy,
 )
-from dsco_hf.concentration.concentrate import (
-    PreviousBlocks,
-    embed_pixels,
-    pixels_from_images,
-    plan_units,
-    random_discrepancy,
-)
+from dsco_hf.concentration.concentrate import pixels_from_images, plan_units
 from dsco_hf.data.datasets import images_from_pixels, load_pixels
 from dsco_hf.data.schema import image_seed
+from dsco_hf.matching.discrepancy import PreviousBlocks, embed_pixels, random_discrepancy
 from dsco_hf.matching.feature_spec import FeatureSource
 from dsco_hf.matching.kernels import mmd2
 from dsco_hf.matching.objectives import ridge

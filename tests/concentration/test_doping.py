@@ -7,8 +7,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
 from dsco_hf import Clarity, ConvNetForImageClassification, Herding, MatchingTargets, concentrate, dope
-from dsco_hf.concentration.concentrate import embed_pixels
 from dsco_hf.data.datasets import load_pixels
+from dsco_hf.matching.discrepancy import embed_pixels
 from dsco_hf.matching.kernels import mmd2
 
 

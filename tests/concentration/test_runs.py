@@ -22,9 +22,9 @@ from dsco_hf import (
     concentrate,
     concentrate_and_report,
 )
-from dsco_hf.concentration.concentrate import Unit, plan_units
+from dsco_hf.concentration.concentrate import Unit, divide, plan_units
 from dsco_hf.concentration.run_folder import RunFolder
-from dsco_hf.concentration.runs import concentrate_to_folder, divide
+from dsco_hf.concentration.runs import concentrate_to_folder
 from dsco_hf.utils.origins import model_sha256, targets_sha256
 from dsco_hf.utils.processes import RunError
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from dsco_hf import MatchingTargets
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.features import features_and_logits, probe_features
+from dsco_hf.matching.files import CONFIG_NAME, WEIGHTS_NAME
 from dsco_hf.matching.kernels import fourier_embedding
-from dsco_hf.matching.targets import CONFIG_NAME, WEIGHTS_NAME, rows_of_labels
+from dsco_hf.matching.population import rows_of_labels
 from dsco_hf.utils.origins import targets_sha256
 
 

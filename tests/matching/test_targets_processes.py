@@ -12,7 +12,7 @@ import torch
 from datasets import IterableDataset
 
 from dsco_hf import MatchingTargets
-from dsco_hf.matching.feature_files import PASS_NAME
+from dsco_hf.matching.files import PASS_NAME
 from dsco_hf.utils.files import locked
 from dsco_hf.utils.processes import RunError
 from targets_worker import CASES, DRAWN, SMALL, made_from_dataset, sorted_images

@@ -12,7 +12,7 @@ from dsco_hf.concentration.run_folder import RunFolder, unit_name
 from dsco_hf.evaluators import Execution, ImageSet, run_job
 from dsco_hf.evaluators.evaluation import read_job
 from dsco_hf.hub.folder import read_folder, save_dataset_folder
-from dsco_hf.matching.feature_files import FeatureFolder
+from dsco_hf.matching.files import FeatureFolder
 from dsco_hf.utils.files import DamagedFileError
 from dsco_hf.utils.processes import Team
 from hub.samples import tiny_dataset
