@@ -13,6 +13,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from advice import World
 from dsco_hf import ConvNetConfig, ConvNetForImageClassification, DsCoPipeline, MatchingTargets
+from hub import Client, LoopbackHub
+from hub.samples import TOKEN
 
 
 NAMES = ("circle", "square", "triangle")
@@ -199,3 +201,19 @@ def latent_pipe(dit_folder):
     pipe = DsCoPipeline.from_pretrained(dit_folder, classifier=tiny_resnet(names=IMAGENET_NAMES))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub on loopback with one user."""
+    with LoopbackHub(tmp_path_factory.mktemp("server")) as hub:
+        hub.add_user("ann", TOKEN)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def ann(hub, tmp_path_factory):
+    """Her process, which prints no token."""
+    with Client(hub.url, tmp_path_factory.mktemp("ann"), token=TOKEN) as client:
+        yield client
+        assert TOKEN not in client.output()

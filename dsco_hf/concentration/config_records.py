@@ -18,6 +18,7 @@ from ..sampling.flat import from_flat
 from ..sampling.nopt import NOISE
 from ..utils.markdown import Trusted, escape_id, escape_markdown, format_number, parameter_rows
 from .methods import find_method
+from .selection import Selection
 
 
 MARK = "dsco_hf"  # under which a record stands in the description of a dataset
@@ -112,12 +113,6 @@ def as_description(record: Mapping[str, Any]) -> str:
 # What cards tell of how images were made.
 
 _PAPER = "[arXiv 2603.27987](https://arxiv.org/abs/2603.27987)"
-# What was done with each way to choose real images.
-_ADDED = {
-    "herding": "Real images were added that fill best what the synthetic ones leave unmatched.",
-    "clarity": "Real images were added that students of the synthetic ones find least clear.",
-    "random": "Real images were added at random.",
-}
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PARTS = {
     "source": "source data",
@@ -147,7 +142,8 @@ def what_was_done(record: Mapping[str, Any]) -> list[str]:
     rule = doping.get("strategy")
     name = rule.get("name") if isinstance(rule, Mapping) else rule  # a text in records of version 0.1
     other = f"Real images were added by the rule {escape_markdown(str(name))}." if name else ""
-    return [text for text in (_drawn(record), _ADDED.get(str(name), other)) if text]
+    added = getattr(Selection.kinds.get(str(name)), "sentence", "") or other
+    return [text for text in (_drawn(record), added) if text]
 
 
 def _drawn(record: Mapping[str, Any]) -> str:

@@ -63,9 +63,11 @@ class Selection(Choice):
         across_classes (`bool`): its ranking compares images of different classes: the first of all of them may be
             chosen. Otherwise every class is filled by itself.
         picks (`bool`): it ranks only those that should be chosen, so that their number need not be said.
+        sentence (`str`): what cards say was done; by its name if empty.
     """
 
     argument: ClassVar[str] = "strategy"
+    sentence: ClassVar[str] = ""
     across_classes: ClassVar[bool] = False
     picks: ClassVar[bool] = False
 
@@ -108,6 +110,8 @@ class Random(Selection):
     Alone and on top of a set the same seed draws otherwise: what is added is independent of the baseline beside it.
     """
 
+    sentence: ClassVar[str] = "Real images were added at random."
+
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int], pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
@@ -143,6 +147,8 @@ class Herding(Selection):
 
     targets: MatchingTargets | None = None
     features: PreTrainedModel | str | None = None
+
+    sentence: ClassVar[str] = "Real images were added that fill best what the synthetic ones leave unmatched."
 
     def __post_init__(self) -> None:
         """Refuses fields that exclude each other."""
@@ -242,6 +248,7 @@ class Clarity(Selection):
     num_students: int = 1
 
     across_classes: ClassVar[bool] = True
+    sentence: ClassVar[str] = "Real images were added that students of the synthetic ones find least clear."
 
     def __post_init__(self) -> None:
         """Takes the numbers of NumPy and torch and protocols as they are recorded, too."""
@@ -322,6 +329,7 @@ class Clearest(Selection):
     share: float = 0.2
 
     picks: ClassVar[bool] = True
+    sentence: ClassVar[str] = "Real images were added that the classifier is surest of."
 
     def __post_init__(self) -> None:
         """Takes the numbers of NumPy and torch, too."""

@@ -5,23 +5,8 @@ import json
 import huggingface_hub
 import pytest
 
-from hub import Client, ClientError, LoopbackHub
+from hub import Client, ClientError
 from hub.cards import validate_card
-from hub.samples import TOKEN
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with LoopbackHub(tmp_path_factory.mktemp("server")) as hub:
-        hub.add_user("ann", TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def ann(hub, tmp_path_factory):
-    with Client(hub.url, tmp_path_factory.mktemp("ann"), token=TOKEN) as client:
-        yield client
-        assert TOKEN not in client.output()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from dsco_hf.hub.folder import save_dataset_folder
-from hub import Client, LoopbackHub
 from hub.client import ROOT, environment
 from hub.samples import RECORD, TOKEN, tiny_dataset
 
@@ -24,20 +23,6 @@ except SystemExit as error:
     return str(error)
 return printed.getvalue()
 """
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with LoopbackHub(tmp_path_factory.mktemp("server")) as hub:
-        hub.add_user("ann", TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def ann(hub, tmp_path_factory):
-    with Client(hub.url, tmp_path_factory.mktemp("ann"), token=TOKEN) as client:
-        yield client
-        assert TOKEN not in client.output()
 
 
 @pytest.fixture(scope="module")
