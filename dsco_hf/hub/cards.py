@@ -57,7 +57,7 @@ COLUMNS = {
     "soft_label": "class probabilities of the teacher",
 }
 CAPTIONS = {
-    "samples": "Samples",
+    "samples": "Images of every class",
     "accuracy": "Test accuracy against images per class",
     "features": "Features of the whole class and of the concentrated images",
     "cost": "Synthesis cost against images per class",
@@ -138,7 +138,7 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
                 ),
                 "discrepancy": format_number(row.get("discrepancy"), digits=4),
                 "random_discrepancy": format_number(_random_beside(row, rows), digits=4),
-                "seconds": format_number(row.get("seconds"), digits=1),
+                "seconds": format_number(row.get("seconds") or None, digits=1),  # real images are not drawn
                 "runs": format_number(runs) if runs else "–",
             }
         )
@@ -360,7 +360,11 @@ def _template_values(
         "figures": [(Trusted(path), _caption(path)) for path in figures],
         "accuracy_rows": accuracy_table(results),
         "seeds_sentence": Trusted(_seeds_sentence(results)),
-        "protocol": parameter_rows((results or {}).get("config")),
+        "told": [
+            (title, values)
+            for title, key in (("Protocol", "protocol"), ("Settings", "config"))
+            if (values := parameter_rows((results or {}).get(key)))
+        ],
         **ways(records),
         "can_be_remade": can_be_remade(records[default]),
         "changed": any(record.get("changed") for record in records.values()),
@@ -368,7 +372,7 @@ def _template_values(
             (info["sources"] or {}).get("real") for e in configs.values() for info in e["splits"].values()
         ),
         "source_name": Trusted(source_name),
-        "generator_name": Trusted(escape_id(generator.get("id") or "not recorded")),
+        "generator_name": Trusted(escape_id(generator.get("id") or generator.get("folder") or "not recorded")),
         "source_license": source_license or "not known",
         "generator_license": generator_license or "not known",
         "license": license.get("license_name") or license["license"],

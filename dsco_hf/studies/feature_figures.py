@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .figures import FAINT, INK, save_figure, shorten
 
 
 _PANEL_CLASSES = 4
+_TITLE_WIDTH = 40  # characters that stand over a panel
 
 
 def feature_figure(
@@ -48,6 +50,17 @@ def feature_figure(
     Raises:
         ValueError: if a tensor has the wrong shape, or fewer than three real images are given.
     """
+    return save_figure(draw_features(real, sets, class_names, classes=classes), path)
+
+
+def draw_features(
+    real: tuple[torch.Tensor, torch.Tensor],
+    sets: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    class_names: Sequence[str],
+    *,
+    classes: Sequence[int] | None = None,
+) -> Figure:
+    """The figure of [`feature_figure`]; arguments as there."""
     _check_features(real, sets)
     common = set(real[1].tolist()).intersection(*(labels.tolist() for _, labels in sets.values()))
     if classes is None:
@@ -62,7 +75,7 @@ def feature_figure(
         _draw_class(axes, real, sets, label, class_names[label])
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    return save_figure(figure, path)
+    return figure
 
 
 def draw_study_features(
@@ -213,7 +226,9 @@ def _draw_class(
     _scatter(
         axes, points.mean(dim=0), s=90, marker="x", color=INK, linewidths=2.2, zorder=6, label="target: real mean"
     )
-    axes.set_title(f"class {shorten(name, 30)}\nMMD²: {', '.join(numbers)}", loc="left", fontsize=8.5)
+    whole = [number.replace(" ", "\N{NO-BREAK SPACE}") for number in numbers]
+    told = textwrap.fill(f"MMD²: {', '.join(whole)}", width=_TITLE_WIDTH)
+    axes.set_title(f"class {shorten(name, 30)}\n{told}", loc="left", fontsize=8.5)
     _bare(axes, shares)
 
 

@@ -197,6 +197,16 @@ def test_feature_figure(tmp_path):
     assert report.feature_figure(features(60, 3), sets, ["a", "b", "c"], path, classes=[1]).is_file()
 
 
+def test_what_stands_over_a_panel_stays_over_it():
+    sets = {"plain": features(90, 10, shift=1.0), "nopt": features(90, 10)}
+    figure = feature_figures.draw_features(features(200, 10), sets, [f"{'digit ' * 9}{i}" for i in range(10)])
+    FigureCanvasAgg(figure).draw()
+    titles = [axes.title if axes.get_title() else axes._left_title for axes in figure.axes]
+    boxes = [title.get_window_extent() for title in titles]
+    assert len(boxes) == 5 and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
 def test_feature_figure_of_one_class_and_few_images(tmp_path):
     path = tmp_path / "features.png"
     assert report.feature_figure(features(3, 1), {"nopt": features(1, 1)}, ["only"], path).is_file()
