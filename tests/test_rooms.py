@@ -16,15 +16,15 @@ ORDER = {
         *["base", "dit", "unet", "denoisers", "failures"],
         *["latents", "checkpoints", "data", "training"],
     ],
+    "evaluators": [
+        *["augmentation", "preprocessing", "configurations", "models", "protocol_fields"],
+        *["protocols", "batches", "training", "evaluation"],
+    ],
     "matching": [
-        *["files", "kernels", "preprocessing", "features", "feature_spec"],
+        *["files", "kernels", "features", "feature_spec"],
         *["population", "targets", "objectives", "discrepancy"],
     ],
     "sampling": ["models", "loading", "noise", "call", "nopt", "released", "flat", "checks", "pipeline"],
-    "evaluators": [
-        *["augmentation", "batches", "configurations", "models", "protocol_fields"],
-        *["protocols", "checks", "training", "evaluation"],
-    ],
     "concentration": [
         *["methods", "selection", "config_records", "set_records", "concentrate"],
         *["doping", "records", "run_folder", "runs"],

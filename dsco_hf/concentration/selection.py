@@ -37,7 +37,7 @@ from ..data.datasets import Pool
 from ..data.labels import class_mapping
 from ..data.schema import image_seed
 from ..evaluators import predict_logits
-from ..evaluators.checks import class_columns, model_classes
+from ..evaluators.batches import class_columns, model_classes
 from ..evaluators.evaluation import ImageSet, evaluator_builder
 from ..evaluators.protocols import Protocol, get_protocol, protocol_from_dict, protocol_to_dict
 from ..evaluators.training import train_evaluator

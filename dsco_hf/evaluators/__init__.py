@@ -1,8 +1,7 @@
 """Evaluators: networks, protocols and the training loop that tell how good a small dataset is."""
 
 from .augmentation import Augmented, augment
-from .batches import accuracy
-from .checks import check_same_classes, class_columns, model_classes
+from .batches import accuracy, check_same_classes, class_columns, model_classes
 from .evaluation import ImageSet, job_identity, load_image_set, run_job, summarise, train_job
 from .models import (
     ARCHITECTURES,

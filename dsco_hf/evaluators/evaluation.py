@@ -27,7 +27,7 @@ from ..utils.files import DamagedFileError, read_json, write_json
 from ..utils.origins import differences, identity, in_words, versions
 from ..utils.values import plain, plain_arguments
 from .batches import ImageSet as ImageSet
-from .checks import class_columns
+from .batches import class_columns
 from .models import build_evaluator, is_own_architecture
 from .protocols import Protocol
 from .training import Execution, train_evaluator

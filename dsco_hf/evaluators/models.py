@@ -2,7 +2,7 @@
 
 The ConvNet and the ResNets of the dataset-distillation literature as `PreTrainedModel`s, and any other
 `AutoModelForImageClassification` architecture through `build_evaluator`. All store `image_size`, `num_channels`,
-`image_mean` and `image_std` in their config, so that `dsco_hf.matching.features.preprocess` knows what they expect.
+`image_mean` and `image_std` in their config, so that `preprocess` knows what they expect.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def build_evaluator(
     Args:
         architecture (`str`): see `resolve_architecture`.
         class_names (`Sequence[str]`): names of the classes in the order of their labels; at least two, all different.
-        image_size (`int`): height and width in pixels that the model is fed; `features.preprocess` resizes to it.
+        image_size (`int`): height and width in pixels that the model is fed; `preprocess` resizes to it.
         num_channels (`int`): channels of its input.
         seed (`int`, *optional*): of the initial weights, which leaves PyTorch's global generator as it is; without it
             they come from that.

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..matching.features import preprocess
 from ..utils.files import remove_partials
 from ..utils.origins import differences, identity, in_words, versions
 from ..utils.progress import Pace
@@ -28,8 +27,12 @@ from ..utils.values import plain_arguments
 from .augmentation import Augmented, augment
 from .batches import (
     ImageSet,
+    check_images,
+    check_label_source,
+    class_columns,
     epoch_seed,
     hard_label_loss,
+    model_classes,
     part_size,
     predict_logits,
     read_checkpoint,
@@ -38,7 +41,7 @@ from .batches import (
 )
 from .batches import epoch_batches as epoch_batches
 from .batches import fast_layout as fast_layout
-from .checks import check_images, check_label_source, class_columns, model_classes
+from .preprocessing import preprocess
 from .protocols import Protocol, by_budget, learning_rate_factor
 
 

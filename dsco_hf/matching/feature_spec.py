@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from ..data.labels import class_mapping
 from ..data.schema import nearest
+from ..evaluators.preprocessing import preprocess
 from ..utils.values import plain_fields
-from .features import POOLINGS, Observation, check_layer, observe_layers, preprocess
+from .features import POOLINGS, Observation, check_layer, observe_layers
 
 
 logger = logging.getLogger(__name__)

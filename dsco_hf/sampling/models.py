@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..matching.features import ensure_preprocessing
+from ..evaluators.preprocessing import ensure_preprocessing
 from ..utils.files import DamagedFileError, check_path, read_json, reading
 from ..utils.safety import Token, explained, hub_error, is_pickle, status_of
 

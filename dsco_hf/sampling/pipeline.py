@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from ..data.labels import ClassLookup, class_mapping
 from ..data.schema import nearest
+from ..evaluators.preprocessing import ensure_preprocessing
 from ..generators.base import Denoiser, denoiser_of
 from ..generators.denoisers import SLOTS, as_components, with_slots
 from ..generators.failures import explained_out_of_memory, refuse_nonfinite
 from ..generators.latents import decode, encode, to_output
-from ..matching.features import ensure_preprocessing
 from ..matching.objectives import Objective
 from ..utils.values import LARGEST_SEED, check_whole
 from .call import Call, Sampling, SamplingMethod

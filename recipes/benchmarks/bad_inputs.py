@@ -56,7 +56,7 @@ from dsco_hf.concentration.selection import Clearest
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import class_mapping, load_pixels, stratified_split
 from dsco_hf.evaluators import get_protocol, load_image_set, protocol_from_dict
-from dsco_hf.evaluators.checks import check_same_classes
+from dsco_hf.evaluators.batches import check_same_classes
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 from dsco_hf.sampling.flat import from_flat
 from dsco_hf.utils.configs import parse_config

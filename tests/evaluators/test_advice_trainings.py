@@ -12,7 +12,7 @@ from dsco_hf import (
     train_evaluator,
 )
 from dsco_hf.data.pixels import load_pixels
-from dsco_hf.evaluators.checks import check_images, check_soft_labels, class_columns
+from dsco_hf.evaluators.batches import check_images, check_soft_labels, class_columns
 from dsco_hf.evaluators.evaluation import load_image_set, run_job
 from dsco_hf.evaluators.models import build_evaluator
 from dsco_hf.evaluators.protocols import protocol_from_dict

@@ -19,9 +19,10 @@ from transformers import (
 
 from dsco_hf import DsCoPipeline, Herding, MatchingTargets, NOpt, concentrate, dope
 from dsco_hf.data.datasets import load_pixels
+from dsco_hf.evaluators.preprocessing import preprocess
 from dsco_hf.matching.discrepancy import measure_discrepancy
 from dsco_hf.matching.feature_spec import DEFAULT_FEATURES, FeatureSource, FeatureSpec, feature_specs, layer_weights
-from dsco_hf.matching.features import features_and_logits, observe, pool, preprocess
+from dsco_hf.matching.features import features_and_logits, observe, pool
 from dsco_hf.sampling.released import RandomExtractor
 
 

@@ -4,14 +4,13 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from dsco_hf.evaluators.preprocessing import ensure_preprocessing, preprocess
 from dsco_hf.matching.features import (
     batchnorm_layers,
     classification_head,
-    ensure_preprocessing,
     feature_dim,
     features_and_logits,
     observe,
-    preprocess,
     probe_features,
 )
 

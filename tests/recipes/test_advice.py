@@ -28,7 +28,7 @@ from dsco_hf import DsCoPipeline, ImageSet, MatchingTargets, concentrate, dope, 
 from dsco_hf.concentration.doping import select
 from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
 from dsco_hf.data.splits import divide, refuse_slice
-from dsco_hf.evaluators.checks import check_same_classes
+from dsco_hf.evaluators.batches import check_same_classes
 from dsco_hf.studies.metrics import Accuracy, Coverage, top_k_accuracy
 from dsco_hf.utils.configs import parse_config
 from dsco_hf.utils.values import check_whole

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from dsco_hf import DsCoPipeline
-from dsco_hf.matching.features import ensure_preprocessing
+from dsco_hf.evaluators.preprocessing import ensure_preprocessing
 from dsco_hf.sampling.models import check_weights, explained_model, load_classifier, load_model, variants_of
 from dsco_hf.utils.files import DamagedFileError
 

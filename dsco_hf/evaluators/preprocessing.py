@@ -12,16 +12,22 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from ..utils.files import read_json
+from ..utils.origins import commit_of
 
 
 logger = logging.getLogger(__name__)
 
+IMAGENET_MEAN, IMAGENET_STD, IMAGENET_SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
 _MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling that PyTorch has, antialiased
 _CLASSES = {  # what these do with their `size` and `crop_size` and nobody else does
     "ConvNext": "crop_pct", "PoolFormer": "enlarge", "Levit": "levit", "Perceiver": "crop_first", "TextNet": "divisor",
@@ -220,3 +226,96 @@ def as_dict(preprocessing: Preprocessing) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any]) -> Preprocessing:
     """Back from a config."""
     return Preprocessing(**values)
+
+
+def ensure_preprocessing(
+    classifier: PreTrainedModel, *, subfolder: str | None = None, token: str | bool | None = None
+) -> PreTrainedModel:
+    """Writes what a classifier expects of its inputs into its config, where it is saved with it.
+
+    A config that holds `image_size`, `image_mean` and `image_std` (those trained by our recipes do) says it all:
+    resize, bilinear, and normalise. Otherwise the image processor beside the weights, of the same commit, is followed
+    in all it does, as `config.preprocessing` (see [`Preprocessing`]); what cannot be followed is warned of. If
+    there is none, the usual ImageNet values are taken, with a warning.
+
+    Args:
+        classifier (`PreTrainedModel`): a classifier of images.
+        subfolder (`str`, *optional*): that it was loaded from.
+        token (`str` or `bool`, *optional*): for a private repository on the Hub.
+
+    Returns:
+        `PreTrainedModel`: the same object.
+    """
+    config, wanted = classifier.config, ("image_size", "image_mean", "image_std")
+    if getattr(config, "preprocessing", None) or all(getattr(config, name, None) is not None for name in wanted):
+        return classifier
+    channels = getattr(config, "num_channels", 3)
+    name = classifier.name_or_path
+    try:
+        options: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
+        options |= {} if Path(name).is_dir() else {"token": token, "revision": commit_of(classifier)}
+        processor = AutoImageProcessor.from_pretrained(name, **options)
+        found = Preprocessing.of(processor, channels)
+        if channels in (1, 3):
+            check_against(processor, found, channels, name)
+        size = found.input_size(IMAGENET_SIZE, IMAGENET_SIZE)
+        values: Any = (size[0] if size[0] == size[1] else list(size), processor.image_mean, processor.image_std)
+        config.preprocessing = as_dict(found)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError) as error:
+        path = Path(name) / (subfolder or "") / "preprocessor_config.json"
+        if path.is_file():  # damaged, and then no reason to guess
+            read_json(path, "Save the image processor again, or copy it again.")
+        logger.warning(
+            "No preprocessor config that can be followed was found for classifier %r (%s): assuming %d px and "
+            "ImageNet normalisation. Set `image_size`, `image_mean` and `image_std` of `classifier.config` otherwise.",
+            name,
+            type(error).__name__,
+            IMAGENET_SIZE,
+        )
+        values = (IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD)
+    for key, value in zip(wanted, values, strict=True):
+        if getattr(config, key, None) is None:
+            setattr(config, key, value if key == "image_size" else _of_channels(value, channels))
+    return classifier
+
+
+def _of_channels(values: Sequence[float] | float | None, channels: int) -> list[float]:
+    """One number per channel: the mean of several where a classifier has another number of channels."""
+    found = [0.0] if values is None else [values] if isinstance(values, int | float) else list(values)
+    return found if len(found) == channels else [sum(found) / len(found)] * channels
+
+
+def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tensor:
+    """Turns pixels in [-1, 1] into the `pixel_values` of a classifier; differentiable.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(B, C, H, W)`, range [-1, 1]): C is 1 or 3; grayscale is repeated for a colour
+            classifier, colour is averaged for a grayscale one.
+        classifier (`PreTrainedModel`): what it expects is in its config, see [`ensure_preprocessing`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, num_channels, h, w)`, in the precision of `pixels`, as the classifier's processor
+            makes them.
+    """
+    config = ensure_preprocessing(classifier).config  # a classifier may have been put into a pipeline by hand
+    channels = getattr(config, "num_channels", 3)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{type(classifier).__name__} takes {channels} channels, images have 1 or 3. Features of a classifier "
+            "that was trained on latents are matched with `FeatureSpec(space='latents')`."
+        )
+    if pixels.shape[1] != channels:
+        pixels = pixels.expand(-1, channels, -1, -1) if pixels.shape[1] == 1 else pixels.mean(dim=1, keepdim=True)
+    if getattr(config, "preprocessing", None):
+        return from_dict(config.preprocessing)(pixels)
+    size = config.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if tuple(pixels.shape[-2:]) != size:
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+    if all(m == 0.5 for m in config.image_mean) and all(s == 0.5 for s in config.image_std):
+        return pixels  # (x / 2 + 0.5 - 0.5) / 0.5 = x
+    mean, std = (
+        torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+        for v in (config.image_mean, config.image_std)
+    )
+    return (pixels / 2 + 0.5 - mean) / std

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from dsco_hf import Clarity, Clearest, dope, get_protocol, select, train_evaluator
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.evaluators import ImageSet, predict_logits
-from dsco_hf.matching.preprocessing import Preprocessing, as_dict, center_crop, check_against, from_dict
+from dsco_hf.evaluators.preprocessing import Preprocessing, as_dict, center_crop, check_against, from_dict
 from dsco_hf.utils.origins import commit_of
 
 
