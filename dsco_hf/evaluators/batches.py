@@ -69,9 +69,16 @@ class ImageSet:
 
 
 def fast_layout(model: torch.nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last, which convolutions prefer, unless group norms on an accelerator would undo it at every layer."""
-    groups = any(isinstance(m, torch.nn.GroupNorm) for m in model.modules())
-    return torch.contiguous_format if groups and device.type != "cpu" else torch.channels_last
+    """Channels last, which convolutions prefer, unless group norms on an accelerator would undo it at every layer.
+
+    Nor where oneDNN would write past its memory on a CPU: https://github.com/uxlfoundation/oneDNN/issues/6035.
+    """
+    if device.type == "cpu":
+        convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]
+        unsuited = any(m.stride != (1, 1) and m.in_channels < 16 for m in convolutions)
+    else:
+        unsuited = any(isinstance(m, torch.nn.GroupNorm) for m in model.modules())
+    return torch.contiguous_format if unsuited else torch.channels_last
 
 
 @plain_arguments(batch_size=1)

@@ -24,7 +24,7 @@ from dsco_hf.evaluators import (
 )
 from dsco_hf.evaluators.augmentation import CutMix, HorizontalFlip, RandomShift
 from dsco_hf.evaluators.batches import hard_label_loss, soft_label_loss
-from dsco_hf.evaluators.training import epoch_batches, make_optimizer
+from dsco_hf.evaluators.training import epoch_batches, fast_layout, make_optimizer
 
 
 NAMES = ["dark", "left", "right"]
@@ -57,6 +57,13 @@ def train(model=None, data=None, **options):
 
 def same_weights(first, second):
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("width", "layout"), [(4, torch.contiguous_format), (16, torch.channels_last)])
+def test_the_layout_is_one_in_which_gradients_stay_within_their_memory(width, layout):
+    """On CPUs with AVX2 the process would die of it: https://github.com/uxlfoundation/oneDNN/issues/6035."""
+    model = builder("resnet-18", width=width)()
+    assert fast_layout(model, torch.device("cpu")) == layout
 
 
 @pytest.mark.parametrize("architecture", ["convnet-2", "resnet-18", "resnet-small"])
