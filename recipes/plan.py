@@ -5,9 +5,9 @@
     python recipes/plan.py --preset imagenet1k --images_per_class 10 50 650 --num_processes 1 8 64 --device a100
     python recipes/plan.py --preset imagenet1k --device a100 --memory_gib 24 --max_hours 8
 
-Calls are counted with the pipeline's own arithmetic, and are exact. Time comes from a short probe of this machine
-(`--device here`), or from counted FLOPs and a stated share of a device's peak rate, which is an assumption. Prints
-Markdown; `--help` lists the options.
+Calls are counted by the pipeline itself on networks that cost nothing, and are exact. Time comes from a few steps on
+this machine (`--device here`), or from counted FLOPs and a stated share of a device's peak rate, which is an
+assumption. Prints Markdown; `--help` lists the options.
 """
 
 from __future__ import annotations

@@ -36,11 +36,13 @@ from dsco_hf import (
     select,
 )
 from dsco_hf.concentration.records import config_record, record_parameters
-from dsco_hf.costs.passes import calls, count_run, pass_costs
+from dsco_hf.costs.passes import Rehearsal
+from dsco_hf.costs.tracing import pass_costs
 from dsco_hf.generators.base import FAMILIES, denoiser_of
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 from dsco_hf.generators.training import train_generator
 from dsco_hf.matching.objectives import class_means
+from dsco_hf.sampling.call import calls
 
 
 # Denoiser
@@ -333,9 +335,6 @@ class Toned(SamplingMethod):
         light = pixels.mean(dim=(1, 2, 3)).view(self.candidates, len(call.wanted))
         return light.argmax(dim=0) * len(call.wanted) + torch.arange(len(call.wanted))
 
-    def passes(self, pipe, images, steps, sampling, features=None):
-        return Counter(denoiser=-images, step=-images)  # one step less
-
 
 OWN = {"objective": NOpt(EachNearest(0.1), start=0.0), "method": Toned(tone=0.25)}
 
@@ -357,7 +356,8 @@ def test_an_objective_or_a_method_of_ones_own_does_all_that_a_built_in_does(pipe
     with pytest.raises(ValueError, match="there, .* now"):
         changed = {"objective": NOpt(EachNearest(0.2), start=0.0), "method": Toned(tone=0.5)}[kind]
         concentrate_to_folder(pipe, targets, 2, tmp_path / "run", method=changed, **options)
-    counted = calls(count_run(pipe, 3, 2, sampling, block_size=1, images_per_call=4))
+    sizes = {"block_size": 1, "images_per_call": 4}
+    counted = calls(sum((passes for _, passes in Rehearsal(pipe, sampling).run(3, 2, **sizes)), Counter()))
     spent = {name: getattr(run.report, name) for name in counted}
     assert spent == counted and spent["denoiser_calls"] == {"objective": 6 * (4 + 3), "method": 6 * 2 * 3}[kind]
     save_dataset_folder(small, tmp_path / "set", targets=targets)

@@ -1,9 +1,9 @@
-"""What concentration costs, known before it runs: passes through each model, FLOPs, memory and time.
+"""What concentration costs, known before it runs: passes through each network, FLOPs, memory and time.
 
-Passes are counted with the arithmetic that the pipeline and the methods use, so they are exact. FLOPs and memory are
-counted by tracing one pass of each kind at its real shape without computing it (fake or meta tensors). Seconds are
-passes times the seconds of one pass, which are either measured by a short probe ([`probe_seconds`]) or assumed from a
-device's peak rate.
+Passes are counted by a [`Rehearsal`]: the pipeline itself, with networks that cost nothing, so they are exact for any
+method and objective. FLOPs and memory are counted by tracing one pass of each kind at its real shape without computing
+it (`dsco_hf.costs.tracing`). Seconds are passes times the seconds of one pass, which are either those of a few real
+steps ([`probe_seconds`]) or assumed from a device's peak rate.
 """
 
 from __future__ import annotations
@@ -11,45 +11,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler
+from torch.overrides import TorchFunctionMode
 
 from ..concentration.concentrate import BLOCK_SIZE, IMAGES_PER_CALL, Unit, divide, plan_units
+from ..evaluators.configurations import ConvNetConfig
+from ..evaluators.models import ConvNetForImageClassification
+from ..generators.denoisers import GeneratorTrainingConfig, build_denoiser
 from ..matching.feature_spec import Features, FeatureSource, feature_specs
-from ..sampling.call import Sampling
+from ..matching.kernels import draw_frequencies
+from ..matching.targets import MatchingTargets
+from ..sampling.call import KINDS as CALL_KINDS
+from ..sampling.call import Sampling, SamplingMethod, calls
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import RandomExtractor
+from ..sampling.released import QuantileTargets, Released
 from ..utils.values import plain_arguments
-from .tracing import PassCost as PassCost
-from .tracing import Tracer, modules_of
+from .tracing import PassCost, predict_memory
 
 
-# Kinds of passes; each is counted in images. "preview" is the decoder that noise is optimised with: the preview
-# decoder, or the full one where there is none. A `_backward` pass is forward and backward to its input.
-KINDS = {
-    "denoiser": "denoiser, at a sampling step",
-    "lookahead": "denoiser, at a look-ahead",
-    "decoder": "decoder, of the finished images",
-    "preview": "decoder while optimising, forward only",
-    "preview_backward": "decoder while optimising, forward and backward",
-    "classifier": "classifier, forward only",
-    "classifier_backward": "classifier, forward and backward",
-    "extractor": "random network, forward only",
-    "extractor_backward": "random network, forward and backward",
-    "embedding": "classifier, of finished blocks",
-    "further_networks": "further networks, where features come from several; their work is that of `classifier`",
-    "step": "noise and scheduler of a sampling step",
-    "update": "objective and update of the noise",
-    "call": "checks and conversions, once per image and call",
-}
-_CALLS = {
-    "denoiser_calls": ("denoiser", "lookahead"),
-    "decoder_calls": ("decoder", "preview", "preview_backward"),
-    "classifier_calls": ("classifier", "classifier_backward", "extractor_backward", "further_networks"),
-}
+# Kinds of passes: those that a call counts, and what a run adds
+KINDS = CALL_KINDS | {"embedding": "all networks of the features, of finished blocks", "call": "all else, of an image"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,155 +63,207 @@ class Prediction:
         return calls(self.passes)
 
 
-def calls(passes: Mapping[str, int]) -> dict[str, int]:
-    """`denoiser_calls`, `decoder_calls` and `classifier_calls`, as in [`DsCoPipelineOutput`]."""
-    return {name: sum(passes.get(kind, 0) for kind in kinds) for name, kinds in _CALLS.items()}
-
-
-def count_passes(
-    pipe: DsCoPipeline,
-    images: int,
-    sampling: Sampling,
-    *,
-    features: Features = None,
-    output_type: str = "pt",
-) -> Counter[str]:
-    """Images that pass through each model in one call of the pipeline, with the targets that the method needs.
+class Rehearsal:
+    """A pipeline's calls on networks that cost nothing: what passes through which is counted, whatever the method.
 
     Args:
-        pipe (`DsCoPipeline`): its components decide what there is to pass through.
-        images (`int`): images that the call is asked for.
-        sampling ([`Sampling`]): how they are drawn.
+        pipe (`DsCoPipeline`): which components it has, and its scheduler, are taken over.
+        sampling ([`Sampling`]): how images are drawn.
         features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
-        output_type (`str`): latents are not decoded.
+    """
+
+    def __init__(self, pipe: DsCoPipeline, sampling: Sampling, features: Features = None) -> None:
+        self.pipe, self.sampling, self.features = pipe, sampling, feature_specs(features)
+        # layers and poolings make no pass more or less
+        bare = (dataclasses.replace(spec, layers=("pooled",), pooling="average") for spec in self.features)
+        self._specs = list(dict.fromkeys(bare))
+        self._known: dict[tuple[int, int, str], Counter[str]] = {}
+
+    def passes(self, images: int, *, classes: int = 1, output_type: str = "pt") -> Counter[str]:
+        """Images that pass through each network in one call.
+
+        Args:
+            images (`int`): that the call is asked for.
+            classes (`int`): of which they are; "extractor" is counted for one real image of each.
+            output_type (`str`): latents are not decoded.
+
+        Returns:
+            `Counter`: by kind, see `KINDS`.
+        """
+        key = (images, classes, output_type)
+        if key not in self._known:
+            self._known[key] = self._count(*key)
+        return self._known[key]
+
+    def _count(self, *key: Any) -> Counter[str]:
+        """One call; of its iterations, which all are alike, two are done."""
+        method = self.sampling.method
+        iterations = getattr(method, "iterations", 1)
+        few: Any = [{"iterations": count} for count in range(1, min(iterations, 2) + 1)] if iterations > 1 else [{}]
+        one, *two = (self._counts_of(dataclasses.replace(method, **changes), *key) for changes in few)
+        for kind, count in (two[0] - one if two else Counter()).items():
+            one[kind] += count * (iterations - 1)
+        return one + Counter(call=key[0])
+
+    def _counts_of(self, method: SamplingMethod, images: int, classes: int, output_type: str) -> Counter[str]:
+        pipe = stand_in_pipeline(self.pipe, max(2, classes))
+        sampling = dataclasses.replace(self.sampling, method=method)
+        labels = [index % classes for index in range(images)]
+        with FreeConvolutions():
+            targets = stand_in_targets(pipe, method, features=self._specs, embedding_dim=8)
+            call = pipe.start_call(labels, targets, sampling, output_type=output_type)
+            pipe.draw(call, output_type)
+        return call.counts
+
+    def unit(self, unit: Unit, *, last: bool, population: int = 0) -> Counter[str]:
+        """Passes of one unit of a run, see [`dsco_hf.concentration.concentrate.plan_units`].
+
+        Args:
+            unit (`Unit`): a block of images of some classes.
+            last (`bool`): whether it is the last block: the images of all others are embedded for those that follow.
+            population (`int`): real images per class, which only some methods pass through a network.
+        """
+        passes = Counter(self.passes(unit.images, classes=len(unit.rows)))
+        passes["extractor"] *= 0 if unit.block else population
+        if self.sampling.method.memory is not None and not last:
+            passes["embedding"] = unit.images
+        return +passes
+
+    @plain_arguments()
+    def run(
+        self,
+        num_classes: int,
+        images_per_class: int,
+        *,
+        block_size: int = BLOCK_SIZE,
+        images_per_call: int = IMAGES_PER_CALL,
+        population: int = 0,
+    ) -> list[tuple[Unit, Counter[str]]]:
+        """Units of a whole concentration and their passes; arguments as of `concentrate` and `unit`."""
+        units = plan_units(num_classes, images_per_class, block_size=block_size, images_per_call=images_per_call)
+        final = units[-1].block
+        return [(unit, self.unit(unit, last=unit.block == final, population=population)) for unit in units]
+
+
+class FreeConvolutions(TorchFunctionMode):
+    """Convolutions give zeros of their shape; gradients, which are zeros too, pass."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.conv2d:
+            return function(*args, **(kwargs or {}))
+        meta = [part.detach().to("meta") if torch.is_tensor(part) else part for part in args]
+        shape = cast(Any, function)(*meta, **(kwargs or {})).shape
+        return args[0].mul(0).sum().expand(shape)
+
+
+def stand_in_pipeline(pipe: DsCoPipeline, classes: int) -> DsCoPipeline:
+    """A pipeline with the components and the scheduler of another, whose networks are next to nothing, on the CPU."""
+    small = GeneratorTrainingConfig(num_layers=1, num_attention_heads=1, attention_head_dim=8)
+    denoiser = build_denoiser(small, num_classes=classes, sample_size=8, num_channels=1).eval()
+    names = {index: str(index) for index in range(classes)}
+    sizes = {f"{part}_block_out_channels": (4,) for part in ("encoder", "decoder")}
+    sizes |= {f"num_{part}_blocks": (1,) for part in ("encoder", "decoder")}
+    parts: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        if pipe.vae is not None:
+            parts["vae"] = AutoencoderTiny(1, 1, latent_channels=1, **sizes).eval()
+        if pipe.preview_vae is not None:
+            parts["preview_vae"] = AutoencoderTiny(1, 1, latent_channels=1, **sizes).eval()
+        for name in ("classifier", "classifier_2"):
+            if getattr(pipe, name) is not None:
+                config = ConvNetConfig(depth=1, width=2, image_size=8, num_channels=1, id2label=names)
+                parts[name] = ConvNetForImageClassification(config).eval()
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    found: Any = DsCoPipeline(denoiser, scheduler, id2label=names, **parts)
+    found.predict_noise = lambda latents, *_: latents
+    found.decode_latents = lambda latents, preview=False: latents
+    return found
+
+
+def stand_in_targets(
+    pipe: DsCoPipeline, method: Any = None, *, features: Features = None, embedding_dim: int = 2048
+) -> Any:
+    """Targets of the right shapes for all of a pipeline's classes, without data: their values change no cost.
+
+    Args:
+        pipe (`DsCoPipeline`): its networks give the features.
+        method ([`SamplingMethod`], *optional*): that takes them; [`NOpt`] with its default objective if None.
+        features (*optional*): what they match, see [`dsco_hf.matching.feature_spec.feature_specs`].
+        embedding_dim (`int`): D.
 
     Returns:
-        `Counter`: images by kind, see `KINDS`. The passes of target images are not among them, see
-            [`SamplingMethod.target_passes`].
+        [`MatchingTargets`]; [`QuantileTargets`] of one image a class for [`Released`]; None where nothing is matched.
     """
-    method = sampling.method
-    steps, drawn = scheduler_steps(pipe, sampling.num_inference_steps), images * method.candidates
-    passes = Counter({"denoiser": drawn * steps * (2 if sampling.guidance_scale > 1 else 1), "step": drawn * steps})
-    passes["call"] = drawn
-    decoded = pipe.vae is not None and (output_type != "latent" or method.candidates > 1)
-    passes["decoder"] = drawn if decoded else 0
-    return passes + method.passes(pipe, drawn, steps, sampling, features)
-
-
-def scheduler_steps(pipe: DsCoPipeline, num_inference_steps: int) -> int:
-    """Sampling steps that the pipeline's scheduler really takes."""
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
-    return len(scheduler.timesteps)
-
-
-def count_unit(
-    pipe: DsCoPipeline, unit: Unit, sampling: Sampling, *, last: bool, population: int = 0, features: Features = None
-) -> Counter[str]:
-    """Passes of one unit of a run, see [`dsco_hf.concentrate.plan_units`].
-
-    Args:
-        pipe (`DsCoPipeline`): see [`count_passes`].
-        unit (`Unit`): a block of images of some classes.
-        sampling ([`Sampling`]): how they are drawn.
-        last (`bool`): whether it is the last block: the images of all others are embedded for those that follow.
-        population (`int`): real images per class, which only some methods pass through a model.
-        features (*optional*): see [`count_passes`].
-    """
-    method = sampling.method
-    passes = count_passes(pipe, unit.images, sampling, features=features)
-    if method.memory is not None and not last:
-        passes["embedding"] = unit.images
-    if unit.block == 0:
-        once = method.target_passes(population, scheduler_steps(pipe, sampling.num_inference_steps))
-        passes += Counter({kind: count * len(unit.rows) for kind, count in once.items()})
-    return passes
-
-
-@plain_arguments()
-def count_run(
-    pipe: DsCoPipeline,
-    num_classes: int,
-    images_per_class: int,
-    sampling: Sampling,
-    *,
-    block_size: int = BLOCK_SIZE,
-    images_per_call: int = IMAGES_PER_CALL,
-    population: int = 0,
-    features: Features = None,
-) -> Counter[str]:
-    """Passes of a whole concentration; arguments as of [`dsco_hf.concentrate.concentrate`] and [`count_unit`]."""
-    units = plan_units(num_classes, images_per_class, block_size=block_size, images_per_call=images_per_call)
-    total: Counter[str] = Counter()
-    for _, passes in _by_unit(pipe, units, sampling, population=population, features=features):
-        total += passes
-    return total
-
-
-def _by_unit(
-    pipe: DsCoPipeline, units: Sequence[Unit], sampling: Sampling, **options: Any
-) -> Iterable[tuple[Unit, Counter[str]]]:
-    """Units and their passes; units of the same size are counted once."""
-    final = units[-1].block
-    known: dict[tuple[int, int, bool, bool], Counter[str]] = {}
-    for unit in units:
-        key = (len(unit.rows), len(unit.indices), unit.block == final, unit.block == 0)
-        if key not in known:
-            known[key] = count_unit(pipe, unit, sampling, last=unit.block == final, **options)
-        yield unit, known[key]
+    classes, generator = range(pipe.num_classes), torch.Generator().manual_seed(0)
+    names = [pipe.id2label.get(index, str(index)) for index in classes]
+    if isinstance(method, Released):
+        return QuantileTargets(
+            names, list(classes), [torch.randn(1, *pipe.latent_shape, generator=generator)] * len(classes)
+        )
+    if method is not None and method.without_targets() == method:
+        return None
+    specs = feature_specs(features)
+    probe = torch.cat(FeatureSource(pipe, specs).probe(), dim=1)
+    size = probe.shape[1]
+    return MatchingTargets(
+        class_names=names,
+        class_labels=list(classes),
+        embeddings=torch.zeros(len(classes), embedding_dim),
+        counts=torch.ones(len(classes)),
+        feature_mean=torch.zeros(size),
+        feature_std=torch.ones(size),
+        frequencies=draw_frequencies(size, embedding_dim, 1.0, generator=generator),
+        bandwidth=1.0,
+        probe=probe,
+        features=specs,
+        second_moment=torch.eye(embedding_dim) if method is not None and method.second_moment else None,
+    )
 
 
 @plain_arguments()
 def predict(
-    pipe: DsCoPipeline,
+    rehearsal: Rehearsal,
     num_classes: int,
     images_per_class: int,
-    sampling: Sampling,
     *,
     costs: Mapping[str, PassCost],
     seconds: Mapping[str, float],
     num_processes: Sequence[int] = (1,),
-    block_size: int = BLOCK_SIZE,
-    images_per_call: int = IMAGES_PER_CALL,
-    population: int = 0,
-    features: Features = None,
+    **sizes: int,
 ) -> Prediction:
     """Predicts a concentration.
 
     Args:
-        pipe (`DsCoPipeline`): see [`count_passes`].
+        rehearsal ([`Rehearsal`]): of the pipeline and how images are drawn.
         num_classes (`int`): classes that are drawn.
         images_per_class (`int`): the budget.
-        sampling ([`Sampling`]): how they are drawn.
         costs (`dict[str, PassCost]`): from [`pass_costs`].
         seconds (`dict[str, float]`): of one image's pass by kind, measured or from [`assumed_seconds`].
         num_processes (sequence of `int`): each has a device of its own. The slowest process's share counts, as runs
             divide it.
-        block_size (`int`): images of a class that are optimised jointly.
-        images_per_call (`int`): images that are drawn in one call at most.
-        population (`int`): see [`count_unit`].
-        features (*optional*): likewise.
+        sizes (`int`): `block_size`, `images_per_call` and `population`, see [`Rehearsal.run`].
 
     Raises:
         ValueError: for a number below 1.
     """
-    units = plan_units(num_classes, images_per_class, block_size=block_size, images_per_call=images_per_call)
     total: Counter[str] = Counter()
     by_group: dict[int, float] = defaultdict(float)
-    for unit, passes in _by_unit(pipe, units, sampling, population=population, features=features):
+    found, sampling = rehearsal.run(num_classes, images_per_class, **sizes), rehearsal.sampling
+    for unit, passes in found:
         total += passes
-        by_group[unit.group] += sum(count * seconds.get(kind, 0.0) for kind, count in passes.items())
+        by_group[unit.group] += weighted(passes, seconds)
+    units = [unit for unit, _ in found]
     shares = {count: divide(units, count) for count in num_processes}
     return Prediction(
         images_per_class=images_per_class,
         images=num_classes * images_per_class,
         passes=dict(total),
-        flops=sum(count * costs[kind].flops for kind, count in total.items() if kind in costs),
+        flops=weighted(total, {kind: cost.flops for kind, cost in costs.items()}),
         memory_bytes=predict_memory(
-            pipe,
+            rehearsal.pipe,
             max(unit.images for unit in units) * sampling.method.candidates,
             costs,
-            optimised=total["update"] > 0,
+            optimised=total["classifier_backward"] > 0,
             guidance_scale=sampling.guidance_scale,
             batch_size=sampling.batch_size,
         ),
@@ -236,59 +273,9 @@ def predict(
     )
 
 
-@plain_arguments()
-def predict_memory(
-    pipe: DsCoPipeline,
-    images: int,
-    costs: Mapping[str, PassCost],
-    *,
-    optimised: bool = True,
-    guidance_scale: float = 4.0,
-    batch_size: int | None = None,
-) -> int:
-    """Bytes of tensors at the most in one call: weights, activations of one micro-batch, and the call's own state.
-
-    Args:
-        pipe (`DsCoPipeline`): its weights count once each.
-        images (`int`): drawn in the call.
-        costs (`dict[str, PassCost]`): from [`pass_costs`].
-        optimised (`bool`): whether gradients are taken.
-        guidance_scale (`float`): with guidance, both branches pass through the denoiser together.
-        batch_size (`int`, *optional*): images per pass; all at once if None.
-    """
-    batch = min(images, batch_size or images)
-    branches = 2 if guidance_scale > 1 else 1
-    kinds = {"denoiser": branches, "decoder": 1} | ({"preview_backward": 1} if optimised else {})
-    activations = max(costs[kind].memory * factor for kind, factor in kinds.items() if kind in costs)
-    denoiser = pipe.denoiser
-    latent = math.prod(pipe.latent_shape) * denoiser.dtype.itemsize
-    # x_t, the noise, the prediction, the look-ahead, x_{t-1}, the gradient; images in their own type and in float32
-    state = images * (6 * latent + pipe.num_channels * pipe.image_size**2 * (denoiser.dtype.itemsize + 8))
-    return weight_bytes(pipe) + batch * activations + state
-
-
-def largest_batch(
-    pipe: DsCoPipeline, images: int, costs: Mapping[str, PassCost], memory_bytes: float, **options: Any
-) -> int:
-    """The largest `batch_size` with which a call of `images` fits into `memory_bytes`; 0 if none does.
-
-    Other arguments as of [`predict_memory`].
-    """
-    fits = 0
-    low, high = 1, images
-    while low <= high:  # memory grows with the batch
-        middle = (low + high) // 2
-        if predict_memory(pipe, images, costs, batch_size=middle, **options) <= memory_bytes:
-            fits, low = middle, middle + 1
-        else:
-            high = middle - 1
-    return fits
-
-
-def weight_bytes(pipe: DsCoPipeline) -> int:
-    """Bytes of all components' parameters and buffers."""
-    tensors = {id(t): t for module in modules_of(pipe) for t in (*module.parameters(), *module.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+def weighted(passes: Mapping[str, int], rates: Mapping[str, float]) -> float:
+    """Sum over kinds of passes times what one costs."""
+    return sum(count * rates.get(kind, 0.0) for kind, count in passes.items())
 
 
 def assumed_seconds(costs: Mapping[str, PassCost], *, peak_tflops: float, utilisation: float) -> dict[str, float]:
@@ -307,59 +294,3 @@ def assumed_seconds(costs: Mapping[str, PassCost], *, peak_tflops: float, utilis
     if not 0 < utilisation <= 1:
         raise ValueError(f"`utilisation` must be in (0, 1], got {utilisation!r}: 0.4 is usual.")
     return {kind: cost.flops / (peak_tflops * 1e12 * utilisation) for kind, cost in costs.items()}
-
-
-def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool = False) -> dict[str, PassCost]:
-    """FLOPs and memory of one image's pass of every kind, without computing it.
-
-    Args:
-        pipe (`DsCoPipeline`): on any device, also on "meta".
-        features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
-        extractor (`bool`): also those of the random network of `Released`.
-    """
-    denoiser, latent = pipe.denoiser, (1, *pipe.latent_shape)
-    pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
-
-    def denoise(x: torch.Tensor) -> torch.Tensor:
-        zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return pipe.family.forward(x, zeros, zeros)
-
-    trace = Tracer(pipe)
-    costs = {"denoiser": trace(denoise, latent)}
-    costs["lookahead"] = costs["denoiser"]
-    if pipe.vae is not None:
-        costs["decoder"] = costs["preview"] = trace(pipe.decode_latents, latent)
-    if pipe.preview_vae is not None:
-        costs["preview"] = trace(lambda x: pipe.decode_latents(x, preview=True), latent)
-    if pipe.classifier is not None:
-        source = FeatureSource(pipe, feature_specs(features))
-        look = looker(source)
-        seen = pixel if source.needs_pixels else latent
-        costs["classifier"] = costs["embedding"] = trace(look, seen)
-        costs["classifier_backward"] = trace(look, seen, backward=True)
-        costs["preview_backward"] = PassCost(0, costs["classifier_backward"].memory)
-        if source.needs_pixels and "preview" in costs:
-            both = trace(lambda x: look(pipe.decode_latents(x, preview=True)), latent, backward=True)
-            costs["preview_backward"] = PassCost(both.flops - costs["classifier_backward"].flops, both.memory)
-    if extractor:
-        network = RandomExtractor(latent[1]).to(denoiser.device, denoiser.dtype)
-        trace = Tracer(pipe, network)
-        costs["extractor"] = trace(network, latent)
-        costs["extractor_backward"] = trace(network, latent, backward=True)
-    return costs
-
-
-def looker(source: FeatureSource) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Sum of what the networks see in pixels, or in latents if none takes pixels: something to take a gradient of.
-
-    Where both are needed, the latents are zeros: their network's work is counted, though not its part of the gradient.
-    """
-
-    def look(x: torch.Tensor) -> torch.Tensor:
-        latents = None
-        if source.needs_latents:
-            latents = x.new_zeros(len(x), *source.latent_shape) if source.needs_pixels else x
-        seen = source(x.clamp(-1, 1) if source.needs_pixels else None, latents)
-        return seen.features.sum()
-
-    return look

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from ..concentration.concentrate import plan_units
+from ..concentration.concentrate import Unit, plan_units
 from ..sampling.call import Plain, Sampling
 from ..sampling.flat import SamplingOptions
 from ..sampling.pipeline import DsCoPipeline
 from ..sampling.released import Released
 from ..utils.values import LARGEST_SET, check_choice
-from .passes import PassCost, Prediction, assumed_seconds, largest_batch, pass_costs, predict, weight_bytes
+from .passes import Prediction, Rehearsal, assumed_seconds, predict
 from .probe import probe_seconds
+from .tracing import PassCost, largest_batch, pass_costs, weight_bytes
 
 
 # TFLOP/s of dense bfloat16 matrix multiplications and GiB of memory, as the vendor's data sheets have them
@@ -79,13 +80,14 @@ class CostPlan(SamplingOptions):
     def of(self, pipe: DsCoPipeline) -> dict[str, Any]:
         """The numbers of the plan for a pipeline; `num_classes` and `population` are known by now."""
         costs = pass_costs(pipe, features=self.features, extractor=self.uses_extractor)
-        seconds, source = self._rates(pipe, costs)
+        rehearsal = Rehearsal(pipe, self.sampling, self.features)
+        seconds, source = self._rates(rehearsal, costs)
         device_bytes = self._memory(pipe)
-        names = ("num_classes", "block_size", "images_per_call", "population", "features", "num_processes", "sampling")
+        names = ("num_classes", "block_size", "images_per_call", "population", "num_processes")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
 
         def foresee(images_per_class: int) -> Prediction:
-            return predict(pipe, images_per_class=images_per_class, costs=costs, seconds=seconds, **options)
+            return predict(rehearsal, images_per_class=images_per_class, costs=costs, seconds=seconds, **options)
 
         def fitting(count: int) -> int:
             most = LARGEST_SET // (self.num_classes or 1)
@@ -93,7 +95,7 @@ class CostPlan(SamplingOptions):
 
         return {
             "rows": [self._row(pipe, costs, foresee(budget), device_bytes) for budget in self.images_per_class],
-            "targets_seconds": (self.population or 0) * (self.num_classes or 1) * seconds.get("classifier", 0.0),
+            "targets_seconds": (self.population or 0) * (self.num_classes or 1) * seconds.get("embedding", 0.0),
             "largest_budgets": {count: fitting(count) for count in self.num_processes if self.max_hours is not None},
             "device_memory_gib": device_bytes / 2**30,
             "weights_gib": weight_bytes(pipe) / 2**30,
@@ -103,20 +105,14 @@ class CostPlan(SamplingOptions):
             "config": dataclasses.asdict(self),
         }  # fmt: skip
 
-    def _rates(self, pipe: DsCoPipeline, costs: dict[str, PassCost]) -> tuple[dict[str, float], str]:
+    def _rates(self, rehearsal: Rehearsal, costs: dict[str, PassCost]) -> tuple[dict[str, float], str]:
         """Seconds of one image's pass by kind, and a sentence on where they come from."""
+        pipe = rehearsal.pipe
         dtype = str(pipe.dtype).removeprefix("torch.")
         if self.device == "here":
-            units = plan_units(
-                self.num_classes or 1, max(self.images_per_class), block_size=self.block_size,
-                images_per_call=self.images_per_call,
-            )  # fmt: skip
-            images = max(unit.images for unit in units)
+            images = max(unit.images for unit in self._units(max(self.images_per_class)))
+            seconds = probe_seconds(rehearsal, images, images_per_class=self.block_size)
             batch = min(images, self.batch_size or images)
-            seconds = probe_seconds(
-                pipe, batch, guidance_scale=self.guidance_scale or 1.0, images_per_class=self.block_size,
-                features=self.features, extractor=self.uses_extractor,
-            )  # fmt: skip
             return seconds, f"Measured on this machine's {pipe.device.type}, passes of {batch} images, {dtype}."
         peak = self.peak_tflops or DEVICES[self.device][0]
         seconds = assumed_seconds(costs, peak_tflops=peak, utilisation=self.utilisation)
@@ -139,14 +135,10 @@ class CostPlan(SamplingOptions):
         self, pipe: DsCoPipeline, costs: dict[str, PassCost], found: Prediction, device_bytes: float
     ) -> dict[str, Any]:
         """One budget: what it costs, and the largest batch that the device can hold (0: it cannot)."""
-        per_call = plan_units(
-            self.num_classes or 1, found.images_per_class, block_size=self.block_size,
-            images_per_call=self.images_per_call,
-        )  # fmt: skip
-        images = max(unit.images for unit in per_call) * self.sampling.method.candidates
+        images = max(unit.images for unit in self._units(found.images_per_class)) * self.sampling.method.candidates
         limit = min(images, self.batch_size or images)
         fitting = largest_batch(
-            pipe, images, costs, MEMORY_SHARE * device_bytes, optimised=found.passes.get("update", 0) > 0,
+            pipe, images, costs, MEMORY_SHARE * device_bytes, optimised="classifier_backward" in found.passes,
             guidance_scale=self.guidance_scale or 1.0,
         )  # fmt: skip
         return {
@@ -196,7 +188,7 @@ class CostPlan(SamplingOptions):
                 f"The targets need {self.population * (self.num_classes or 1):,} real images through the classifier "
                 f"once, {duration(plan['targets_seconds'])} of one device beside reading and decoding them."
             )
-        groups = {len(self._groups(budget)) for budget in self.images_per_class}
+        groups = {len({unit.group for unit in self._units(budget)}) for budget in self.images_per_class}
         if max(self.num_processes) > min(groups):
             found.append(
                 f"There are only {min(groups)} groups of classes: more processes stay idle. A smaller "
@@ -208,13 +200,12 @@ class CostPlan(SamplingOptions):
         ]
         return found
 
-    def _groups(self, images_per_class: int) -> set[int]:
-        """The groups of classes that processes share out among themselves."""
-        units = plan_units(
+    def _units(self, images_per_class: int) -> list[Unit]:
+        """What is drawn in one call each."""
+        return plan_units(
             self.num_classes or 1, images_per_class, block_size=self.block_size,
             images_per_call=self.images_per_call,
         )  # fmt: skip
-        return {unit.group for unit in units}
 
 
 def largest_budget(seconds_of: Callable[[int], float], limit: float, most: int = LARGEST_SET) -> int:

@@ -1,84 +1,127 @@
-"""How long one pass of each kind takes on this machine: a short measurement of the pipeline's own parts."""
+"""How long a concentration's passes take on this machine: a few real steps of the pipeline itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..generators.dit import dit_xl_2
-from ..matching.feature_spec import Features, FeatureSource, feature_specs
-from ..matching.features import Observation, feature_dim, probe_features
-from ..matching.kernels import draw_frequencies
-from ..matching.objectives import rkhs
-from ..matching.targets import MatchingTargets
-from ..sampling.noise import loss_gradient, shell_step
+from ..matching.feature_spec import FeatureSource
+from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import QuantilePivots, RandomExtractor, quantile_loss, shell_penalty
-from ..utils.values import check_whole, plain_arguments
-from .passes import looker
+from ..utils.values import plain_arguments
+from .passes import Rehearsal, stand_in_targets
 
 
-@plain_arguments()
+FEWEST_STEPS = 3  # the first has kernels to load, the last has no noise
+Mark = tuple[float, Counter[str]]
+
+
+@plain_arguments(images=1, images_per_class=1, repeats=1)
 def probe_seconds(
-    pipe: DsCoPipeline,
-    batch_size: int,
+    rehearsal: Rehearsal,
+    images: int,
     *,
-    guidance_scale: float = 4.0,
     images_per_class: int = 10,
     embedding_dim: int = 2048,
-    features: Features = None,
-    extractor: bool = False,
     repeats: int = 3,
     max_seconds: float = 10.0,
 ) -> dict[str, float]:
-    """Seconds of one image's pass by kind, see `KINDS`; medians of several runs after a first one.
+    """Seconds of one image's pass by kind, see `KINDS`, of whole calls with few steps; the first is not counted.
+
+    A step without optimisation gives those of the denoiser, one with optimisation those of all networks in it alike,
+    whose shares are those of the run; what remains of a call, the decoder too, is that of an image ("call").
 
     Args:
-        pipe (`DsCoPipeline`): on the device that will be used. Weights may be random: they do not change the time.
-        batch_size (`int`): images per pass, as in the run that is to be predicted.
-        guidance_scale (`float`): above 1 both branches pass through the denoiser at a sampling step.
+        rehearsal ([`Rehearsal`]): of the pipeline on the device that will be used, and how images are drawn. Weights
+            may be random: they do not change the time.
+        images (`int`): of a call, as in the run that is to be predicted. With micro-batches two of them are done.
         images_per_class (`int`): images that are optimised jointly.
         embedding_dim (`int`): of the targets.
-        features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
-        extractor (`bool`): also measure the random network of `Released`.
-        repeats (`int`): runs of each kind, besides the first.
-        max_seconds (`float`): no further run of a kind begins after this time.
+        repeats (`int`): calls, besides the first.
+        max_seconds (`float`): no further call begins after this time.
 
     Raises:
         ValueError: for a number below 1, or a call that the pipeline refuses.
     """
-    check_whole("batch_size", batch_size, 1)
-    check_whole("images_per_class", images_per_class, 1)
-    check_whole("repeats", repeats, 1)
-    labels = [index // images_per_class % pipe.num_classes for index in range(batch_size)]
-    # a step of the pipeline itself: it checks the components and brings weights and kernels to where they are needed
-    pipe.sample(labels, seeds=range(batch_size), num_inference_steps=1, guidance_scale=guidance_scale)
-    pipe.scheduler.set_timesteps(50, device=pipe.device)
-    parts = _parts(pipe, labels, guidance_scale, embedding_dim, features, extractor)
-    found = {}
-    for kind, (images, run) in parts.items():
-        found[kind] = median_seconds(run, pipe.device, repeats=repeats, max_seconds=max_seconds) / images
-    if "classifier" in found:
-        found["embedding"] = found["classifier"]
-    targets = None if pipe.classifier is None else stand_in_targets(pipe, embedding_dim=embedding_dim)
-    one_step = median_seconds(
-        lambda: pipe.sample(
-            labels, targets, seeds=range(batch_size), num_inference_steps=1, guidance_scale=guidance_scale
-        ),
-        pipe.device,
-        repeats=repeats,
-        max_seconds=max_seconds,
-    )
-    branches = parts["denoiser"][0] // batch_size
-    known = found["denoiser"] * branches + found["step"] + found.get("decoder", 0.0)
-    found["call"] = max(0.0, one_step / batch_size - known)
+    pipe, sampling = rehearsal.pipe, few_steps(rehearsal)
+    candidates, batch_size = sampling.method.candidates, sampling.batch_size or images * sampling.method.candidates
+    images = min(images, -(-2 * batch_size // candidates))
+    labels = [index // images_per_class % pipe.num_classes for index in range(images)]
+    targets = stand_in_targets(pipe, sampling.method, features=rehearsal.features, embedding_dim=embedding_dim)
+    targets = targets.to(pipe.device) if hasattr(targets, "to") else targets
+    runs: list[list[Mark]] = []
+    while len(runs) <= repeats and (len(runs) < 2 or sum(run[-1][0] for run in runs[1:]) < max_seconds):
+        runs.append(timed_call(pipe, labels, targets, sampling))
+    found = rates(runs[1:], images)
+    if targets is not None and pipe.classifier is not None:
+        source = FeatureSource(pipe, rehearsal.features)
+        pixels = torch.rand(images, pipe.num_channels, pipe.image_size, pipe.image_size) * 2 - 1
+        seconds = median_seconds(
+            lambda: source.of_pixels(pixels), pipe.device, repeats=repeats, max_seconds=max_seconds
+        )
+        found["embedding"] = seconds / images
+    return found
+
+
+def few_steps(rehearsal: Rehearsal) -> Sampling:
+    """The same sampling with the fewest steps among which one is optimised, if one of its own is."""
+    sampling = rehearsal.sampling
+    steered = set(rehearsal.passes(1))
+    for steps in range(min(FEWEST_STEPS, sampling.num_inference_steps), sampling.num_inference_steps):
+        few = dataclasses.replace(sampling, num_inference_steps=steps)
+        if set(Rehearsal(rehearsal.pipe, few, rehearsal.features).passes(1)) == steered:
+            return few
+    return sampling
+
+
+def timed_call(pipe: DsCoPipeline, labels: list[int], targets: Any, sampling: Sampling) -> list[Mark]:
+    """Seconds since the beginning, and passes so far, after every step of a call and at its end."""
+    marks: list[Mark] = []
+    begin = time.perf_counter()
+
+    def mark(i: int, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        synchronize(pipe.device)
+        marks.append((time.perf_counter() - begin, Counter(call.counts)))
+        return latents
+
+    generators = [torch.Generator().manual_seed(index) for index in range(len(labels))]
+    call = pipe.start_call(labels, targets, sampling, generator=generators)
+    pipe.draw(call, "pil", mark)
+    synchronize(pipe.device)
+    return [*marks, (time.perf_counter() - begin, marks[-1][1])]
+
+
+def rates(runs: list[list[Mark]], images: int) -> dict[str, float]:
+    """Seconds of one pass by kind from the marks of equal calls; of their steps the first counts only if alone."""
+    steps = [
+        (after[0] - before[0], after[1] - before[1])
+        for run in runs
+        for before, after in zip(run[:-2], run[1:-1], strict=True)
+    ]
+    steps = steps or [run[0] for run in runs]
+    passes = runs[0][-1][1]
+    others = [kind for kind in passes if kind != "denoiser"]
+    plain = [(seconds, counts) for seconds, counts in steps if not any(counts[kind] for kind in others)]
+    denoiser = statistics.median(seconds / counts["denoiser"] for seconds, counts in plain or steps)
+    rest = [
+        (seconds - denoiser * counts["denoiser"]) / more
+        for seconds, counts in steps if (more := sum(counts[kind] for kind in others))
+    ]  # fmt: skip
+    other = max(0.0, statistics.median(rest)) if rest else 0.0
+    found = {"denoiser": denoiser, **dict.fromkeys(others, other)}
+    total = statistics.median(run[-1][0] for run in runs)
+    found["call"] = max(0.0, total - sum(count * found[kind] for kind, count in passes.items())) / images
+    if "extractor_backward" in found:
+        found["extractor"] = other / 2  # forward only
     return found
 
 
@@ -101,105 +144,6 @@ def synchronize(device: torch.device) -> None:
     """Waits for what the device has been given; a CPU has nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@plain_arguments()
-def stand_in_targets(pipe: DsCoPipeline, *, embedding_dim: int = 2048) -> MatchingTargets:
-    """Targets of the right shapes for all of a pipeline's classes, without data: for measurements of cost only."""
-    classes, features = range(pipe.num_classes), feature_dim(pipe.classifier)
-    generator = torch.Generator().manual_seed(0)
-    return MatchingTargets(
-        class_names=[pipe.id2label.get(index, str(index)) for index in classes],
-        class_labels=list(classes),
-        embeddings=torch.zeros(pipe.num_classes, embedding_dim),
-        counts=torch.ones(pipe.num_classes),
-        feature_mean=torch.zeros(features),
-        feature_std=torch.ones(features),
-        frequencies=draw_frequencies(features, embedding_dim, 1.0, generator=generator),
-        bandwidth=1.0,
-        probe=probe_features(pipe.classifier),
-    )
-
-
-def _parts(
-    pipe: DsCoPipeline,
-    labels: list[int],
-    guidance_scale: float,
-    embedding_dim: int,
-    features: Features,
-    extractor: bool,
-) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Of each kind the images that a run passes through, and the run."""
-    count, device, dtype = len(labels), pipe.device, pipe.denoiser.dtype
-    generator = torch.Generator().manual_seed(0)
-    classes, (t, t_next) = torch.tensor(labels, device=device), pipe.scheduler.timesteps[:2]
-    shape = (count, *pipe.latent_shape)
-    latents, predicted, noise = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-    branches = 2 if guidance_scale > 1 else 1
-    generators = [torch.Generator().manual_seed(index) for index in range(count)]
-    options = {"eta": 1.0, "use_clipped_model_output": True}
-
-    def advance(z: torch.Tensor) -> torch.Tensor:
-        return pipe.scheduler.step(predicted, t, latents, variance_noise=z, **options).prev_sample
-
-    def step() -> torch.Tensor:
-        return advance(randn_tensor(shape, generator=generators, device=device, dtype=dtype))
-
-    parts: dict[str, tuple[int, Callable[[], Any]]] = {
-        "denoiser": (count * branches, lambda: pipe.predict_noise(latents, t, classes, guidance_scale)),
-        "lookahead": (count, lambda: pipe.predict_noise(latents, t, classes, 1.0)),
-        "step": (count, step),
-    }
-    decode, preview = pipe.decode_latents, lambda x: pipe.decode_latents(x, preview=True)
-    if pipe.vae is not None:
-        parts["decoder"] = (count, torch.no_grad()(lambda: decode(latents)))
-    if pipe.vae is not None or pipe.preview_vae is not None:
-        parts["preview"] = (count, torch.no_grad()(lambda: preview(latents)))
-        parts["preview_backward"] = (count, lambda: loss_gradient(latents, lambda x: preview(x).float().sum()))
-    if pipe.classifier is not None:
-        source = FeatureSource(pipe, feature_specs(features))
-        look = looker(source)
-        seen = latents
-        if source.needs_pixels:
-            seen = torch.rand(count, pipe.num_channels, pipe.image_size, pipe.image_size, generator=generator)
-            seen = (seen * 2 - 1).to(device)
-        parts["classifier"] = (count, torch.no_grad()(lambda: look(seen)))
-        parts["classifier_backward"] = (count, lambda: loss_gradient(seen, look))
-        targets = stand_in_targets(pipe, embedding_dim=embedding_dim).to(device)
-        pooled = torch.randn(count, targets.feature_dim, generator=generator).to(device)
-
-        def update() -> torch.Tensor:
-            loss_gradient(pooled, lambda x: rkhs(Observation(x, x, x), classes, targets))
-            _, gradient = loss_gradient(
-                noise, lambda z: pipe.scheduler.step(predicted, t_next, advance(z)).pred_original_sample.sum()
-            )
-            return shell_step(noise, gradient, 0.5)
-
-        parts["update"] = (count, update)
-    if extractor:
-        parts |= _extractor_parts(pipe, noise, advance)
-    return parts
-
-
-def _extractor_parts(
-    pipe: DsCoPipeline, noise: torch.Tensor, advance: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """The passes of `Released`: its loss and update belong to the pass."""
-    network: Any = RandomExtractor(noise.shape[1]).to(noise.device, noise.dtype)
-    network = network.to(memory_format=torch.channels_last)
-    many = noise.repeat(-(-64 // len(noise)), 1, 1, 1)[:64]  # target images come in large batches
-    with torch.no_grad():
-        width = network(noise[:1]).shape[1]
-    still = torch.zeros(len(noise), width, device=noise.device)
-    pivots = QuantilePivots(still, still[0], still[0] + 1)
-
-    def losses(z: torch.Tensor) -> torch.Tensor:
-        return quantile_loss(network(advance(z)), pivots) + shell_penalty(z)
-
-    return {
-        "extractor": (len(many), torch.no_grad()(lambda: network(many))),
-        "extractor_backward": (len(noise), lambda: loss_gradient(noise, losses)),
-    }
 
 
 def imagenet_pipeline(

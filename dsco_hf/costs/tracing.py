@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ..matching.feature_spec import Features, FeatureSource, feature_specs
 from ..sampling.pipeline import DsCoPipeline
+from ..sampling.released import RandomExtractor
+from ..utils.values import plain_arguments
 
 
 _ATEN = torch.ops.aten
@@ -32,12 +36,12 @@ class PassCost:
     """One image's pass.
 
     Attributes:
-        flops (`int`): floating-point operations of matrix multiplications and convolutions; a multiply-add is 2.
+        flops (`float`): floating-point operations of matrix multiplications and convolutions; a multiply-add is 2.
         memory (`int`): bytes of the tensors that are alive at once at the most, without weights; those of the
             optimised step (`preview_backward`) include the classifier's, as both wait for the gradient together.
     """
 
-    flops: int = 0
+    flops: float = 0
     memory: int = 0
 
 
@@ -99,3 +103,108 @@ class TensorMemory(TorchDispatchMode):
 
     def _remove(self, size: int) -> None:
         self.alive -= size
+
+
+def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool = False) -> dict[str, PassCost]:
+    """FLOPs and memory of one image's pass of every kind, without computing it.
+
+    Args:
+        pipe (`DsCoPipeline`): on any device, also on "meta".
+        features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
+        extractor (`bool`): also those of the random network of `Released`.
+    """
+    denoiser, latent = pipe.denoiser, (1, *pipe.latent_shape)
+    pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
+
+    def denoise(x: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return pipe.family.forward(x, zeros, zeros)
+
+    trace = Tracer(pipe)
+    costs = {"denoiser": trace(denoise, latent)}
+    if pipe.vae is not None:
+        costs["decoder"] = costs["preview"] = trace(pipe.decode_latents, latent)
+    if pipe.preview_vae is not None:
+        costs["preview"] = trace(lambda x: pipe.decode_latents(x, preview=True), latent)
+    if pipe.classifier is not None:
+        source = FeatureSource(pipe, feature_specs(features))
+        look = looker(source)
+        seen = pixel if source.needs_pixels else latent
+        costs["embedding"], backward = trace(look, seen), trace(look, seen, backward=True)
+        for kind, cost in (("classifier", costs["embedding"]), ("classifier_backward", backward)):
+            costs[kind] = PassCost(cost.flops / len(source.networks), cost.memory)  # passes are counted by network
+        costs["preview_backward"] = PassCost(0, backward.memory)
+        if source.needs_pixels and "preview" in costs:
+            both = trace(lambda x: look(pipe.decode_latents(x, preview=True)), latent, backward=True)
+            costs["preview_backward"] = PassCost(both.flops - backward.flops, both.memory)
+    if extractor:
+        network = RandomExtractor(latent[1]).to(denoiser.device, denoiser.dtype)
+        trace = Tracer(pipe, network)
+        costs["extractor"] = trace(network, latent)
+        costs["extractor_backward"] = trace(network, latent, backward=True)
+    return costs
+
+
+def looker(source: FeatureSource) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Sum of what the networks see in pixels, or in latents if none takes pixels: something to take a gradient of.
+
+    Where both are needed, the latents are zeros: their network's work is counted, though not its part of the gradient.
+    """
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        latents = None
+        if source.needs_latents:
+            latents = x.new_zeros(len(x), *source.latent_shape) if source.needs_pixels else x
+        seen = source(x.clamp(-1, 1) if source.needs_pixels else None, latents)
+        return seen.features.sum()
+
+    return look
+
+
+@plain_arguments()
+def predict_memory(
+    pipe: DsCoPipeline,
+    images: int,
+    costs: Mapping[str, PassCost],
+    *,
+    optimised: bool = True,
+    guidance_scale: float = 4.0,
+    batch_size: int | None = None,
+) -> int:
+    """Bytes of tensors at the most in one call: weights, activations of one micro-batch, and the call's own state.
+
+    Args:
+        pipe (`DsCoPipeline`): its weights count once each.
+        images (`int`): drawn in the call.
+        costs (`dict[str, PassCost]`): from [`pass_costs`].
+        optimised (`bool`): whether gradients are taken.
+        guidance_scale (`float`): with guidance, both branches pass through the denoiser together.
+        batch_size (`int`, *optional*): images per pass; all at once if None.
+    """
+    batch = min(images, batch_size or images)
+    branches = 2 if guidance_scale > 1 else 1
+    kinds = {"denoiser": branches, "decoder": 1} | ({"preview_backward": 1} if optimised else {})
+    activations = max(costs[kind].memory * factor for kind, factor in kinds.items() if kind in costs)
+    denoiser = pipe.denoiser
+    latent = math.prod(pipe.latent_shape) * denoiser.dtype.itemsize
+    # x_t, the noise, the prediction, the look-ahead, x_{t-1}, the gradient; images in their own type and in float32
+    state = images * (6 * latent + pipe.num_channels * pipe.image_size**2 * (denoiser.dtype.itemsize + 8))
+    return weight_bytes(pipe) + batch * activations + state
+
+
+def largest_batch(
+    pipe: DsCoPipeline, images: int, costs: Mapping[str, PassCost], memory_bytes: float, **options: Any
+) -> int:
+    """The largest `batch_size` with which a call of `images` fits into `memory_bytes`; 0 if none does.
+
+    Other arguments as of [`predict_memory`].
+    """
+    one, two = (predict_memory(pipe, max(images, 2), costs, batch_size=size, **options) for size in (1, 2))
+    rest = predict_memory(pipe, images, costs, batch_size=1, **options) - (two - one)
+    return max(0, min(images, int((memory_bytes - rest) // (two - one))))  # memory grows evenly with the batch
+
+
+def weight_bytes(pipe: DsCoPipeline) -> int:
+    """Bytes of all components' parameters and buffers."""
+    tensors = {id(t): t for module in modules_of(pipe) for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,13 +20,28 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..data.schema import image_seed, nearest
 from ..generators.failures import FiniteWatch
-from ..matching.feature_spec import Features
 from ..matching.targets import MatchingTargets
 from ..utils.values import Choice, check_real, plain_fields
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 _STEP = {"use_clipped_model_output": True}
+# Kinds of passes, each counted in images and networks. `_backward` is forward and backward to the input.
+KINDS = {
+    "denoiser": "denoiser, each branch of the guidance",
+    "decoder": "decoder, of the finished images",
+    "preview": "decoder that noise is optimised with (the full one where there is no other), forward only",
+    "preview_backward": "the same, forward and backward",
+    "classifier": "networks of the features, forward only",
+    "classifier_backward": "the same, forward and backward",
+    "extractor": "random network of `Released`, of real images",
+    "extractor_backward": "the same, of drawn images",
+}
+_CALLS = {
+    "denoiser_calls": ("denoiser",),
+    "decoder_calls": ("decoder", "preview", "preview_backward"),
+    "classifier_calls": ("classifier", "classifier_backward", "extractor_backward"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,24 +137,6 @@ class SamplingMethod(Choice):
             pixels (`torch.Tensor` of shape `(B, C, H, W)`): the images, in about [-1, 1].
         """
         return torch.arange(len(call.wanted))
-
-    def passes(
-        self, pipe: DiffusionPipeline, images: int, steps: int, sampling: Sampling, features: Features = None
-    ) -> Counter[str]:
-        """Images that pass through each model beside plain sampling, by kind (`dsco_hf.costs.passes.KINDS`).
-
-        Args:
-            pipe (`DiffusionPipeline`): its components decide what there is to pass through.
-            images (`int`): drawn in the call, candidates among them.
-            steps (`int`): sampling steps.
-            sampling ([`Sampling`]): the call's options.
-            features (*optional*): what the targets match.
-        """
-        return Counter()
-
-    def target_passes(self, population: int, steps: int) -> Counter[str]:
-        """Passes of `population` real images of a class, once in a run."""
-        return Counter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +234,7 @@ class Call:
         scheduler (`DDIMScheduler`): its own; timesteps (`torch.Tensor` of shape `(S,)`), eta (`float`): of its steps.
         batch_size (`int`): images per pass.
         previous (`tuple`, *optional*): finished images, as the method's `memory` tells them.
-        counts (`Counter`): images that passed through "denoiser", "decoder" and "classifier".
+        counts (`Counter`): images that passed through the networks, by `KINDS`.
         discrepancies (`list[torch.Tensor]`): losses `(K,)` of the classes.
         state: what the method keeps.
     """
@@ -288,9 +285,15 @@ class Call:
         found = [self.pipe.predict_noise(x, timestep, y, scale) for x, y in parts]
         return torch.cat(found) if len(found) > 1 else found[0]
 
+    def passed(self, kind: str, images: int) -> None:
+        """Counts images that pass through a network: as `_backward` if a gradient is to be taken of it."""
+        self.counts[f"{kind}_backward" if torch.is_grad_enabled() else kind] += images
+
     def decode(self, latents: torch.Tensor, *, preview: bool = False) -> torch.Tensor:
         """Pixels of latents, see [`DsCoPipeline.decode_latents`], counted."""
-        if self.pipe.vae is not None or (preview and self.pipe.preview_vae is not None):
+        if preview and (self.pipe.vae is not None or self.pipe.preview_vae is not None):
+            self.passed("preview", len(latents))
+        elif self.pipe.vae is not None:
             self.counts["decoder"] += len(latents)
         return self.pipe.decode_latents(latents, preview=preview)
 
@@ -319,6 +322,11 @@ class Call:
         t = int(self.timesteps[i])
         previous = t - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
         return float(self.eta * self.scheduler._get_variance(t, previous) ** 0.5)
+
+
+def calls(passes: Mapping[str, int]) -> dict[str, int]:
+    """`denoiser_calls`, `decoder_calls` and `classifier_calls` of passes by kind, as in [`DsCoPipelineOutput`]."""
+    return {name: sum(passes.get(kind, 0) for kind in kinds) for name, kinds in _CALLS.items()}
 
 
 def with_candidates(generator: Generators, candidates: int) -> Generators:

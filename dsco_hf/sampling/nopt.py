@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..generators.failures import refuse_nonfinite
-from ..matching.feature_spec import Features, FeatureSource, feature_specs
 from ..matching.features import Observation
 from ..matching.objectives import RKHS, Bound, Objective
 from ..utils.values import check_choice, check_real, plain_fields
@@ -138,23 +136,6 @@ class NOpt(SamplingMethod):
             noise = shell_step(noise, gradient, self.step_size_at(i, len(call.timesteps)))
         return noise
 
-    def passes(
-        self, pipe: DiffusionPipeline, images: int, steps: int, sampling: Sampling, features: Features = None
-    ) -> Counter[str]:
-        """Those of look-aheads, previews and networks, forward and backward."""
-        updates = images * self.iterations * len(self.steps(steps)) if sampling.eta > 0 else 0
-        ahead = {"none": 0, "conditional": 1, "guided": 2 if sampling.guidance_scale > 1 else 1}
-        found = Counter({"lookahead": updates * ahead[self.lookahead], "classifier_backward": updates})
-        found["update"] = updates
-        if images > (sampling.batch_size or images):  # micro-batches: all are seen once before any gradient
-            found["classifier"] = updates
-        source = None if features is None else FeatureSource(pipe, feature_specs(features))
-        if source is not None:
-            found["further_networks"] = (len(source.networks) - 1) * (updates + found["classifier"])
-        if (pipe.vae is not None or pipe.preview_vae is not None) and (source is None or source.needs_pixels):
-            found["preview_backward"], found["preview"] = updates, found["classifier"]
-        return found
-
 
 def check_interval(start: float, stop: float) -> None:
     """Raises ValueError unless 0 <= start <= stop <= 1."""
@@ -182,7 +163,7 @@ def observation(
     source = bound.source
 
     def observe(z: torch.Tensor, part: slice) -> Observation:
-        call.counts["classifier"] += len(z) * len(source.networks)
+        call.passed("classifier", len(z) * len(source.networks))
         predicted = predict(z, part)
         pixels = call.decode(predicted, preview=True).clamp(-1, 1) if source.needs_pixels else None
         return source(pixels, predicted, moments=bound.objective.moments)

@@ -22,7 +22,7 @@ from ..generators.failures import explained_out_of_memory, refuse_nonfinite
 from ..generators.latents import decode, encode, to_output
 from ..matching.objectives import Objective
 from ..utils.values import LARGEST_SEED, check_whole
-from .call import Call, Sampling, SamplingMethod
+from .call import Call, Sampling, SamplingMethod, calls
 from .checks import check_call
 from .loading import StoredPipeline
 from .nopt import NOpt as NOpt  # methods are known by name once they are imported
@@ -304,7 +304,7 @@ class DsCoPipeline(StoredPipeline):
         generators = [torch.Generator().manual_seed(check_whole("seeds", seed, 0, LARGEST_SEED)) for seed in seeds]
         given: dict[str, Any] = {"previous": previous, "generator": generators, "output_type": output_type}
         call = self.start_call(list(class_labels), targets, Sampling.of(**options), **given)
-        return self._draw(call, output_type)
+        return self.draw(call, output_type)
 
     def __call__(
         self,
@@ -379,14 +379,20 @@ class DsCoPipeline(StoredPipeline):
                 changed = callback_on_step_end(self, i, int(call.timesteps[i]), tensors) or {}
                 return changed.get("latents", latents)
 
-            output = self._draw(call, output_type, after_step)
+            output = self.draw(call, output_type, after_step)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def _draw(
+    def draw(
         self, call: Call, output_type: str, after_step: Callable[..., torch.Tensor] = lambda i, latents, noise: latents
     ) -> DsCoPipelineOutput:
-        """All of a call; `after_step` is told the step, the latents and the noise, and gives latents back."""
+        """All of a call that was started, see `start_call`.
+
+        Args:
+            call ([`Call`]): keeps what the method left in its state, and the passes that it counted.
+            output_type (`str`): as of the call.
+            after_step (`Callable`): is told the step, the latents and the noise, and gives latents back.
+        """
         parts = {"latent": self.vae is not None, "preview": self.preview_vae is not None}
         try:
             with explained_out_of_memory(len(call.ids), call.batch_size, **parts):
@@ -395,8 +401,7 @@ class DsCoPipeline(StoredPipeline):
             self.maybe_free_model_hooks()
         classes = len(set(call.ids))
         discrepancies = torch.stack(call.discrepancies) if call.discrepancies else torch.empty(0, classes)
-        counts = (call.counts["denoiser"], call.counts["decoder"], call.counts["classifier"])
-        return DsCoPipelineOutput(images, call.wanted, discrepancies, *counts)
+        return DsCoPipelineOutput(images, call.wanted, discrepancies, *calls(call.counts).values())
 
     def _denoise(self, call: Call, after_step: Callable[..., torch.Tensor]) -> torch.Tensor:
         """All sampling steps: noise `(B, C, h, w)` → clean latents of the same shape."""

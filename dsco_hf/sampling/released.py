@@ -7,7 +7,6 @@ describes another objective, the one in `dsco_hf.matching.objectives.rkhs`.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +18,6 @@ from torch import nn
 from ..data.datasets import class_names, iterate_pixels, present_classes
 from ..data.labels import Mapped, class_mapping
 from ..data.schema import image_seed
-from ..matching.feature_spec import Features
 from ..matching.feature_spec import RandomExtractor as RandomExtractor
 from ..matching.objectives import check_kind
 from ..matching.population import refuse_empty_classes, rows_of_labels
@@ -226,6 +224,7 @@ class Released(SamplingMethod):
             extractor = RandomExtractor(call.pipe.latent_shape[0], seed=call.targets.seed)
             # faster, on a CPU by a third
             extractor = extractor.to(device, denoiser.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            extractor.register_forward_hook(lambda _, given, __: call.passed("extractor", len(given[0])))
             call.state = extractor, call.targets.rows_of(call.ids).to(device)
         return super().begin(call)
 
@@ -243,7 +242,6 @@ class Released(SamplingMethod):
         ]
 
         def losses(z: torch.Tensor) -> torch.Tensor:
-            call.counts["classifier"] += len(z)
             features = extractor(call.step(i, latents, noise_pred, z).to(dtype)).to(z.dtype)
             pairs = zip(members, pivots, strict=True)
             return torch.stack([quantile_loss(features[index], p) + shell_penalty(z[index]) for index, p in pairs])
@@ -251,14 +249,3 @@ class Released(SamplingMethod):
         noise, first = momentum_descent(noise, losses, iterations=self.iterations)
         call.discrepancies.append(first.float().cpu())
         return noise
-
-    def passes(
-        self, pipe: DiffusionPipeline, images: int, steps: int, sampling: Sampling, features: Features = None
-    ) -> Counter[str]:
-        """Those of the random network."""
-        updates = images * self.iterations * len(self.steps(steps)) if sampling.eta > 0 else 0
-        return Counter({"extractor_backward": updates})
-
-    def target_passes(self, population: int, steps: int, draws: int = 5) -> Counter[str]:
-        """Real images at every level, `draws` times."""
-        return Counter({"extractor": population * draws * len(self.steps(steps))})

@@ -42,9 +42,10 @@ from typing import Any
 
 import torch
 
-from dsco_hf.costs.passes import calls, count_passes, pass_costs, predict_memory
-from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds, stand_in_targets, synchronize
-from dsco_hf.sampling.call import Plain, Sampling
+from dsco_hf.costs.passes import Rehearsal, stand_in_targets, weighted
+from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds, synchronize
+from dsco_hf.costs.tracing import pass_costs, predict_memory
+from dsco_hf.sampling.call import Plain, Sampling, calls
 from dsco_hf.sampling.nopt import NOpt, optimized_steps
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.sampling.released import QuantileTargets, Released
@@ -185,7 +186,7 @@ def run_method(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any
                 raise
             torch.cuda.empty_cache()
     counted = {key: getattr(output, key) for key in ("denoiser_calls", "decoder_calls", "classifier_calls")}
-    expected = calls(count_passes(pipe, len(labels), Sampling.of(batch_size=batch_size, **call)))
+    expected = calls(Rehearsal(pipe, Sampling.of(batch_size=batch_size, **call)).passes(len(labels)))
     if counted != expected:
         raise AssertionError(f"{name} made {counted} calls, the cost model expects {expected}.")
     predicted = predict_memory(
@@ -296,24 +297,24 @@ def resident_peak() -> int:
 def probe(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of one pass of each kind, and the device's rate of large matrix multiplications."""
     images = options.images_per_class * options.num_classes
-    seconds = probe_seconds(
-        pipe, images, guidance_scale=GUIDANCE, images_per_class=options.images_per_class, repeats=2
-    )
+    nopt = Sampling(options.num_inference_steps, GUIDANCE, method=NOpt(start=options.optimize_from))
+    seconds = probe_seconds(Rehearsal(pipe, nopt), images, images_per_class=options.images_per_class, repeats=2)
     costs = pass_costs(pipe)
     size = 256 if options.tiny else 8192 if pipe.device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=pipe.device).to(DTYPES[options.dtype]) for _ in range(2))
     matmul = 2 * size**3 / median_seconds(lambda: a @ b, pipe.device, repeats=10)
-    flops = {kind: cost.flops for kind, cost in costs.items() if kind in seconds}
+    flops = {kind: cost.flops for kind, cost in costs.items()}
     work_of = {}
     for steps in (options.num_inference_steps, 50):
-        nopt = NOpt(start=options.optimize_from) if steps == options.num_inference_steps else NOpt()
-        counts = [count_passes(pipe, images, Sampling(steps, GUIDANCE, method=method)) for method in (nopt, Plain())]
+        steered_by = nopt if steps == options.num_inference_steps else Sampling(steps, GUIDANCE)
+        both = (steered_by, Sampling(steps, GUIDANCE, method=Plain()))
+        counts = [Rehearsal(pipe, sampling).passes(images) for sampling in both]
         for unit, rates in (("seconds", seconds), ("flops", flops)):
-            steered, plain = (sum(n * rates.get(kind, 0) for kind, n in passes.items()) for passes in counts)
+            steered, plain = (weighted(passes, rates) for passes in counts)
             work_of[f"{unit}_at_{steps}"] = steered / plain
     return {
         "seconds_per_image_pass": {kind: round(value, 6) for kind, value in seconds.items()},
-        "tflops": {kind: round(count / seconds[kind] / 1e12, 4) for kind, count in flops.items() if count},
+        "tflops": {"denoiser": round(flops["denoiser"] / seconds["denoiser"] / 1e12, 4)},
         "matmul_tflops": matmul / 1e12,
         "ratios": work_of,
     }

@@ -3,7 +3,7 @@
     python recipes/benchmarks/plan_accuracy.py --out plan_accuracy.json
     python recipes/benchmarks/plan_accuracy.py --num_classes 2 --images_per_class 3 --num_inference_steps 4
 
-For every setting, a probe times one pass of each kind, the cost model predicts from that, and then the concentration
+For every setting, a probe times calls of a few steps, the cost model predicts from that, and then the concentration
 is really done: a generator and a classifier of the size that fits the 8x8 digits, with random weights, which do not
 change the time. Prints one JSON object as its last line. `predicted_over_measured`: predicted by measured seconds of
 the setting that is farthest off, each setting's being the median of its rounds; `calls_exact`: 1 if all predicted
@@ -32,8 +32,9 @@ from dsco_hf import (
     concentrate_and_report,
 )
 from dsco_hf.concentration.concentrate import plan_units
-from dsco_hf.costs.passes import pass_costs, predict
-from dsco_hf.costs.probe import probe_seconds, stand_in_targets
+from dsco_hf.costs.passes import Rehearsal, predict, stand_in_targets
+from dsco_hf.costs.probe import probe_seconds
+from dsco_hf.costs.tracing import pass_costs
 
 
 # by name: (images per class by those of the command line, options)
@@ -108,18 +109,12 @@ def compare(pipe: DsCoPipeline, options: argparse.Namespace, factor: int, change
     call = {"guidance_scale": 1.0, "num_inference_steps": options.num_inference_steps, **changes}
     units = plan_units(options.num_classes, budget, block_size=options.block_size)
     images = max(unit.images for unit in units)
-    seconds = probe_seconds(
-        pipe,
-        min(images, call.get("batch_size", images)),
-        guidance_scale=call["guidance_scale"],
-        images_per_class=options.block_size,
-        repeats=5,
-    )
+    rehearsal = Rehearsal(pipe, Sampling.of(**call))
+    seconds = probe_seconds(rehearsal, images, images_per_class=options.block_size, repeats=5)
     found = predict(
-        pipe, options.num_classes, budget, Sampling.of(**call), costs=pass_costs(pipe), seconds=seconds,
-        block_size=options.block_size,
-    )  # fmt: skip
-    targets = None if changes.get("method") == Plain() else stand_in_targets(pipe)
+        rehearsal, options.num_classes, budget, costs=pass_costs(pipe), seconds=seconds, block_size=options.block_size
+    )
+    targets = stand_in_targets(pipe, rehearsal.sampling.method)
     _, report = concentrate_and_report(pipe, targets, budget, block_size=options.block_size, progress=False, **call)
     counted = {name: getattr(report, name) for name in found.calls}
     return {

@@ -1,4 +1,5 @@
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -16,22 +17,11 @@ from dsco_hf import (
     concentrate_and_report,
 )
 from dsco_hf.concentration.concentrate import plan_units
-from dsco_hf.costs.passes import (
-    PassCost,
-    assumed_seconds,
-    calls,
-    count_passes,
-    count_run,
-    count_unit,
-    largest_batch,
-    pass_costs,
-    predict,
-    predict_memory,
-    weight_bytes,
-)
-from dsco_hf.costs.probe import imagenet_pipeline, probe_seconds, stand_in_targets
-from dsco_hf.costs.tracing import TensorMemory
+from dsco_hf.costs.passes import Rehearsal, assumed_seconds, predict, stand_in_targets
+from dsco_hf.costs.probe import imagenet_pipeline, probe_seconds, rates
+from dsco_hf.costs.tracing import PassCost, TensorMemory, largest_batch, pass_costs, predict_memory, weight_bytes
 from dsco_hf.matching.features import observe
+from dsco_hf.sampling.call import calls
 
 
 LABELS = [0, 0, 1, 2, 2]
@@ -79,9 +69,9 @@ def test_calls_are_those_that_the_pipeline_counts(request, make, space, options)
     given = {"output_type": "pt", "num_inference_steps": 5, **options}
     kind = given.pop("output_type")
     sampling = Sampling.of(**given)
-    targets = None if sampling.method.memory is None else stand_in_targets(pipe, embedding_dim=16)
+    targets = stand_in_targets(pipe, sampling.method, embedding_dim=16)
     output = pipe(LABELS, targets, generator=make.generators(range(5)), output_type=kind, method=sampling)
-    assert calls(count_passes(pipe, 5, sampling, output_type=kind)) == measured(output)
+    assert calls(Rehearsal(pipe, sampling).passes(5, classes=3, output_type=kind)) == measured(output)
 
 
 @pytest.mark.parametrize(
@@ -98,36 +88,43 @@ def test_calls_and_work_follow_the_features(make, features, networks, decodes):
     targets = MatchingTargets.from_dataset(images, pipe, features=features, embedding_dim=16, progress=False)
     options = {"num_inference_steps": 4, "batch_size": 2}
     output = pipe([0, 1, 1], targets, generator=make.generators(range(3)), output_type="pt", **options)
-    passes = count_passes(pipe, 3, Sampling(**options), features=features)
+    rehearsal = Rehearsal(pipe, Sampling(**options), features)
+    passes = rehearsal.passes(3, classes=2)
     assert calls(passes) == measured(output)
     assert output.classifier_calls == 2 * networks * output.discrepancies.shape[0] * 3
     assert (passes["preview_backward"] > 0) == decodes
-    costs, seconds = pass_costs(pipe, features=features), probe_seconds(pipe, 2, features=features, repeats=1)
+    costs, seconds = pass_costs(pipe, features=features), probe_seconds(rehearsal, 3, repeats=1)
     assert (costs["preview_backward"].flops > 0) == decodes
     assert costs["classifier_backward"].flops > costs["classifier"].flops > 0
-    assert set(passes) - {"further_networks"} <= set(seconds)
+    assert set(passes) - {"decoder"} <= set(seconds)  # decoding is part of "call"
 
 
 def test_calls_of_the_released_objective(pipe, real_images, make):
     targets = QuantileTargets.from_dataset(real_images, pipe, progress=False)
     sampling = Sampling(5, method=Released(iterations=3))
     output = pipe(LABELS, targets, generator=make.generators(range(5)), method=sampling)
-    assert calls(count_passes(pipe, 5, sampling)) == measured(output)
+    rehearsal = Rehearsal(pipe, sampling)
+    assert calls(rehearsal.passes(5, classes=3)) == measured(output)
     assert output.classifier_calls == 5 * 3 * 4
     first, second = plan_units(3, 4, block_size=2)
-    assert count_unit(pipe, first, sampling, last=False, population=9)["extractor"] == 3 * 9 * 5 * 4
-    assert count_unit(pipe, second, sampling, last=True, population=9)["extractor"] == 0
+    assert rehearsal.unit(first, last=False, population=9)["extractor"] == 3 * 9 * 5 * 4
+    assert rehearsal.unit(second, last=True, population=9)["extractor"] == 0
 
 
 @pytest.mark.parametrize("images_per_class", [2, 5])
 def test_calls_of_a_run_are_those_of_its_report(pipe, targets, images_per_class):
     sizes, sampling = {"block_size": 2, "images_per_call": 4}, Sampling(4, batch_size=3)
     _, report = concentrate_and_report(pipe, targets, images_per_class, progress=False, method=sampling, **sizes)
-    passes = count_run(pipe, 3, images_per_class, sampling, **sizes)
+    passes = of_run(Rehearsal(pipe, sampling), images_per_class, **sizes)
     assert calls(passes) == measured(report)
     assert passes["embedding"] == 3 * {2: 0, 5: 4}[images_per_class]
-    plain = count_run(pipe, 3, images_per_class, Sampling(4, method="plain"), **sizes)
-    assert plain["denoiser"] == passes["denoiser"] and set(plain) == {"denoiser", "step", "call"}
+    plain = of_run(Rehearsal(pipe, Sampling(4, method="plain")), images_per_class, **sizes)
+    ahead = passes["classifier_backward"]  # the conditional look-ahead of each update
+    assert plain["denoiser"] == passes["denoiser"] - ahead and set(plain) == {"denoiser", "call"}
+
+
+def of_run(rehearsal, images_per_class, **sizes):
+    return sum((passes for _, passes in rehearsal.run(3, images_per_class, **sizes)), Counter())
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +158,7 @@ def test_flops_are_those_of_the_layers(pipe):
         observe(pipe.classifier, torch.zeros(1, 1, 8, 8))
     classifier, tokens, width = counted, 16, 16
     costs = pass_costs(pipe, extractor=True)
-    assert costs["denoiser"].flops == costs["lookahead"].flops == denoiser + 4 * tokens**2 * width  # attention
+    assert costs["denoiser"].flops == denoiser + 4 * tokens**2 * width  # attention
     assert costs["classifier"].flops == costs["embedding"].flops == classifier
     assert 1.9 < costs["classifier_backward"].flops / classifier <= 2
     assert 1.5 < costs["extractor_backward"].flops / costs["extractor"].flops <= 2
@@ -211,12 +208,12 @@ def test_time_is_that_of_the_slowest_process(pipe):
     costs = {"denoiser": PassCost(10, 1), "preview_backward": PassCost(0, 1)}
     seconds = {"denoiser": 2.0}
     options = {"block_size": 2, "images_per_call": 2}
-    found = predict(pipe, 3, 4, Sampling(3, 1.0), costs=costs, seconds=seconds, num_processes=(1, 2, 3, 8), **options)
-    # three groups of one class; 4 images of each, 3 steps, one denoiser pass of 2 s
-    assert found.images == 12 and found.passes["denoiser"] == 36
-    assert found.seconds == {1: 72.0, 2: 48.0, 3: 24.0, 8: 24.0}
-    assert found.flops == 360
-    assert found.calls["denoiser_calls"] == 36 + found.passes["lookahead"]
+    rehearsal = Rehearsal(pipe, Sampling(3, 1.0))
+    found = predict(rehearsal, 3, 4, costs=costs, seconds=seconds, num_processes=(1, 2, 3, 8), **options)
+    # three groups of one class; 4 images of each, 3 steps and a look-ahead, a denoiser pass of 2 s
+    assert found.images == 12 and found.calls["denoiser_calls"] == found.passes["denoiser"] == 48
+    assert found.seconds == {1: 96.0, 2: 64.0, 3: 32.0, 8: 32.0}
+    assert found.flops == 480
 
 
 def test_assumed_seconds_are_flops_by_rate():
@@ -229,11 +226,20 @@ def test_assumed_seconds_are_flops_by_rate():
 
 
 def test_the_probe_measures_every_kind_that_a_run_has(preview_pipe):
-    options = {"guidance_scale": 2.0, "repeats": 1, "embedding_dim": 32}
-    found = probe_seconds(preview_pipe, 4, **options, extractor=False)
-    run = count_run(preview_pipe, 3, 5, Sampling(batch_size=3), block_size=2, images_per_call=4)
-    assert set(run) <= set(found)
+    rehearsal = Rehearsal(preview_pipe, Sampling(10, 2.0, batch_size=3))
+    found = probe_seconds(rehearsal, 4, repeats=1, embedding_dim=32)
+    assert set(of_run(rehearsal, 5, block_size=2, images_per_call=4)) - {"decoder"} <= set(found)
     assert all(seconds > 0 for kind, seconds in found.items() if kind != "call") and found["call"] >= 0
+
+
+def test_seconds_are_told_apart_by_steps():
+    """A slow first step, plain and optimised steps of 1 s a pass and 2 s an update, and 6 s for what is left."""
+    counts = [Counter(denoiser=2)]
+    for more in (Counter(denoiser=4, classifier_backward=2), Counter(denoiser=2), Counter(denoiser=2)):
+        counts.append(counts[-1] + more)
+    run = [(9.0, counts[0]), (17.0, counts[1]), (19.0, counts[2]), (21.0, counts[3]), (22.0, counts[3])]
+    found = rates([run], images=2)
+    assert found == {"denoiser": 1.0, "classifier_backward": 2.0, "call": 4.0}
 
 
 def test_stand_in_targets_are_targets(pipe, targets):

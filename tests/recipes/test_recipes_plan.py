@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dsco_hf.costs.passes import calls
 from dsco_hf.costs.plan import largest_budget
+from dsco_hf.sampling.call import calls
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -164,10 +164,10 @@ def test_the_pipeline_moves_noise_along_that_gradient(pipe, targets):
     call, latents, noise_pred, noise, _ = one_step(pipe, targets)
     look, loss = preview_loss(call, 3, latents, noise_pred, noise, "conditional")
     losses, gradient = loss_gradient(noise, lambda z: loss(look(z, slice(None))))
-    before = call.counts["classifier"]
+    before = call.counts["classifier_backward"]
     moved = call.method.noise(call, 3, latents, noise_pred, noise)
     torch.testing.assert_close(call.discrepancies[0], losses)
-    assert call.counts["classifier"] == before + len(LABELS)
+    assert call.counts["classifier_backward"] == before + len(LABELS)
     radius = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     by_hand = noise - 0.1 * radius * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     by_hand = by_hand / by_hand.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * radius
