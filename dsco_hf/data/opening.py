@@ -30,7 +30,7 @@ from ..utils.safety import explained
 from ..utils.values import plain_arguments
 from .image_folders import image_files, is_image_folder, load_image_folder
 from .shards import explained_tables
-from .splits import divide, divide_streams, part_to_test, refuse_slice, split_named, stratified_indices, take_split
+from .splits import divide, part_to_test, refuse_slice, split_named, stratified_indices, take_split
 
 
 WANTED = "Give a folder, parquet file(s), or an id such as 'user/name'."
@@ -256,11 +256,10 @@ def load_splits(
     """
     loaded = _load(path, name, revision=revision, streaming=streaming, token=token)
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-    chosen: dict[str, Any] = {"train_split": train_split, "test_split": test_split}
-    options: dict[str, Any] = {"label_column": label_column, "what": str(path)}
-    if isinstance(loaded, IterableDatasetDict):
-        return divide_streams(splits, **chosen, **options)
-    train, test, facts = divide(splits, **chosen, holdout=holdout, seed=seed, **options)
+    train, test, facts = divide(
+        splits, train_split=train_split, test_split=test_split, holdout=holdout, seed=seed, label_column=label_column,
+        what=str(path),
+    )  # fmt: skip
     return (as_streams(train), as_streams(test), facts) if streaming else (train, test, facts)
 
 
@@ -268,32 +267,22 @@ def load_test_split(
     path: str | Path | Sequence[str | Path],
     name: str | None = None,
     *,
-    test_split: str = "auto",
-    holdout: float = 0.2,
-    seed: int = 0,
-    label_column: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    **options: Any,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The images to test with, of a dataset wherever it is: by the same rule, and so those that [`load_splits`] gives.
+    """The images to test with, of a dataset wherever it is, and what was taken: those that [`load_splits`] gives.
 
     Args:
         path: as for [`load_splits`], like the others.
         name: the configuration.
-        test_split: a split, a slice, a sum, or "auto".
-        holdout: share of every class that is held out of its "train" split, where there is no other.
-        seed: which images are held out.
-        label_column: where there are several.
         revision: of a Hub dataset.
         token: for a private one.
-
-    Returns:
-        `tuple`: the test images, and what was taken, to be recorded.
+        **options: `test_split`, `holdout`, `seed` and `label_column`.
     """
     loaded = _load(path, name, revision=revision, token=token)
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-    options: dict[str, Any] = {"holdout": holdout, "seed": seed, "label_column": label_column, "what": str(path)}
-    return part_to_test(splits, test_split=test_split, **options)
+    return part_to_test(splits, what=str(path), **options)
 
 
 def _refuse_options(what: str, **options: str | None) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FALLBACK = 32  # px: what a small generator on a CPU can learn
+_LOOKED_AT = 1024
 _AHEAD = 2  # batches that wait for their reader: enough to hide a slow one, little memory
 
 
@@ -95,22 +98,15 @@ def iterate_pixels(
         ValueError: for an unreadable image, a missing label or a class that is not in `classes` (the row is named),
             for sizes that differ, and for an empty dataset.
     """
-    _check_pixel_options(num_channels, on_error)
+    if num_channels not in (1, 3):
+        raise ValueError(f"`num_channels` must be 1 (gray) or 3 (RGB), got {num_channels}.")
+    check_choice("on_error", on_error, ("raise", "skip"))
     image_column, label_column = find_columns(dataset, image_column=image_column, label_column=label_column)
-    reader = _Reader(
-        encoded_columns(dataset, image_column, label_column),
-        (image_column, label_column),
-        class_places(class_names(dataset, label_column=label_column), classes),
-        image_size=image_size,
-        num_channels=num_channels,
-        batch_size=batch_size,
-        skip=on_error == "skip",
-        rows=rows,
-        start=start,
-        allow_empty=allow_empty,
-        threads=threads,
-        progress=progress,
-    )
+    encoded = encoded_columns(dataset, image_column, label_column)
+    places = class_places(class_names(dataset, label_column=label_column), classes)
+    options: dict[str, Any] = {"image_size": image_size, "num_channels": num_channels, "skip": on_error == "skip"}
+    options |= {"batch_size": batch_size, "rows": rows, "start": start, "allow_empty": allow_empty}
+    reader = _Reader(encoded, (image_column, label_column), places, **options, threads=threads, progress=progress)
     # A generator of its own, so that bad arguments are reported by the call and not by the first batch.
     return ahead(reader.batches, _AHEAD) if threads else reader.batches()
 
@@ -161,48 +157,32 @@ def ahead(produce: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
         thread.join()
 
 
-def _check_pixel_options(num_channels: int, on_error: str) -> None:
-    if num_channels not in (1, 3):
-        raise ValueError(f"`num_channels` must be 1 (gray) or 3 (RGB), got {num_channels}.")
-    check_choice("on_error", on_error, ("raise", "skip"))
-
-
 def encoded_columns(dataset: AnyDataset, image_column: str, label_column: str) -> AnyDataset:
     """The two columns with images still encoded: decoding row by row tells which row is corrupt."""
-    if isinstance(dataset, Dataset):
-        dataset = dataset.with_format(None)
-    else:
-        dataset = resolved(dataset)
+    dataset = dataset.with_format(None) if isinstance(dataset, Dataset) else resolved(dataset)
     return dataset.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
 
 
+@dataclass
 class _Reader:
     """Reads encoded rows, decodes them, and refuses or skips what is wrong with them, in their order."""
 
-    def __init__(
-        self,
-        dataset: AnyDataset,
-        columns: tuple[str, str],
-        places: Sequence[int | str],
-        *,
-        image_size: int | None,
-        num_channels: int,
-        batch_size: int,
-        skip: bool,
-        rows: Sequence[range] | None,
-        start: int,
-        allow_empty: bool,
-        threads: int,
-        progress: bool,
-    ) -> None:
-        self.dataset, self.columns, self.places = dataset, columns, places
-        self.image_size, self.num_channels, self.batch_size = image_size, num_channels, batch_size
-        self.skip, self.rows, self.start, self.allow_empty = skip, rows, start, allow_empty
-        self.threads, self.progress = threads, progress
-        self.skipped: list[int] = []
-        self.reasons: list[str] = []
-        self.ignored: Counter[str] = Counter()
-        self.size: tuple[int, ...] | None = None
+    dataset: AnyDataset
+    columns: tuple[str, str]
+    places: Sequence[int | str]
+    image_size: int | None
+    num_channels: int
+    skip: bool
+    batch_size: int
+    rows: Sequence[range] | None
+    start: int
+    allow_empty: bool
+    threads: int
+    progress: bool
+    skipped: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    size: tuple[int, ...] | None = None
 
     def batches(self) -> Iterator[PixelBatch]:
         """The batches, with a progress bar."""
@@ -222,14 +202,10 @@ class _Reader:
         if read == 0 and not self.allow_empty:
             raise ValueError("The dataset is empty: it has no rows.")
         if self.skipped:
-            more = f" and {len(self.skipped) - 20} more" if len(self.skipped) > 20 else ""
+            rows = f"{self.skipped[:20]}{f' and {len(self.skipped) - 20} more' * (len(self.skipped) > 20)}"
+            why = "; ".join(self.reasons[:3])
             logger.warning(
-                "Skipped %d of %d images that cannot be decoded: rows %s%s (%s)",
-                len(self.skipped),
-                read,
-                self.skipped[:20],
-                more,
-                "; ".join(self.reasons[:3]),
+                "Skipped %d of %d images that cannot be decoded: rows %s (%s)", len(self.skipped), read, rows, why
             )
         for part, count in sorted(self.ignored.items()):
             logger.warning("%d of %d images have %s, which is left out (see docs/inputs.md).", count, read, part)
@@ -342,35 +318,14 @@ def _checked_place(label: int | None, row: int, places: Sequence[int | str]) -> 
     return place
 
 
-def load_pixels(
-    dataset: AnyDataset,
-    *,
-    image_size: int | None = None,
-    num_channels: int = 3,
-    batch_size: int = 256,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    on_error: str = "raise",
-    classes: Sequence[str] | None = None,
-    progress: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def load_pixels(dataset: AnyDataset, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Reads a whole dataset into memory; arguments as for [`iterate_pixels`].
 
     Returns:
         `tuple`: pixels `(N, C, H, W)` float32 in [-1, 1], labels `(N,)` int64, and row indices `(N,)` int64. The
         indices are 0..N-1 unless images were skipped.
     """
-    batches = iterate_pixels(
-        dataset,
-        image_size=image_size,
-        num_channels=num_channels,
-        batch_size=batch_size,
-        image_column=image_column,
-        label_column=label_column,
-        on_error=on_error,
-        classes=classes,
-        progress=progress,
-    )
+    batches = iterate_pixels(dataset, **options)
     rows = len(dataset) if isinstance(dataset, Dataset) else None
     pixels, filled, parts, labels, indices = None, 0, [], [], []
     for batch in batches:
@@ -389,12 +344,6 @@ def load_pixels(
     return pixels, torch.cat(labels), torch.cat(indices)
 
 
-logger = logging.getLogger(__name__)
-
-FALLBACK = 32  # px: what a small generator on a CPU can learn
-_LOOKED_AT = 1024
-
-
 def default_image_size(
     dataset: Dataset, *, image_column: str | None = None, label_column: str | None = None, fallback: int = FALLBACK
 ) -> int | None:
@@ -410,10 +359,8 @@ def default_image_size(
     logger.warning(
         "Images have sides of %d to %d pixels: their shorter side is brought to %d and the centre cropped; "
         "`image_size` (--image_size; of a protocol: `get_protocol(name, image_size=64)`) chooses another size.",
-        low,
-        high,
-        fallback,
-    )
+        low, high, fallback,
+    )  # fmt: skip
     return fallback
 
 

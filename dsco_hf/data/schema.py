@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +13,10 @@ from ..utils.names import nearest as nearest
 
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+
+# what such columns are called, surely and perhaps
+_IMAGE_NAMES = ("image|img|picture|photo|pixel", "path|file")
+_LABEL_NAMES = ("label|class|target|category|species|digit", "fine|coarse|^y$")
 
 
 def find_columns(
@@ -102,31 +106,24 @@ def _kind(feature: Any) -> str:
 
 def column_hint(features: Mapping[str, Any], kind: type, column: str | None = None) -> str:
     """The call that most likely repairs a column of the wrong type: the one that was named, or the most plausible."""
-    fits = _may_be_image if kind is Image else _may_be_label
+    is_image = kind is Image
+    fits, likely, less = (_may_be_image, *_IMAGE_NAMES) if is_image else (_may_be_label, *_LABEL_NAMES)
     if column is not None:  # chosen by the user: its name need not speak for it
         key, asked = column if fits(_kind(features[column]), features[column]) else "", ""
-    elif kind is Image:
-        key = most_plausible(features, fits, "image|img|picture|photo|pixel", "path|file")
-        asked = f" Did you mean {key!r}?"
     else:
-        key = most_plausible(features, fits, "label|class|target|category|species|digit", "fine|coarse|^y$")
+
+        def rank(key: str) -> int:
+            return 2 if re.search(likely, key, re.IGNORECASE) else 1 if re.search(less, key, re.IGNORECASE) else 0
+
+        found = [key for key, feature in features.items() if fits(_kind(feature), feature) > (2 - rank(key))]
+        key = max(found, key=rank, default="")
         asked = f" Did you mean {key!r}?"
-    if kind is Image:
+    if is_image:
         return key and f"{asked} Make it one with `dataset.cast_column({key!r}, datasets.Image())`."
     return key and (
         f"{asked} Make it one with `dataset.class_encode_column({key!r})`, or, of a stream, "
         f"`dataset.cast_column({key!r}, datasets.ClassLabel(names=[...]))`."
     )
-
-
-def most_plausible(features: Mapping[str, Any], fits: Callable[[str, Any], int], likely: str, less: str) -> str:
-    """Of the columns that may be meant, that whose name says most; empty if none may be."""
-
-    def rank(key: str) -> int:
-        return 2 if re.search(likely, key, re.IGNORECASE) else 1 if re.search(less, key, re.IGNORECASE) else 0
-
-    found = [key for key, feature in features.items() if fits(_kind(feature), feature) > (2 - rank(key))]
-    return max(found, key=rank, default="")
 
 
 def _may_be_image(kind: str, feature: Any) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, IterableDataset, ReadInstruction, concatenate_datasets
+from datasets import ClassLabel, Dataset, ReadInstruction, concatenate_datasets
 
 from ..utils.names import nearest
 from ..utils.values import check_real, check_whole
-from .schema import class_names, features_of, find_column
+from .schema import AnyDataset, class_names, features_of, find_column
 
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ def split_named(name: str) -> str | None:
     return next((split for split, names in ALIASES.items() if name.lower() in names), None)
 
 
-def take_split(splits: Mapping[str, Dataset], split: str | ReadInstruction, *, what: str = "the dataset") -> Dataset:
+def take_split(splits: Mapping[str, Any], split: str | ReadInstruction, *, what: str = "the dataset") -> Any:
     """One split, a slice or a sum, in datasets' own notation: "train", "train[:100]", "train[10%:20%]", "train+test".
 
     Args:
-        splits (mapping of `str` to `Dataset`): the whole ones.
+        splits (mapping of `str` to `Dataset` or `IterableDataset`): the whole ones; of streams no slices are taken.
         split (`str` or `ReadInstruction`): which.
         what (`str`): how an error calls the dataset.
 
@@ -47,9 +47,12 @@ def take_split(splits: Mapping[str, Dataset], split: str | ReadInstruction, *, w
     """
     if isinstance(split, str) and split in splits:
         return splits[split]
+    lengths = {name: len(part) for name, part in splits.items() if isinstance(part, Dataset)}
+    if len(lengths) < len(splits):
+        refuse_slice(split)
     try:
         wanted = ReadInstruction.from_spec(split) if isinstance(split, str) else split
-        ranges = wanted.to_absolute({name: len(part) for name, part in splits.items()})
+        ranges = wanted.to_absolute(lengths)
     except (ValueError, AssertionError, KeyError) as error:
         name = str(split).partition("[")[0].partition("+")[0].strip()
         alias = split_named(name)
@@ -63,7 +66,7 @@ def take_split(splits: Mapping[str, Dataset], split: str | ReadInstruction, *, w
 
 
 def divide(
-    splits: Mapping[str, Dataset],
+    splits: Mapping[str, Any],
     *,
     train_split: str = "train",
     test_split: str = "auto",
@@ -71,11 +74,12 @@ def divide(
     seed: int = 0,
     label_column: str | None = None,
     what: str = "the dataset",
-) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+) -> tuple[Any, Any, dict[str, Any]]:
     """The images to train and to test with.
 
     Args:
-        splits (mapping of `str` to `Dataset`): the whole splits.
+        splits (mapping of `str` to `Dataset` or `IterableDataset`): the whole splits. A stream counts as labelled if
+            its first row is, as reading all would take as long as the work itself; of it nothing can be held out.
         train_split (`str`): a split, slice or sum, see [`take_split`].
         test_split (`str`): likewise; "none"; or "auto": the test split if it has labels, else the validation split,
             else a part of the training images is held out.
@@ -98,6 +102,12 @@ def divide(
         return train, None, {"train_split": train_split, "test_split": "none"}
     if test_split == "auto":
         found = _own_test_split(splits, train_split, label_column, what)
+        if found is None and not isinstance(train, Dataset):
+            raise ValueError(
+                f"There is no test split with labels of {what}, which has {list(splits)}, and of a stream no images "
+                "can be held out. Read it without `streaming`, or take all of them with `test_split='none'` "
+                "(--test_split none)."
+            )
         if found is None:
             return _held_out(train, train_split, holdout, seed, label_column)
         test_split = found
@@ -109,63 +119,23 @@ def part_to_test(
     splits: Mapping[str, Dataset],
     *,
     test_split: str = "auto",
-    holdout: float = 0.2,
-    seed: int = 0,
     label_column: str | None = None,
     what: str = "the dataset",
+    holdout: float = 0.2,
+    seed: int = 0,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The images to test with, by the rule of [`divide`], of a dataset that need have no training split.
-
-    Returns:
-        `tuple`: the test images, and what was taken as plain JSON values.
+    """The images to test with and what was taken, by the rule of [`divide`], where there need be no training split.
 
     Raises:
         ValueError: as [`divide`], and for "none".
     """
     if test_split == "none":
         raise ValueError("Networks are tested: `test_split` is a split or 'auto' here, not 'none'.")
-    if test_split == "auto":
-        found = _own_test_split(splits, "", label_column, what)
-        if found is None:
-            options: dict[str, Any] = {"holdout": holdout, "seed": seed, "label_column": label_column, "what": what}
-            _, test, facts = divide(splits, **options)
-            assert test is not None
-            return test, {name: facts[name] for name in facts if name != "train_split"}
-        test_split = found
-    return _test_split(splits, test_split, label_column, what), {"test_split": test_split}
-
-
-def divide_streams(
-    splits: Mapping[str, IterableDataset],
-    *,
-    train_split: str = "train",
-    test_split: str = "auto",
-    label_column: str | None = None,
-    what: str = "the dataset",
-) -> tuple[IterableDataset, IterableDataset | None, dict[str, Any]]:
-    """The same as [`divide`] of streams, which have whole splits only.
-
-    Whether a split is labelled is told by its first row, as reading all would take as long as the work itself.
-
-    Raises:
-        ValueError: for a split that does not exist, a slice or sum, and where images would have to be held out.
-    """
-    for split in (train_split, test_split):
-        refuse_slice(split)
-        if split not in splits and split not in ("auto", "none"):
-            take_split({name: Dataset.from_dict({}) for name in splits}, split, what=what)  # raises
-    train = splits[train_split]
-    if test_split == "none":
-        return train, None, {"train_split": train_split, "test_split": "none"}
-    for name in [test_split] if test_split != "auto" else _test_names(splits, train_split):
-        column = find_column(features_of(splits[name]), "label_column", label_column, ClassLabel)
-        first = next(iter(splits[name].select_columns([column])), {column: None})[column]
-        if first is not None and first >= 0:
-            return train, splits[name], {"train_split": train_split, "test_split": name}
-    raise ValueError(
-        f"There is no test split with labels of {what}, which has {list(splits)}, and of a stream no images can be "
-        "held out. Read it without `streaming`, or take all of them with `test_split='none'` (--test_split none)."
-    )
+    found = _own_test_split(splits, "", label_column, what) if test_split == "auto" else test_split
+    if found is not None:
+        return _test_split(splits, found, label_column, what), {"test_split": found}
+    _, test, facts = divide(splits, label_column=label_column, what=what, holdout=holdout, seed=seed)
+    return test, {name: facts[name] for name in facts if name != "train_split"}
 
 
 def refuse_slice(split: str | ReadInstruction) -> None:
@@ -177,35 +147,29 @@ def refuse_slice(split: str | ReadInstruction) -> None:
         )
 
 
-def _test_names(splits: Iterable[str], train_split: str) -> list[str]:
-    """The test split, then the validation split, whatever they are called, unless one of them is trained on."""
-    trained = split_names(train_split)
-    named = {
-        kind: next((name for name in splits if split_named(name) == kind), None) for kind in ("test", "validation")
-    }
-    return [name for name in named.values() if name is not None and name not in trained]
-
-
-def split_names(split: str) -> list[str]:
+def _names_in(split: str) -> list[str]:
     """The splits that a text names: `["train", "test"]` of "train[:50%]+test"."""
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
 def _own_test_split(
-    splits: Mapping[str, Dataset], train_split: str, label_column: str | None, what: str
+    splits: Mapping[str, AnyDataset], train_split: str, label_column: str | None, what: str
 ) -> str | None:
-    """The first of the dataset's own splits to test with that has labels; None if there is none."""
-    for name in _test_names(splits, train_split):
-        if is_labelled(splits[name], label_column):
+    """The test split, else the validation split, if it has labels and is not trained on; None if there is none."""
+    for kind in ("test", "validation"):
+        name = next((name for name in splits if split_named(name) == kind), None)
+        if name is None or name in _names_in(train_split):
+            continue
+        if _is_labelled(splits[name], label_column):
             return name
         logger.warning("The split %r of %s has no labels and is left aside.", name, what)
     return None
 
 
-def _test_split(splits: Mapping[str, Dataset], split: str, label_column: str | None, what: str) -> Dataset:
+def _test_split(splits: Mapping[str, AnyDataset], split: str, label_column: str | None, what: str) -> Any:
     """A split to test with, which has labels and every class."""
     test = take_split(splits, split, what=what)
-    if not is_labelled(test, label_column):
+    if not _is_labelled(test, label_column):
         raise ValueError(
             f"The split {split!r} of {what} has images without a label (-1 or None), so nothing can be "
             "tested on it. Choose another one, or 'auto', which takes the validation split or holds images out."
@@ -214,22 +178,24 @@ def _test_split(splits: Mapping[str, Dataset], split: str, label_column: str | N
     return test
 
 
-def is_labelled(dataset: Dataset, label_column: str | None = None) -> bool:
-    """Whether every row has a label; unlabelled test splits have -1 or None."""
+def _is_labelled(dataset: AnyDataset, label_column: str | None) -> bool:
+    """Whether every row, of a stream the first, has a label; unlabelled test splits have -1 or None."""
     labels = _labels(dataset, label_column)
     return len(labels) > 0 and all(label is not None and label >= 0 for label in labels)
 
 
-def _labels(dataset: Dataset, label_column: str | None) -> list[int | None]:
+def _labels(dataset: AnyDataset, label_column: str | None) -> list[int | None]:
     column = find_column(features_of(dataset), "label_column", label_column, ClassLabel)
+    if not isinstance(dataset, Dataset):
+        return [row[column] for row in dataset.select_columns([column]).take(1)]
     return dataset.with_format(None)[column][:]
 
 
-def _refuse_lost_classes(splits: Mapping[str, Dataset], part: Dataset, split: str, label_column: str | None) -> None:
+def _refuse_lost_classes(splits: Mapping[str, Any], part: Any, split: str, label_column: str | None) -> None:
     """Raises if a slice leaves out classes that its whole split has, as of rows that are sorted by class."""
     if "[" not in split:
         return
-    wholes = [splits[name] for name in split_names(split) if name in splits]
+    wholes = [splits[name] for name in _names_in(split) if name in splits]
     lost = {label for whole in wholes for label in _labels(whole, label_column)} - set(_labels(part, label_column))
     if lost := {label for label in lost if label is not None and label >= 0}:
         names = class_names(part, label_column=label_column)
@@ -251,22 +217,18 @@ def _held_out(
         if count == 0:
             single.append(label)
         test_rows += np.random.default_rng([seed, label]).permutation(rows)[:count].tolist()
-    names = class_names(train, label_column=label_column)
     if not test_rows:
         raise NothingToTestError(
             f"No image can be held out of {len(train)} to test on, as no class has two. Pass `test_split='none'`, or "
             "more images."
         )
     if single:
+        names = class_names(train, label_column=label_column)
         logger.warning("Classes of one image are not tested: %s", [names[label] for label in single][:20])
     kept = np.setdiff1d(np.arange(len(train)), test_rows)
     share = f"{100 * holdout:g} % of every class, seed {seed}"
-    facts = {
-        "train_split": f"{train_split}, less {share}",
-        "test_split": f"{train_split}, held out: {share}",
-        "holdout": holdout,
-        "holdout_seed": seed,
-    }
+    facts = {"train_split": f"{train_split}, less {share}", "test_split": f"{train_split}, held out: {share}",
+             "holdout": holdout, "holdout_seed": seed}  # fmt: skip
     logger.warning("There is no test split: %s images are held out of %r (%s).", len(test_rows), train_split, share)
     return train.select(kept), train.select(sorted(test_rows)), facts
 

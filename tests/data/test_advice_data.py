@@ -12,7 +12,7 @@ from dsco_hf import load_image_dataset, save_dataset_folder, select
 from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
 from dsco_hf.data.labels import class_mapping
 from dsco_hf.data.schema import features_of
-from dsco_hf.data.splits import divide, divide_streams
+from dsco_hf.data.splits import divide
 
 
 NAMES = ("circle", "square", "triangle")
@@ -165,13 +165,13 @@ SPLITS = {
         [9, 21, 21],
     ),
     "no test split of a stream": (
-        lambda w: divide_streams({"train": stream(w)}),
+        lambda w: divide({"train": stream(w)}),
         r"Read it without `streaming`, or take all of them with `test_split='none'`",
-        lambda w: [*rows_of(divide({"train": w.real})), divide_streams({"train": stream(w)}, test_split="none")[1]],
+        lambda w: [*rows_of(divide({"train": w.real})), divide({"train": stream(w)}, test_split="none")[1]],
         [17, 4, None],
     ),
     "a slice of a stream, not streamed": (
-        lambda w: divide_streams({"train": stream(w), "test": stream(w)}, train_split="train[:2]"),
+        lambda w: divide({"train": stream(w), "test": stream(w)}, train_split="train[:2]"),
         "or load without `streaming`",
         lambda w: rows_of(divide(w.both, train_split="train[:3]")),
         [3, 21],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dsco_hf import DsCoPipeline, MatchingTargets, load_image_dataset, save_dataset_folder
 from dsco_hf.data.datasets import load_pixels, load_splits, load_test_split
-from dsco_hf.data.splits import divide, divide_streams, part_to_test, take_split
+from dsco_hf.data.splits import divide, part_to_test, take_split
 from hub import Client, ClientError, LoopbackHub
 
 
@@ -271,14 +271,14 @@ def test_the_splits_of_a_stream():
     unlabelled = other.map(lambda row: {"label": -1}, features=other.features)
     parts = {"train": train, "test": unlabelled, "dev": other}
     streams = {name: part.to_iterable_dataset() for name, part in parts.items()}
-    assert divide_streams(streams)[1:] == (streams["dev"], {"train_split": "train", "test_split": "dev"})
-    assert divide_streams(streams, test_split="none")[:2] == (streams["train"], None)
+    assert divide(streams)[1:] == (streams["dev"], {"train_split": "train", "test_split": "dev"})
+    assert divide(streams, test_split="none")[:2] == (streams["train"], None)
     with pytest.raises(ValueError, match="no images can be held out. .*`test_split='none'`"):
-        divide_streams({name: streams[name] for name in ("train", "test")})
+        divide({name: streams[name] for name in ("train", "test")})
     with pytest.raises(ValueError, match=r"There is no split 'trian' .*Nearest: 'train'"):
-        divide_streams(streams, train_split="trian")
+        divide(streams, train_split="trian")
     with pytest.raises(ValueError, match=r"A stream has whole splits only, got 'train\[:2\]'"):
-        divide_streams(streams, train_split="train[:2]")
+        divide(streams, train_split="train[:2]")
 
 
 def test_a_slice_is_held_against_the_splits_that_it_names():
