@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,6 @@ def recorded_only(entry: Mapping[str, Any]) -> dict[str, Any]:
 def by_config(record: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
     """All that is recorded of each config: the records of the whole dataset, and over them the config's own.
 
-    Args:
-        record: content of `concentration.json`, or what is given for it.
-        names: the configs that there are; those of the record if None.
-
     Raises:
         ValueError: for a record of a config that is not among `names`.
     """
@@ -80,14 +77,10 @@ def laid_out(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     So `by_config` gives them back, and no config inherits what was never recorded of it.
     """
-    first = next(iter(records.values()), {})
-    common = {key: value for key, value in first.items() if all(_has(one, key, value) for one in records.values())}
+    first, nothing = next(iter(records.values()), {}), object()
+    common = {k: v for k, v in first.items() if all(one.get(k, nothing) == v for one in records.values())}
     own = {name: {key: v for key, v in one.items() if key not in common} for name, one in records.items()}
     return {**common, "configs": own}
-
-
-def _has(record: Mapping[str, Any], key: str, value: Any) -> bool:
-    return key in record and record[key] == value
 
 
 def shared(values: Iterable[Any]) -> Any:
@@ -151,17 +144,14 @@ def _drawn(record: Mapping[str, Any]) -> str:
     label, parameters = str(record.get("method") or ""), record.get("parameters")
     if label.startswith("plain"):
         return Plain.sentence
-    try:
-        recorded = from_flat(parameters if isinstance(parameters, Mapping) else {}).get("method")
-        objective = recorded.get("objective", {}) if isinstance(recorded, Mapping) else {}
-        if isinstance(recorded, Mapping) and not any(":" in str(part.get("name")) for part in (recorded, objective)):
-            recorded = SamplingMethod.of(recorded)
-    except (AttributeError, TypeError, ValueError):  # written by hand, or by another version
-        recorded = None
-    if isinstance(recorded, SamplingMethod):
-        return recorded.sentence
-    if isinstance(recorded, Mapping) and ":" in str(recorded.get("name")):
-        return SamplingMethod.sentence
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # written by hand, or by another version
+        recorded: Any = from_flat(parameters if isinstance(parameters, Mapping) else {}).get("method")
+        if isinstance(recorded, SamplingMethod):
+            return recorded.sentence
+        if ":" in str(recorded.get("name")):  # somebody's own, which need not be imported
+            return SamplingMethod.sentence
+        if ":" not in str(recorded.get("objective", {}).get("name")):
+            return SamplingMethod.of(recorded).sentence
     return f"{NOISE} {Objective.sentence}" if label.startswith("nopt") else ""
 
 
@@ -209,12 +199,6 @@ def _short(value: Any) -> Any:
     return value.get("name") or value
 
 
-def _common_rows(tables: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:
-    """The rows that all of several tables have, in the order of the first."""
-    first, *others = tables
-    return [row for row in first if all(row in other for other in others)]
-
-
 def ways(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """How the configs were made, for a card: what is the same for all of them, and of each, by its name, its own."""
     tables: dict[str, dict[str, list[tuple[str, str]]]] = {
@@ -222,7 +206,8 @@ def ways(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "parameters": {name: parameter_rows(record.get("parameters")) for name, record in records.items()},
         "cost": {name: _cost(record.get("cost")) for name, record in records.items()},
     }
-    common = {kind: _common_rows(list(found.values())) for kind, found in tables.items()}
+    common = {kind: [row for row in next(iter(found.values())) if all(row in other for other in found.values())]
+              for kind, found in tables.items()}  # fmt: skip
     own = []
     for name, record in records.items():
         parts = {kind: [row for row in found[name] if row not in common[kind]] for kind, found in tables.items()}

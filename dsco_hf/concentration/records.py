@@ -40,9 +40,7 @@ _NOT_RECORDED = {"seed", "progress", "measure_by"}
 def resolve_parameters(**given: Any) -> dict[str, Any]:
     """Fills in the defaults of all parameters that are not given; as plain JSON values.
 
-    Args:
-        given: keyword arguments of `concentrate_and_report`, such as `images_per_class`, `num_inference_steps`,
-            `method`. What says nothing about the images (`progress`, ...) is left out.
+    What says nothing about the images (`progress`, ...) is left out.
 
     Raises:
         TypeError: for an argument that `concentrate_and_report` does not have.
@@ -135,24 +133,12 @@ def concentration_record(
         targets.check_pipeline(pipe)
     parameters = dict(parameters)
     doping = parameters.pop("doping", None)
-    origin = {"repo_id": targets_id, "revision": targets_revision}
+    cost = {name: value for name in COSTS if (value := getattr(report, name, None)) is not None}
     return drawn_record(
-        pipe,
-        targets,
-        method=method,
-        seed=seed,
-        parameters=resolve_parameters(**parameters),
-        doping=doping,
-        source=source,
-        generator_revision=generator_revision,
-        targets_origin=origin,
-        cost=None if report is None else _cost(report),
-    )
-
-
-def _cost(report: ConcentrationReport) -> dict[str, Any]:
-    values = {name: getattr(report, name, None) for name in COSTS}
-    return {name: value for name, value in values.items() if value is not None}
+        pipe, targets, method=method, seed=seed, parameters=resolve_parameters(**parameters), doping=doping,
+        source=source, generator_revision=generator_revision, cost=None if report is None else cost,
+        targets_origin={"id": targets_id, "revision": targets_revision},
+    )  # fmt: skip
 
 
 TargetsLike = MatchingTargets | Mapping[str, MatchingTargets] | None
@@ -165,10 +151,6 @@ def joined_records(configs: Mapping[str, Mapping[str, Dataset]], given: Mapping[
     """All that is known of how each config was made: what its rows carry, and what is given beside.
 
     Rows that were changed, added or left out since they were drawn are said to be so, whoever told how they were.
-
-    Args:
-        configs: the datasets by config and split.
-        given: content of `concentration.json`, or a part of it.
 
     Raises:
         ValueError: if what is given contradicts what a set says itself, naming both; or is of a config that is not
@@ -232,12 +214,6 @@ def with_targets(
     records: Records, targets: TargetsLike, folder: Path, *, class_names: Mapping[str, Sequence[str]]
 ) -> Records:
     """Stores targets below `folder/targets`, by their content, and returns the records with their place.
-
-    Args:
-        records: of all configs.
-        targets: what the sets were drawn for; one for all configs, or by config.
-        folder: of the dataset.
-        class_names: of each config.
 
     Raises:
         ValueError: If they are given for a config that is not published, or are not those that it was drawn for.

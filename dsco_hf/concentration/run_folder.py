@@ -27,11 +27,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features
-from datasets.table import embed_table_storage
 from tqdm.auto import tqdm
 
 from ..data.schema import nearest
-from ..data.shards import file_sha256
+from ..data.shards import embedded, file_sha256
 from ..sampling.call import Sampling
 from ..sampling.flat import from_flat
 from ..utils.files import (
@@ -152,11 +151,7 @@ class RunFolder:
             return {entry.name[:-5] for entry in entries if entry.name.endswith(".json") and entry.name[0] != "."}
 
     def verify(self, names: Sequence[str]) -> list[str]:
-        """Checks finished units against their checksums; damaged ones lose their entry, and so are drawn again.
-
-        Returns:
-            `list[str]`: the damaged ones.
-        """
+        """The finished units that do not fit their checksums: they lose their entry, and so are drawn again."""
         damaged = []
         for name in names:
             entry, shard = self.entry(name), self._shard(name)
@@ -170,7 +165,9 @@ class RunFolder:
 
     def write_unit(self, unit: Unit, rows: Dataset, entry: Mapping[str, Any]) -> None:
         """Stores a finished unit: first the shard, then the entry that makes it count."""
-        name, data = unit_name(unit), _parquet(rows)
+        name, sink = unit_name(unit), io.BytesIO()
+        pq.write_table(embedded(rows), sink)
+        data = sink.getvalue()
         described = {"unit": name, "images": unit.images, "bytes": len(data), **entry}
         described["sha256"] = hashlib.sha256(data).hexdigest()
         with self.explained():
@@ -197,13 +194,7 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def assemble(self, units: Sequence[Unit], features: Features, *, cache_file: Path | None = None) -> Dataset:
-        """All rows by class and index.
-
-        Args:
-            units: all units of the run, finished.
-            features: of the rows.
-            cache_file: an Arrow file to write them to, group by group, and read them from; in memory if None.
-        """
+        """All rows by class and index, in memory, or written group by group to an Arrow file and read from it."""
         tables = (self._group(units, group, features) for group in sorted({unit.group for unit in units}))
         if cache_file is None:
             return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=features))
@@ -241,14 +232,8 @@ def check_settings(
 ) -> dict[str, list[Any]]:
     """Refuses to go on with a run that was started with other settings.
 
-    `images_per_class` may change: blocks are nested, as long as none of them changes its size.
-
-    Args:
-        before: the settings of the folder.
-        now: those that were asked for.
-        folder: named in errors.
-        accept_changed: settings that may differ, such as `models.classifier`, or `models` for all of them. Not those
-            that say which images there are to draw.
+    `images_per_class` may change: blocks are nested, as long as none of them changes its size. `accept_changed` names
+    settings that may differ, such as `models.classifier`, or `models` for all; not those that say what is to be drawn.
 
     Returns:
         `dict`: the accepted changes, `[old value, new value]` by name.
@@ -264,12 +249,8 @@ def check_settings(
         if name.split(".")[0] not in groups - _FIXED:
             allowed = sorted(groups - _FIXED)
             raise ValueError(f"`accept_changed` takes settings of {allowed}, got {name!r}.{nearest(name, allowed)}")
-    refused = {
-        key: values
-        for key, values in differing.items()
-        if not any(f"{key}.".startswith(f"{name}.") for name in accept_changed)
-    }
-    if refused:
+    accepted = tuple(f"{name}." for name in accept_changed)
+    if refused := {key: values for key, values in differing.items() if not f"{key}.".startswith(accepted)}:
         names = sorted({key for key in refused if key.split(".")[0] not in _FIXED})
         hint = f" To keep what is drawn all the same and go on: `accept_changed={names}`." if names else ""
         raise ValueError(
@@ -287,14 +268,6 @@ def check_settings(
             f"the smaller number must be a multiple of {now['block_size']}. Choose another folder or number."
         )
     return differing
-
-
-def _parquet(rows: Dataset) -> bytes:
-    """Rows as the bytes of a parquet file, images embedded; the same rows give the same bytes."""
-    table = embed_table_storage(rows.with_format("arrow")[:].cast(rows.features.arrow_schema)).combine_chunks()
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    return sink.getvalue()
 
 
 class RunProgress:

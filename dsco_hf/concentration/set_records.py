@@ -6,21 +6,19 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict, DatasetInfo, Features
-from datasets.table import embed_table_storage
 from diffusers import DiffusionPipeline
 
-from ..data.shards import rows_record, synthetic_rows
+from ..data.shards import embedded, rows_record, synthetic_rows
 from ..matching.targets import MatchingTargets
 from ..utils.files import whole
 from ..utils.origins import cached_origin as cached_origin
-from ..utils.origins import commit_of, model_sha256, targets_sha256
+from ..utils.origins import commit_of, model_sha256, targets_sha256, versions
 from ..utils.origins import published_origin as published_origin
 from ..utils.values import plain
 from .config_records import MARK, as_description
@@ -35,13 +33,7 @@ _BUILDERS = {"imagefolder", "parquet", "arrow", "generator", "webdataset", "json
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that the images depend on."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions(LIBRARIES)
 
 
 def drawn_record(
@@ -65,7 +57,7 @@ def drawn_record(
         "parameters": dict(parameters),
         "doping": doping,
         "source": _source(targets, source),
-        "targets": _targets(targets, **(targets_origin or {"repo_id": None, "revision": None})),
+        "targets": _targets(targets, targets_origin or {}),
         "generator": generator,
         **{part: _part(pipe, part, generator) for part in PARTS},
         "environment": {
@@ -111,9 +103,8 @@ def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | N
     given = named_source(origin.get("dataset"), given)
     for key, here in origin.items():
         there = given.get(key)
-        if key == "rows" or here is None or there is None or here == there:  # those that could be read may be fewer
-            continue
-        if not more_exact(f"source.{key}", here, there):
+        differ = None not in (here, there) and here != there and key != "rows"  # of which some may be unreadable
+        if differ and not more_exact(f"source.{key}", here, there):
             raise ValueError(
                 f"The targets were made of data with {key}={here!r}, but `source` says {key}={there!r}: pass the "
                 f"targets of that data, or leave {key!r} out of `source`: it is recorded as the targets say."
@@ -144,11 +135,10 @@ def _plain_name(dataset: str) -> str:
     return re.sub(r"[-_. ]", "", re.split(r"[\\/]", dataset.rstrip("\\/"))[-1].lower())
 
 
-def _targets(targets: Any, repo_id: str | None, revision: str | None) -> dict[str, Any] | None:
+def _targets(targets: Any, origin: Mapping[str, str | None]) -> dict[str, Any] | None:
     if not isinstance(targets, MatchingTargets):
         return None if targets is None else {"kind": type(targets).__name__}
-    known = {"id": repo_id, "revision": revision}
-    return targets_record(targets) | {key: value for key, value in known.items() if value is not None}
+    return targets_record(targets) | (_without_none(origin) or {})
 
 
 def targets_record(targets: MatchingTargets) -> dict[str, Any]:
@@ -190,14 +180,12 @@ def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | Non
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record, however it was made, with the names of folders in place of where they lie on a machine."""
     clean = dict(record)
-    for part in ("generator", *PARTS):
-        entry = clean.get(part)
-        if isinstance(entry, Mapping) and isinstance(name := entry.get("id"), str) and is_place(name):
-            clean[part] = {**{key: value for key, value in entry.items() if key != "id"}, **published_origin(name)}
-    for part in ("source", "targets"):
-        entry = clean.get(part)
-        if isinstance(entry, Mapping) and isinstance(name := entry.get("dataset"), str) and is_place(name):
-            clean[part] = {**entry, "dataset": published_origin(name)["folder"]}
+    for part in ("generator", *PARTS, "source", "targets"):
+        entry, key = clean.get(part), "dataset" if part in ("source", "targets") else "id"
+        if isinstance(entry, Mapping) and is_place(name := entry.get(key)):
+            place = published_origin(name)
+            rest = {one: value for one, value in entry.items() if one != key}
+            clean[part] = {**entry, key: place["folder"]} if key == "dataset" else {**rest, **place}
     if isinstance(clean.get("configs"), Mapping):
         clean["configs"] = {name: without_paths(entry) for name, entry in clean["configs"].items()}
     return clean
@@ -219,15 +207,9 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_set(dataset: Dataset, path: Path) -> None:
-    """Keeps a set with its record in one parquet file, which is whole or absent. Any reader of parquet reads the rows.
-
-    Args:
-        dataset: the set; its images are embedded.
-        path: the file; one that is there is replaced.
-    """
-    rows = dataset.with_format("arrow")[:].cast(dataset.features.arrow_schema)
-    table = embed_table_storage(rows).combine_chunks()
-    told = {**(table.schema.metadata or {}), MARK.encode(): (dataset.info.description or "").encode()}
+    """Keeps a set with its record in one parquet file, whole or absent, of which any reader reads the rows."""
+    table = embedded(dataset)
+    told = {**(table.schema.metadata or {}), MARK: dataset.info.description or ""}
     with whole(path) as partial:
         pq.write_table(table.replace_schema_metadata(told), partial)
 

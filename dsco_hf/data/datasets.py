@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from ..utils.origins import fingerprint
 from ..utils.values import plain_arguments
@@ -30,7 +30,7 @@ from .pixels import PixelBatch as PixelBatch
 from .pixels import class_places, default_image_size, encoded_columns, place_of
 from .pixels import iterate_pixels as iterate_pixels
 from .pixels import load_pixels as load_pixels
-from .schema import AnyDataset, features_of, find_column
+from .schema import AnyDataset, labels_of
 from .schema import class_names as class_names
 from .schema import find_columns as find_columns
 from .splits import stratified_indices
@@ -62,30 +62,17 @@ def stratified_split(
     """
     if isinstance(dataset, IterableDataset):
         raise TypeError("A streamed dataset cannot be split; load it without `streaming`, or use its own splits.")
-    features = features_of(dataset)
-    column = find_column(features, "label_column", label_column, ClassLabel)
-    labels = np.asarray(dataset.with_format(None)[column][:], dtype=np.int64)
+    labels = np.asarray(labels_of(dataset, label_column), dtype=np.int64)
     present = np.unique(labels)  # a dataset that was filtered to some classes keeps the names of the others
-    check_classes(
-        torch.from_numpy(np.searchsorted(present, labels)),
-        [features[column].names[i] for i in present],
-        images_per_class=2,
-    )
+    names = class_names(dataset, label_column=label_column)
+    places = torch.from_numpy(np.searchsorted(present, labels))
+    check_classes(places, [names[label] for label in present], images_per_class=2)
     train, test = stratified_indices(labels, test_size, seed)
     return DatasetDict(train=dataset.select(train), test=dataset.select(test))
 
 
 def check_classes(labels: torch.Tensor, names: Sequence[str], *, images_per_class: int = 1) -> None:
-    """Makes sure that every class has enough images.
-
-    Args:
-        labels (`torch.Tensor` of shape `(N,)`, int64): labels in [0, len(names)).
-        names (sequence of `str`): all classes, by label.
-        images_per_class (`int`): how many images each class must have.
-
-    Raises:
-        ValueError: naming the classes that have fewer.
-    """
+    """Raises ValueError with those of the classes `names` of which `labels` (N,) has fewer than `images_per_class`."""
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     lacking = [f"{name!r} has {count}" for name, count in zip(names, counts, strict=False) if count < images_per_class]
     if lacking:
@@ -105,8 +92,7 @@ def present_classes(dataset: AnyDataset, *, label_column: str | None = None) -> 
     names = class_names(dataset, label_column=label_column)
     if not isinstance(dataset, Dataset):
         return names
-    column = find_column(features_of(dataset), "label_column", label_column, ClassLabel)
-    used = set(dataset.with_format(None)[column][:])
+    used = set(labels_of(dataset, label_column))
     present = [name for label, name in enumerate(names) if label in used]
     if present and len(present) < len(names):
         absent = [name for name in names if name not in set(present)]
@@ -184,7 +170,7 @@ class Pool:
         theirs = class_names(real, label_column=label_column)
         self.names = tuple(theirs if classes is None else classes)
         places = class_places(theirs, self.names)
-        given = real.with_format(None)[label_column][:]  # formats are how a dataset is shown, not what it is
+        given = labels_of(real, label_column)
         rows = [row for row, label in enumerate(given) if not isinstance(place_of(label, row, places), str)]
         if not rows and classes is not None:
             raise ValueError(f"No real image is of a class of the small set, {list(classes)[:10]}: got {theirs[:10]}.")

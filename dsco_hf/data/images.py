@@ -58,11 +58,7 @@ def resize_and_crop(image: PIL.Image.Image, image_size: int) -> PIL.Image.Image:
 def decoded(value: dict[str, Any]) -> PIL.Image.Image:
     """An image as `datasets` decodes it (upright), without a file that stays open whatever happens.
 
-    Args:
-        value (`dict`): `bytes`, or the `path` of a file, as `datasets` keeps images.
-
-    Raises:
-        Exception: of any kind, as Pillow's readers do for broken files.
+    `value` has `bytes` or the `path` of a file; what Pillow's readers raise for broken ones is of any kind.
     """
     if value["bytes"] is None and value["path"] is not None and Path(value["path"]).is_file():
         # A reader of Pillow that fails, or has further frames, would keep the file that it opened.
@@ -71,12 +67,7 @@ def decoded(value: dict[str, Any]) -> PIL.Image.Image:
 
 
 def stored_at(value: dict[str, Any], image_size: int | None) -> dict[str, Any]:
-    """An encoded image at a size: the very bytes of its file if it has that size (or any will do), else a PNG.
-
-    Args:
-        value (`dict`): `bytes`, or the `path` of a file, as `datasets` keeps images.
-        image_size (`int`, *optional*): see [`image_array`]; any if None.
-    """
+    """An encoded image at a size: the very bytes of its file if it has that size (or any will do), else a PNG."""
     content, path = value["bytes"], value["path"]
     if content is None and path is not None and Path(path).is_file():
         content = Path(path).read_bytes()
@@ -162,20 +153,12 @@ def images_from_pixels(pixels: torch.Tensor) -> list[PIL.Image.Image]:
 def draw_samples(
     dataset: Dataset, *, max_classes: int = 10, per_class: int = 10, max_side: int = 96
 ) -> PIL.Image.Image:
-    """Draws the first images of the first classes, one row per class.
+    """The first images of the first classes, one row per class, each at most `max_side` pixels wide and high.
 
-    Args:
-        dataset: Dataset with `image` and `label`.
-        max_classes: Rows at most.
-        per_class: Images in a row at most.
-        max_side: Side of a tile in pixels; smaller images are enlarged by whole factors, without smoothing.
+    Smaller ones are enlarged by whole factors, without smoothing.
     """
-    labels = list(dataset["label"])
-    chosen: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        if len(members := chosen.setdefault(label, [])) < per_class:
-            members.append(index)
-    rows = [chosen[label] for label in sorted(chosen)[:max_classes]]
+    labels = np.asarray(dataset.with_format(None)["label"][:])
+    rows = [np.flatnonzero(labels == label)[:per_class].tolist() for label in np.unique(labels)[:max_classes]]
     tiles = [[dataset[i]["image"].convert("RGB") for i in row] for row in rows]
     side = max(max(tile.size) for row in tiles for tile in row)
     side = side * max(1, 48 // side) if side < max_side else max_side

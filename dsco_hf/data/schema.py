@@ -46,6 +46,12 @@ def class_names(dataset: AnyDataset, *, label_column: str | None = None) -> list
     return list(features[find_column(features, "label_column", label_column, ClassLabel)].names)
 
 
+def labels_of(dataset: Dataset, label_column: str | None = None) -> list[Any]:
+    """The labels of a dataset as they are stored, whole numbers or None, whatever format it has."""
+    column = find_column(features_of(dataset), "label_column", label_column, ClassLabel)
+    return dataset.with_format(None)[column][:]
+
+
 def features_of(dataset: AnyDataset) -> Features:
     """The columns of one split and their types, also of a stream whose types are not declared."""
     if isinstance(dataset, DatasetDict | IterableDatasetDict):

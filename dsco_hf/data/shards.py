@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 DatasetLike = Dataset | DatasetDict
 
+_STREAM = "Turn a stream into one with `Dataset.from_generator(stream.__iter__, features=stream.features)`."
+
 
 def as_configs(
     dataset: object, *, config_name: str = "default", soft_label_top_k: int | None = None
@@ -48,9 +51,8 @@ def as_configs(
         dataset = {config_name: dataset}
     if not isinstance(dataset, Mapping):
         raise TypeError(
-            f"Expected a Dataset, a DatasetDict (splits) or a dict of them (configs), but got a "
-            f"{type(dataset).__name__}. "
-            "Turn a stream into one with `Dataset.from_generator(stream.__iter__, features=stream.features)`."
+            "Expected a Dataset, a DatasetDict (splits) or a dict of them (configs), but got a "
+            f"{type(dataset).__name__}. {_STREAM}"
         )
     if not dataset:
         raise ValueError("There is no config to publish: the dict is empty.")
@@ -59,9 +61,8 @@ def as_configs(
     for name, value in dataset.items():
         if not isinstance(name, str) or not CONFIG_NAME.fullmatch(name) or ".." in name:
             raise ValueError(
-                f"{name!r} cannot be a config name: letters, digits, '_', '-' and '.' are allowed, at most 64 of "
-                f"them, starting "
-                "with a letter or a digit; for example 'ipc10'."
+                f"{name!r} cannot be a config name: letters, digits, '_', '-' and '.' are allowed, at most 64, "
+                "starting with a letter or a digit; for example 'ipc10'."
             )
         if not portable(name):
             raise ValueError(
@@ -100,10 +101,7 @@ def _refuse_same_files(what: str, names: Iterable[Any]) -> None:
 def check_rows(dataset: object, *, where: str) -> None:
     """Raises if a dataset has no rows, or lacks `image` (Image) or `label` (ClassLabel)."""
     if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"Expected a datasets.Dataset for {where}, but got a {type(dataset).__name__}. Turn a stream into one "
-            "with `Dataset.from_generator(stream.__iter__, features=stream.features)`."
-        )
+        raise TypeError(f"Expected a datasets.Dataset for {where}, but got a {type(dataset).__name__}. {_STREAM}")
     for column, kind in (("image", Image), ("label", ClassLabel)):
         feature = dataset.features.get(column)
         if not isinstance(feature, kind):
@@ -148,27 +146,28 @@ def compact_soft_labels(dataset: Dataset, *, top_k: int | None = None, column: s
         features[column] = List(Value("float16"), length=num_classes)
         if dataset.features[column] == features[column]:
             return dataset
-        return dataset.map(
-            lambda batch: {column: [np.asarray(row, dtype=np.float16) for row in batch[column]]},
-            batched=True,
-            features=features,
-            input_columns=None,
-        )
-    if not 1 <= top_k <= num_classes:
+    elif 1 <= top_k <= num_classes:
+        features[column] = {"indices": List(Value("int32"), length=top_k),
+                            "probabilities": List(Value("float16"), length=top_k)}  # fmt: skip
+    else:
         raise ValueError(f"top_k must be between 1 and the number of classes, {num_classes}, but is {top_k}.")
-    features[column] = {
-        "indices": List(Value("int32"), length=top_k),
-        "probabilities": List(Value("float16"), length=top_k),
-    }
 
-    def keep_top(batch: dict[str, list]) -> dict[str, list]:
-        compact = []
-        for row in np.asarray(batch[column], dtype=np.float32):
-            indices = np.argsort(-row, kind="stable")[:top_k].astype(np.int32)
-            compact.append({"indices": indices, "probabilities": row[indices].astype(np.float16)})
-        return {column: compact}
+    def compact(row: Any) -> Any:
+        if top_k is None:
+            return np.asarray(row, dtype=np.float16)
+        row = np.asarray(row, dtype=np.float32)
+        indices = np.argsort(-row, kind="stable")[:top_k].astype(np.int32)
+        return {"indices": indices, "probabilities": row[indices].astype(np.float16)}
 
-    return dataset.map(keep_top, batched=True, features=features)
+    return dataset.map(
+        lambda batch: {column: [compact(row) for row in batch[column]]}, batched=True, features=features
+    )
+
+
+def embedded(dataset: Dataset) -> pa.Table:
+    """The rows with their images, in one chunk, so that what is written of them depends on the rows only."""
+    rows = dataset.with_format("arrow")[:].cast(dataset.features.arrow_schema)
+    return embed_table_storage(rows).combine_chunks()
 
 
 def _ordered(dataset: Dataset) -> Dataset:
@@ -185,12 +184,11 @@ def write_shards(
     (indices, chunks).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _ordered(dataset).with_format("arrow")
-    schema = rows.features.arrow_schema
+    rows = _ordered(dataset)
     parts: list[Path] = []
     writer, in_shard, total = None, 0, 0
     for start in range(0, len(rows), ROWS_PER_GROUP):
-        table = embed_table_storage(rows[start : start + ROWS_PER_GROUP].cast(schema)).combine_chunks()
+        table = embedded(rows.select(range(start, min(start + ROWS_PER_GROUP, len(rows)))))
         # Not `table.nbytes`, which depends on how the buffers came to be.
         size = pc.sum(pc.binary_length(pc.struct_field(table["image"], "bytes"))).as_py() or 0
         if writer is not None and in_shard + size > max_shard_bytes:
@@ -198,7 +196,7 @@ def write_shards(
             writer = None
         if writer is None:
             parts.append(folder / f"part-{len(parts)}")
-            writer, in_shard = pq.ParquetWriter(parts[-1], schema, write_page_index=True), 0
+            writer, in_shard = pq.ParquetWriter(parts[-1], rows.features.arrow_schema, write_page_index=True), 0
         writer.write_table(table)
         in_shard, total = in_shard + size, total + size
     if writer is not None:
@@ -269,24 +267,18 @@ def describe_split(dataset: Dataset) -> dict[str, Any]:
     if labels.size and (labels.min() < 0 or labels.max() >= len(names)):
         raise ValueError(
             f"Labels must be between 0 and {len(names) - 1}, but the dataset has some from {labels.min()} to "
-            f"{labels.max()} (-1 "
-            "stands for a missing label). Filter those rows out."
+            f"{labels.max()} (-1 stands for a missing label). Filter those rows out."
         )
-    sources: dict[str, int] = {}
-    feature = dataset.features.get("source")
-    if feature is not None:
-        for value in dataset["source"]:
-            name = feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)
-            sources[name] = sources.get(name, 0) + 1
+    feature, values = dataset.features.get("source"), dataset["source"] if "source" in dataset.features else ()
+    sources = Counter(feature.int2str(one) if isinstance(feature, ClassLabel) else str(one) for one in values)
     told = {
         "rows": len(dataset),
         "rows_per_class": np.bincount(labels, minlength=len(names)).tolist(),
         "sources": dict(sorted(sources.items())),
         "rows_sha256": rows_sha256(dataset),
     }
-    if set(DRAWN_COLUMNS) <= set(dataset.features) and (
-        "real" in sources or len(dataset.features) > len(DRAWN_COLUMNS)
-    ):
+    further = "real" in sources or len(dataset.features) > len(DRAWN_COLUMNS)
+    if further and set(DRAWN_COLUMNS) <= set(dataset.features):
         told["synthetic_sha256"] = rows_record(synthetic_rows(dataset))["rows_sha256"]
     return told
 

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, ReadInstruction, concatenate_datasets
 
 from ..utils.names import nearest
 from ..utils.values import check_real, check_whole
-from .schema import AnyDataset, class_names, features_of, find_column
+from .schema import AnyDataset, class_names, features_of, find_column, labels_of
 
 
 logger = logging.getLogger(__name__)
@@ -180,15 +180,12 @@ def _test_split(splits: Mapping[str, AnyDataset], split: str, label_column: str 
 
 def _is_labelled(dataset: AnyDataset, label_column: str | None) -> bool:
     """Whether every row, of a stream the first, has a label; unlabelled test splits have -1 or None."""
-    labels = _labels(dataset, label_column)
+    if isinstance(dataset, Dataset):
+        labels = labels_of(dataset, label_column)
+    else:
+        column = find_column(features_of(dataset), "label_column", label_column, ClassLabel)
+        labels = [row[column] for row in dataset.select_columns([column]).take(1)]
     return len(labels) > 0 and all(label is not None and label >= 0 for label in labels)
-
-
-def _labels(dataset: AnyDataset, label_column: str | None) -> list[int | None]:
-    column = find_column(features_of(dataset), "label_column", label_column, ClassLabel)
-    if not isinstance(dataset, Dataset):
-        return [row[column] for row in dataset.select_columns([column]).take(1)]
-    return dataset.with_format(None)[column][:]
 
 
 def _refuse_lost_classes(splits: Mapping[str, Any], part: Any, split: str, label_column: str | None) -> None:
@@ -196,7 +193,7 @@ def _refuse_lost_classes(splits: Mapping[str, Any], part: Any, split: str, label
     if "[" not in split:
         return
     wholes = [splits[name] for name in _names_in(split) if name in splits]
-    lost = {label for whole in wholes for label in _labels(whole, label_column)} - set(_labels(part, label_column))
+    lost = {label for whole in wholes for label in labels_of(whole, label_column)} - set(labels_of(part, label_column))
     if lost := {label for label in lost if label is not None and label >= 0}:
         names = class_names(part, label_column=label_column)
         raise ValueError(
@@ -208,7 +205,7 @@ def _refuse_lost_classes(splits: Mapping[str, Any], part: Any, split: str, label
 def _held_out(
     train: Dataset, train_split: str, holdout: float, seed: int, label_column: str | None
 ) -> tuple[Dataset, Dataset, dict[str, Any]]:
-    labels = np.array([-1 if label is None else label for label in _labels(train, label_column)])
+    labels = np.array([-1 if label is None else label for label in labels_of(train, label_column)])
     test_rows: list[int] = []
     single = []
     for label in np.unique(labels[labels >= 0]).tolist():

@@ -94,12 +94,10 @@ def _finite(value: Any) -> float | None:
 
 
 def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Makes the rows of the accuracy table from a `results.json` dictionary.
+    """The rows of the accuracy table, as text, from the content of a `results.json`.
 
-    Args:
-        results: `{"full": {...}, "rows": [{"method", "images_per_class", "images", "accuracy_mean", "accuracy_std",
-            "synthesis_seeds", "training_seeds", "discrepancy", "random_discrepancy", "seconds", ...}]}`; accuracies
-            are fractions in [0, 1].
+    It has `rows` with `method`, `images_per_class`, `images`, `accuracy_mean`, `accuracy_std`, `synthesis_seeds`,
+    `training_seeds`, `discrepancy`, `seconds`, and `full`, the same of all data. Accuracies are fractions in [0, 1].
 
     Raises:
         ValueError: If an accuracy is not a fraction.
@@ -107,14 +105,11 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
     if not results:
         return []
     full = results.get("full") or {}
-    order = in_order(str(row.get("method")) for row in results.get("rows") or [])
+    rows = results.get("rows") or []
+    order = in_order(str(row.get("method")) for row in rows)
+    place = {name: number for number, name in enumerate(order)}
     rows = sorted(
-        results.get("rows") or [],
-        key=lambda row: (
-            row.get("images_per_class") or 0,
-            row.get("images") or 0,
-            order.index(str(row.get("method"))),
-        ),
+        rows, key=lambda row: [row.get("images_per_class") or 0, row.get("images") or 0, place[str(row.get("method"))]]
     )
     if full:
         rows = [*rows, {"method": "all real data", "training_seeds": full.get("seeds"), **full}]
@@ -126,6 +121,7 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
                 f"accuracy_mean of method {row.get('method')!r} is {mean}, but accuracies in results are fractions "
                 "in [0, 1]. Divide percentages by 100."
             )
+        kept = mean / reference if mean is not None and reference else None
         runs = (row.get("synthesis_seeds") or 1) * (row.get("training_seeds") or 0)
         table.append(
             {
@@ -133,9 +129,7 @@ def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
                 "images_per_class": format_number(row.get("images_per_class")),
                 "images": format_number(row.get("images")),
                 "accuracy": f"{format_number(mean, scale=100)} ± {format_number(row.get('accuracy_std'), scale=100)}",
-                "retention": format_number(
-                    mean / reference if mean is not None and reference else None, digits=1, scale=100
-                ),
+                "retention": format_number(kept, digits=1, scale=100),
                 "discrepancy": format_number(row.get("discrepancy"), digits=4),
                 "random_discrepancy": format_number(_random_beside(row, rows), digits=4),
                 "seconds": format_number(row.get("seconds") or None, digits=1),  # real images are not drawn
@@ -198,17 +192,15 @@ def _license_warnings(source_license: str | None, generator_license: str | None)
     warnings = []
     for what, license in (("generator's weights", generator_license), ("source data", source_license)):
         if not license or license in ("unknown", "other"):
-            warning = f"**Licence of the {what} not known.** Find it out before you use this dataset or pass it on."
-            if what == "generator's weights":
-                warning += f" {DIT_WARNING}"
-            warnings.append(warning)
+            about = f" {DIT_WARNING}" if what == "generator's weights" else ""
+            unknown = f"**Licence of the {what} not known.** Find it out before you use this dataset or pass it on."
+            warnings.append(Trusted(unknown + about))
         elif is_non_commercial(license):
-            warnings.append(
-                f"**Not for commercial use.** The licence of the {what} ({escape_markdown(license)}) does not allow "
-                f"it, and "
-                "what is made from them is bound by it."
+            text = (
+                f"The licence of the {what} ({escape_markdown(license)}) does not allow it, and what is made from them"
             )
-    return [Trusted(warning) for warning in warnings]
+            warnings.append(Trusted(f"**Not for commercial use.** {text} is bound by it."))
+    return warnings
 
 
 def size_category(rows: int) -> str:
@@ -219,18 +211,12 @@ def size_category(rows: int) -> str:
     return "1M<n<10M"
 
 
-def dataset_metadata(
-    concentration: Mapping[str, Any], *, fields: DatasetCardFields | None = None, default_config: str | None = None
-) -> dict[str, Any]:
+def dataset_metadata(concentration: Mapping[str, Any], *, fields: DatasetCardFields | None = None) -> dict[str, Any]:
     """Makes the YAML metadata of a dataset card: configs, features and sizes for `datasets`, tags and licence.
 
-    Args:
-        concentration: Content of `concentration.json`, with `configs` filled in (see `dsco_hf.hub.folder`).
-        fields: What a person says about it.
-        default_config: Name of the config that `load_dataset(repo)` loads; the recorded one if `None`.
+    Arguments as of [`render_dataset_card`].
     """
     fields = fields or DatasetCardFields()
-    default_config = default_config or concentration.get("default_config")
     infos: dict[str, DatasetInfo] = {}
     configs: dict[str, dict[str, Any]] = {}
     total = 0
@@ -246,7 +232,7 @@ def dataset_metadata(
             dataset_size=sum(split["bytes"] for split in splits.values()),
         )
         configs[name] = {"data_files": [{"split": split, "path": f"data/{name}/{split}-*"} for split in splits]}
-        if name == default_config:
+        if name == concentration.get("default_config"):
             configs[name]["default"] = True
     records = by_config(concentration)
     source = _shared(records, "source").get("dataset")
@@ -276,39 +262,29 @@ def _pretty_name(source: Any) -> str:
     return f"{last_part(str(source or 'An image dataset'))}, concentrated"
 
 
-def _column_rows(features: Features) -> list[tuple[Trusted, Trusted]]:
+def _column_rows(features: Features) -> list[tuple[str, Trusted]]:
     rows = []
     for name, feature in features.items():
         kind = {Image: "image", ClassLabel: "class"}.get(type(feature)) or getattr(
             feature, "dtype", type(feature).__name__
         )
         meaning = COLUMNS.get(name, "")
-        rows.append(
-            (Trusted(escape_markdown(name)), Trusted(f"{escape_markdown(kind)}{': ' if meaning else ''}{meaning}"))
-        )
+        rows.append((name, Trusted(f"{escape_markdown(kind)}{': ' if meaning else ''}{meaning}")))
     return rows
 
 
-def _soft_label_help(features: Features) -> Trusted | None:
-    if "soft_label" not in features:
-        return None
-    if isinstance(features["soft_label"], dict):
-        return Trusted(
-            "`soft_label` holds the teacher's most probable classes only, as `indices` and half-precision "
-            "`probabilities`. "
-            "The missing mass belongs to the other classes:\n\n```python\nimport numpy as np\n\n"
-            f"def dense(soft_label, num_classes={len(features['label'].names)}):\n"
-            '    rest = max(0.0, 1.0 - float(np.sum(soft_label["probabilities"], dtype="float64")))\n'
-            '    dense = np.full(num_classes, rest / max(1, num_classes - len(soft_label["indices"])))\n'
-            '    dense[soft_label["indices"]] = soft_label["probabilities"]\n    return dense\n```'
-        )
-    kind = str(getattr(getattr(features["soft_label"], "feature", None), "dtype", "a list"))
-    if kind == "float16":
-        kind = "half precision (relative error below 0.05 % for all above 0.0001): convert to float32 and"
-    return Trusted(
-        f"`soft_label` holds one probability per class, stored in {kind}"
-        f"{'' if kind.endswith('and') else ':'} divide by the sum before use."
-    )
+def _soft_labels(features: Features) -> str | None:
+    """How soft labels are stored: "top" for the most probable classes only, else the type of all probabilities."""
+    stored = features.get("soft_label")
+    if stored is None or isinstance(stored, dict):
+        return None if stored is None else "top"
+    return str(getattr(getattr(stored, "feature", None), "dtype", "a list"))
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first names, escaped, and how many more there are."""
+    shown = ", ".join(escape_markdown(name, max_length=60) for name in names[:most])
+    return shown + (f", … ({len(names) - most} more)" if len(names) > most else "")
 
 
 def _template_values(
@@ -323,23 +299,14 @@ def _template_values(
     source_license, generator_license, license = _licenses(records, fields)
     features = Features.from_dict(configs[default]["features"])
     names = features["label"].names
-    shown = ", ".join(escape_markdown(name, max_length=60) for name in names[:100])
     config_rows = []
-    for name, entry in configs.items():
-        for split, info in entry["splits"].items():
-            counts = info["rows_per_class"]
-            config_rows.append(
-                {
-                    "config": Trusted(name),
-                    "method": method_label(records[name]),
-                    "split": Trusted(split),
-                    "default": name == default,
-                    "rows": info["rows"],
-                    "synthetic": info["sources"].get("synthetic", 0) if info["sources"] else "–",
-                    "real": info["sources"].get("real", 0) if info["sources"] else "–",
-                    "per_class": min(counts) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}",
-                }
-            )
+    for name, split, info in ((name, *item) for name, entry in configs.items() for item in entry["splits"].items()):
+        counts, sources = info["rows_per_class"], info["sources"]
+        row = {"config": Trusted(name), "split": Trusted(split), "method": method_label(records[name]),
+               "default": name == default, "rows": info["rows"]}  # fmt: skip
+        row |= {kind: sources.get(kind, 0) if sources else "–" for kind in ("synthetic", "real")}
+        row["per_class"] = min(counts) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        config_rows.append(row)
     source_name = escape_id(source.get("dataset") or "not recorded")
     rows = f"the {format_number(source['rows'])} images of " if isinstance(source.get("rows"), int) else ""
     return {
@@ -355,9 +322,11 @@ def _template_values(
         "config_rows": config_rows,
         "columns": _column_rows(features),
         "classes": names,
-        "class_list": Trusted(shown + (f", … ({len(names) - 100} more)" if len(names) > 100 else "")),
-        "soft_label_help": _soft_label_help(features),
-        "figures": [(Trusted(path), _caption(path)) for path in figures],
+        "class_list": Trusted(listed(names, 100)),
+        "soft_labels": _soft_labels(features),
+        "figures": [
+            (Trusted(path), CAPTIONS.get(stem := Path(path).stem, stem.replace("_", " "))) for path in figures
+        ],
         "accuracy_rows": accuracy_table(results),
         "seeds_sentence": Trusted(_seeds_sentence(results)),
         "told": [
@@ -368,9 +337,7 @@ def _template_values(
         **ways(records),
         "can_be_remade": can_be_remade(records[default]),
         "changed": any(record.get("changed") for record in records.values()),
-        "has_real": any(
-            (info["sources"] or {}).get("real") for e in configs.values() for info in e["splits"].values()
-        ),
+        "has_real": any(row["real"] not in (0, "–") for row in config_rows),
         "source_name": Trusted(source_name),
         "generator_name": Trusted(escape_id(generator.get("id") or generator.get("folder") or "not recorded")),
         "source_license": source_license or "not known",
@@ -383,11 +350,6 @@ def _summary(configs: Mapping[str, Any], default: str, num_classes: int) -> str:
     rows = next(iter(configs[default]["splits"].values()))["rows"]
     others = f"; {len(configs)} sizes to choose from" if len(configs) > 1 else ""
     return f"{format_number(rows)} images of {num_classes} classes{others}"
-
-
-def _caption(path: str) -> str:
-    stem = Path(path).stem
-    return CAPTIONS.get(stem, stem.replace("_", " "))
 
 
 def render_dataset_card(

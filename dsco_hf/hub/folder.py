@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +24,7 @@ from datasets import Dataset, DatasetDict, Features
 
 from ..concentration.config_records import ABOUT_FILES, by_config, laid_out, recorded_only
 from ..concentration.config_records import to_json as to_json
-from ..concentration.records import TargetsLike, joined_records, with_targets
+from ..concentration.records import Records, TargetsLike, joined_records, with_targets
 from ..concentration.records import concentration_record as concentration_record
 from ..data.images import draw_samples
 from ..data.shards import CONFIG_NAME, DatasetLike, as_configs, describe_split, file_sha256, read_split, write_shards
@@ -36,6 +37,7 @@ from ..utils.origins import without_places
 from ..utils.safety import safe_path
 from .cards import DatasetCardFields, render_dataset_card
 from .given import check_given
+from .push import NOTHING, Remote
 
 
 logger = logging.getLogger(__name__)
@@ -80,37 +82,8 @@ def _check_target(folder: Path) -> None:
         if foreign:
             raise FileExistsError(
                 f"{folder} holds files that no published dataset has ({', '.join(foreign[:5])}), and would be "
-                f"replaced as a whole. "
-                "Choose another folder, or move them away."
+                "replaced as a whole. Choose another folder, or move them away."
             )
-
-
-def build_concentration(
-    records: Mapping[str, Mapping[str, Any]],
-    described: Mapping[str, Mapping[str, Any]],
-    *,
-    default_config: str,
-    card: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Joins what is recorded with the description of the files to the content of `concentration.json`.
-
-    Args:
-        records: Of each config, how it was made.
-        described: Of each config, its features and files.
-        default_config: Config that loads when none is named.
-        card: What a person says about the dataset, kept for later pushes.
-    """
-    names = sorted(described, key=_natural)
-    found = laid_out({name: records.get(name, {}) for name in names})
-    about_files = {name: {k: v for k, v in described[name].items() if k in ABOUT_FILES} for name in names}
-    own = found.pop("configs")
-    return {
-        "format_version": FORMAT_VERSION,
-        **found,
-        **({"card": dict(card)} if card else {}),
-        "default_config": default_config,
-        "configs": {name: {**own[name], **about_files[name]} for name in names},
-    }
 
 
 def said(card: DatasetCardFields | None, recorded: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -153,9 +126,74 @@ def pick_default(configs: Mapping[str, object], default_config: str | None) -> s
     if "default" in configs and default_config != "default":
         raise ValueError(
             f"A config named 'default' always loads by default, so default_config cannot be {default_config!r}. "
-            f"Rename it."
+            "Rename it."
         )
     return default_config
+
+
+@dataclass(frozen=True)
+class Content:
+    """All that is written of a dataset, in a folder or a repository; arguments as of [`save_dataset_folder`]."""
+
+    configs: dict[str, dict[str, Dataset]]
+    records: Records
+    default_config: str | None
+    said: Mapping[str, Any] | None
+    card: DatasetCardFields | None
+    results: Mapping[str, Any] | None
+    figures: Sequence[Path | str]
+    targets: TargetsLike
+
+    @classmethod
+    def of(
+        cls,
+        dataset: object,
+        *,
+        config_name: str = "default",
+        soft_label_top_k: int | None,
+        default_config: str | None,
+        concentration: Mapping[str, Any] | None,
+        **given: Any,
+    ) -> Content:
+        """What is given, checked before anything is written."""
+        configs = as_configs(dataset, config_name=config_name, soft_label_top_k=soft_label_top_k)
+        check_given(list(configs), concentration=concentration, **given)
+        told = said(given["card"], concentration)
+        return cls(configs, joined_records(configs, concentration), default_config, told, **given)
+
+    def write(
+        self, folder: Path, before: Remote, described: Mapping[str, Mapping[str, Any]], repo_id: str | None = None
+    ) -> None:
+        """Writes records, targets, figures and the card beside the shards, joined with what was there before."""
+        there = _read_json(before, CONCENTRATION)
+        names = {name: next(iter(splits.values())).features["label"].names for name, splits in self.configs.items()}
+        records = with_targets(self.records, self.targets, folder, class_names=names)
+        kept = self.said if self.said is not None else said(None, there)
+        record = merged_record(records, described, there or {}, self.default_config, kept)
+        shown = self.configs.get(record["default_config"])
+        if shown is None and not any(path.startswith("figures/samples.") for path in before.files):
+            shown = next(iter(self.configs.values()))
+        others = [path for path in before.files if path.startswith("figures/")]
+        sampled = next(iter(shown.values())) if shown else None
+        figures = write_figures(self.figures, folder, dataset=sampled, others=others)
+        results = self.results if self.results is not None else _read_json(before, RESULTS)
+        if results is not None:
+            results = _write_json(folder / RESULTS, without_places(results))
+        record = _write_json(folder / CONCENTRATION, record)
+        text = render_dataset_card(record, fields=card_fields(record, repo_id), results=results, figures=figures)
+        keep = () if self.card and self.card.pretty_name else ("pretty_name",)
+        (folder / CARD).write_text(merge_cards(before.read(CARD), text, keep=keep), encoding="utf-8", newline="\n")
+
+
+def _read_json(remote: Remote, path: str) -> dict[str, Any] | None:
+    text = remote.read(path)
+    return None if text is None else parse_record(text, f"{path} of the repository")
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes values, and gives them back as they will be read."""
+    path.write_text(text := to_json(values), encoding="utf-8", newline="\n")
+    return json.loads(text)
 
 
 def save_dataset_folder(
@@ -198,21 +236,15 @@ def save_dataset_folder(
         FileExistsError: If the folder holds files of something else.
     """
     folder = Path(folder)
-    checked = as_configs(configs, soft_label_top_k=soft_label_top_k)
-    default = pick_default(checked, default_config)
-    check_given(
-        list(checked), concentration=concentration, results=results, targets=targets, card=card, figures=figures
-    )
+    content = Content.of(
+        configs, soft_label_top_k=soft_label_top_k, default_config=default_config, concentration=concentration,
+        card=card, results=results, figures=figures, targets=targets,
+    )  # fmt: skip
+    pick_default(content.configs, default_config)
     _check_target(folder)
-    readme = folder / CARD
-    existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    existing = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
     with atomic_folder(folder) as new:
-        described = write_configs(checked, new)
-        records = joined_records(checked, concentration)
-        records = with_targets(records, targets, new, class_names=names_of_classes(checked))
-        paths = write_figures(figures, new, dataset=next(iter(checked[default].values())))
-        record = build_concentration(records, described, default_config=default, card=said(card, concentration))
-        write_records(new, record, card=card, results=results, figures=paths, existing_card=existing)
+        content.write(new, replace(NOTHING, read={CARD: existing}.get), write_configs(content.configs, new))
     return folder
 
 
@@ -229,16 +261,13 @@ def save_study_folder(
     """Writes the sets of a study that are of the first seed as they are published, with targets and discrepancies.
 
     Args:
-        study: With its results.
+        study: Has the discrepancies.
         made: The sets.
-        folder: To write.
+        folder: To write; returned unless the plan draws nothing.
         results: Of the study.
         source: Where the real images are from; None among its values is left out.
         doped: Names of the configs with real images in them.
         **options: Of [`save_dataset_folder`].
-
-    Returns:
-        The folder; `None` where the plan draws nothing.
     """
     chosen = made.plan.published(doped)
     if not chosen:
@@ -253,11 +282,6 @@ def save_study_folder(
     targets = {config: own for config, name in chosen.items() if (own := made.targets_of(name)) is not None}
     rows = {config: made.kept.rows(name) for config, name in chosen.items()}
     return save_dataset_folder(rows, folder, results=results, concentration=record, targets=targets or None, **options)
-
-
-def names_of_classes(configs: Mapping[str, Mapping[str, Dataset]]) -> dict[str, list[str]]:
-    """The class names of each config."""
-    return {name: next(iter(splits.values())).features["label"].names for name, splits in configs.items()}
 
 
 def parse_record(text: str, name: str) -> dict[str, Any]:
@@ -284,10 +308,10 @@ def merged_record(
     default_config: str | None,
     card: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Joins the records of a push with those of the repository.
+    """The content of `concentration.json`: what is recorded and the description of the files, over what was there.
 
-    Configs that are not pushed stay with all that is recorded of them. So does the record of one that is pushed
-    without any, if its rows are the same.
+    Configs that are not written stay with all that is recorded of them. So does the record of one that is written
+    without any, if its rows are the same. `described` has the features and files of those that are.
     """
     kept = before.get("configs") or {}
     old = by_config(before)
@@ -297,7 +321,18 @@ def merged_record(
     names = {**kept, **described}
     if default_config is None and before.get("default_config") in names:
         default_config = before["default_config"]
-    return build_concentration(old, names, default_config=pick_default(names, default_config), card=card)
+    default = pick_default(names, default_config)
+    names = dict(sorted(names.items(), key=lambda item: _natural(item[0])))
+    found = laid_out({name: old.get(name, {}) for name in names})
+    own = found.pop("configs")
+    files = {name: {k: v for k, v in entry.items() if k in ABOUT_FILES} for name, entry in names.items()}
+    return {
+        "format_version": FORMAT_VERSION,
+        **found,
+        **({"card": dict(card)} if card else {}),
+        "default_config": default,
+        "configs": {name: {**own[name], **files[name]} for name in names},
+    }
 
 
 def _hashes(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -309,21 +344,15 @@ def write_figures(
 ) -> list[str]:
     """Copies figures to `folder/figures` and returns the paths of all figures of the card, samples first.
 
-    Args:
-        figures: Images to copy.
-        folder: Folder of the published dataset.
-        dataset: Dataset of which a sample grid is drawn if no figure is named `samples`; none is drawn if `None`.
-        others: Paths of figures that are in the repository already.
+    Of `dataset` a sample grid is drawn if no figure is named `samples`; `others` are in the repository already.
     """
     target = folder / "figures"
     target.mkdir(parents=True, exist_ok=True)
     names = []
     for figure in map(Path, figures):
         if figure.suffix.lower() not in FIGURE_SUFFIXES or not CONFIG_NAME.fullmatch(figure.name):
-            raise ValueError(
-                f"{figure.name!r} cannot be a figure of the card: {', '.join(FIGURE_SUFFIXES)} files with plain "
-                f"names can."
-            )
+            allowed = ", ".join(FIGURE_SUFFIXES)
+            raise ValueError(f"{figure.name!r} cannot be a figure of the card: {allowed} files with plain names can.")
         if not figure.is_file():
             raise FileNotFoundError(f"There is no figure at {figure}.")
         shutil.copyfile(figure, target / figure.name)
@@ -340,37 +369,14 @@ def write_figures(
     return [f"figures/{name}" for name in names]
 
 
-def write_records(
-    folder: Path,
-    record: Mapping[str, Any],
-    *,
-    card: DatasetCardFields | None,
-    results: Mapping[str, Any] | None,
-    figures: Sequence[str],
-    existing_card: str | None,
-    repo_id: str | None = None,
-) -> None:
-    """Writes `concentration.json`, `results.json` and the card beside the shards."""
-    (folder / CONCENTRATION).write_text(to_json(record), encoding="utf-8", newline="\n")
-    if results is not None:
-        (folder / RESULTS).write_text(to_json(without_places(results)), encoding="utf-8", newline="\n")
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    record = json.loads((folder / CONCENTRATION).read_text(encoding="utf-8"))
-    text = render_dataset_card(record, fields=card_fields(record, repo_id), results=results, figures=figures)
-    keep = () if card and card.pretty_name else ("pretty_name",)
-    (folder / CARD).write_text(merge_cards(existing_card, text, keep=keep), encoding="utf-8", newline="\n")
-
-
 def card_fields(record: Mapping[str, Any], repo_id: str | None) -> DatasetCardFields:
     """Returns what a person said about the dataset, from `concentration.json`; entries of wrong type are left out."""
     recorded = record.get("card")
     kept: dict[str, Any] = {}
     for key, value in recorded.items() if isinstance(recorded, dict) else ():
-        if key in ("language", "tags"):
-            if isinstance(value, list) and all(isinstance(item, str) for item in value):
-                kept[key] = value
-        elif key in DatasetCardFields.__dataclass_fields__ and key != "repo_id" and isinstance(value, str):
-            kept[key] = value
+        parts = value if key in ("language", "tags") else [value]
+        if key in DatasetCardFields.__dataclass_fields__ and key != "repo_id" and isinstance(parts, list):
+            kept |= {key: value} if all(isinstance(part, str) for part in parts) else {}
     return DatasetCardFields(**kept, repo_id=repo_id)
 
 
@@ -388,10 +394,14 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
         )
     record = read_json(folder / CONCENTRATION, WRITE_AGAIN)
     with reading(folder / CONCENTRATION, WRITE_AGAIN):
-        listed = {name: _listed(entry) for name, entry in record["configs"].items()}
+        listed = {
+            name: {split: [file["path"] for file in info["files"]] for split, info in entry["splits"].items()}
+            for name, entry in record["configs"].items()
+        }
+        columns = {name: Features.from_dict(entry["features"]) for name, entry in record["configs"].items()}
         record["default_config"]
     configs: dict[str, DatasetDict] = {}
-    for name, (features, files) in listed.items():
+    for name, files in listed.items():
         splits = {}
         for split, names in files.items():
             paths = [safe_path(folder, path) for path in names]
@@ -399,7 +409,7 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
                 raise FileNotFoundError(
                     f"{missing[0]} is missing, but {CONCENTRATION} lists it. Write the folder again."
                 )
-            splits[split] = read_split(paths, features)
+            splits[split] = read_split(paths, columns[name])
         configs[name] = DatasetDict(splits)
     results = folder / RESULTS
     recorded = {name: recorded_only(entry) for name, entry in record["configs"].items()}
@@ -411,12 +421,6 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
         "figures": sorted((folder / "figures").glob("*")),
         "targets": _read_targets(folder, record),
     }
-
-
-def _listed(entry: Mapping[str, Any]) -> tuple[Features, dict[str, list[str]]]:
-    """Columns and files by split of a recorded config."""
-    splits = {split: [file["path"] for file in info["files"]] for split, info in entry["splits"].items()}
-    return Features.from_dict(entry["features"]), splits
 
 
 def _read_targets(folder: Path, record: Mapping[str, Any]) -> dict[str, MatchingTargets] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from .cards import DatasetCardFields
 PARTS = ("parameters", "source", "generator", "classifier", "classifier_2", "preview_vae", "targets", "cost", "doping",
          "versions", "environment", "synthetic")  # fmt: skip
 COUNTS = ("images_per_class", "images", "synthesis_seeds", "training_seeds", "seeds")
-AMOUNTS = ("accuracy_std", "discrepancy", "seconds")
+# that the mean is a fraction the card says itself
+LEAST = {"accuracy_mean": -math.inf, "accuracy_std": 0, "discrepancy": 0, "seconds": 0}
 
 
 def check_given(
@@ -28,15 +30,7 @@ def check_given(
     card: Any = None,
     figures: Any = (),
 ) -> None:
-    """Refuses by name what `save_dataset_folder` and `publish` cannot take, see there.
-
-    Args:
-        names: of the configs.
-        concentration: how the dataset was made.
-        results: content of results.json.
-        targets: for all configs, or by config.
-        card: what a person says.
-        figures: paths.
+    """Refuses by name what `save_dataset_folder` and `publish` cannot take, see there; `names` are of the configs.
 
     Raises:
         TypeError: for something of another kind than is asked for.
@@ -52,21 +46,19 @@ def check_given(
                 f"`targets` must be `MatchingTargets`, or a dict of them by config, got {str(own)[:60]!r} of type "
                 f"{type(own).__name__}. `MatchingTargets.from_pretrained(folder)` reads those in a folder."
             )
-    if concentration is not None:
-        _check_record("concentration", concentration)
-        configs = _mapping("concentration['configs']", concentration.get("configs") or {})
-        for name, entry in configs.items():
-            if name not in names:
-                raise ValueError(
-                    f"`concentration` tells of a config {name!r}, but the configs are {list(names)}."
-                    f"{nearest(str(name), names)}"
-                )
-            _check_record(f"concentration['configs'][{name!r}]", entry)
+    for name, entry in _check_record("concentration", {} if concentration is None else concentration).items():
+        if name not in names:
+            raise ValueError(
+                f"`concentration` tells of a config {name!r}, but the configs are {list(names)}."
+                f"{nearest(str(name), names)}"
+            )
+        _check_record(f"concentration['configs'][{name!r}]", entry)
     if results is not None:
         _check_results(results)
 
 
-def _check_record(what: str, record: Any) -> None:
+def _check_record(what: str, record: Any) -> Mapping[str, Any]:
+    """Checks what is recorded of the whole dataset or of a config; returns the records of its configs."""
     for key in _mapping(what, record):
         if not isinstance(key, str):
             raise TypeError(f"The keys of `{what}` must be text, got {key!r}.")
@@ -77,6 +69,7 @@ def _check_record(what: str, record: Any) -> None:
     for part in PARTS:
         if record.get(part) is not None:
             _check_hashes(f"{what}[{part!r}]", _mapping(f"{what}[{part!r}]", record[part]))
+    return _mapping(f"{what}['configs']", record.get("configs") or {})
 
 
 def _check_hashes(what: str, entry: Mapping[str, Any]) -> None:
@@ -98,12 +91,9 @@ def _check_results(results: Any) -> None:
     for what, row in entries.items():
         if "rows" in what and not isinstance(_mapping(what, row).get("method"), str):
             raise TypeError(f"`{what}['method']` must be text such as 'nopt', got {row.get('method')!r}.")
-        mean = _mapping(what, row).get("accuracy_mean")
-        if mean is not None:  # fractions: the card says so itself where it is another number
-            check_real(f"{what}['accuracy_mean']", mean)
-        for key in AMOUNTS:
-            if row.get(key) is not None:
-                check_real(f"{what}[{key!r}]", row[key], 0)
+        for key, least in LEAST.items():
+            if _mapping(what, row).get(key) is not None:
+                check_real(f"{what}[{key!r}]", row[key], least)
         for key in COUNTS:
             if isinstance(row.get(key), str | bool):
                 raise TypeError(f"`{what}[{key!r}]` must be a number, got {row[key]!r}.")

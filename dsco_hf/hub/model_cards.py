@@ -23,7 +23,7 @@ from ..utils.markdown import (
     render,
     split_card,
 )
-from .cards import DIT_WARNING, KNOWN_GENERATOR_LICENSES, is_non_commercial
+from .cards import DIT_WARNING, KNOWN_GENERATOR_LICENSES, is_non_commercial, listed
 
 
 if TYPE_CHECKING:
@@ -67,12 +67,8 @@ def render_pipeline_card(
 ) -> str:
     """Renders the model card of a pipeline: `pipeline_card.md` with what is known of this one filled in.
 
-    Args:
-        pipeline: The pipeline.
-        repo_id: `"user/name"`.
-        has_targets: Whether targets are in the repository.
-        dataset_id: Dataset that the generator was trained on or the targets were made of.
-        license: Licence identifier of the weights; looked up for known checkpoints if `None`.
+    Arguments as of [`~dsco_hf.hub.models.publish_pipeline`]; `has_targets` tells whether the repository has some. The
+    licence of known checkpoints is looked up.
     """
     validate_repo_id(repo_id)
     metadata, body = split_card(pipeline_card_template())
@@ -96,15 +92,11 @@ def render_pipeline_card(
 
 def _summary(pipeline: DiffusionPipeline, dataset_id: str | None) -> str:
     names = getattr(pipeline.config, "id2label", None) or {}
-    shown = [escape_markdown(name, max_length=60) for name in list(names.values())[:20]]
-    classes = (
-        f" for {len(names)} classes ({', '.join(shown)}{', …' if len(names) > len(shown) else ''})" if names else ""
-    )
+    classes = f" for {len(names)} classes ({listed(list(names.values()), 20)})" if names else ""
     data = f" Dataset: {escape_id(dataset_id)}." if dataset_id else ""
     return (
         f"A class-conditional diffusion pipeline{classes} that draws *small training sets*: the few images it makes "
-        f"of a class "
-        f"together match the features of the whole class.{data}"
+        f"of a class together match the features of the whole class.{data}"
     )
 
 
@@ -124,14 +116,12 @@ def _targets_text(repo_id: str, has_targets: bool) -> str:
     if has_targets:
         return (
             f'This repository holds them: `MatchingTargets.from_pretrained("{repo_id}")` loads one mean embedding per '
-            "class. They "
-            "are statistics of a population, not images; whoever has them needs no access to the data."
+            "class. They are statistics of a population, not images; whoever has them needs no access to the data."
         )
     return (
         "This repository holds none. Compute them in one pass over a dataset "
-        "(`MatchingTargets.from_dataset(dataset, pipe)`) or, "
-        "without any data, over samples of the generator (`MatchingTargets.from_generator(pipe, class_labels=[0, "
-        "1])`)."
+        "(`MatchingTargets.from_dataset(dataset, pipe)`) or, without any data, over samples of the generator "
+        "(`MatchingTargets.from_generator(pipe, class_labels=[0, 1])`)."
     )
 
 
@@ -145,19 +135,6 @@ def _license_text(license: str | None) -> str:
     if is_non_commercial(license):
         text += " **Not for commercial use**, which also binds what is made with them."
     return text
-
-
-def _accuracy_result(dataset: str, accuracy: float, **tested: Any) -> huggingface_hub.EvalResult:
-    return huggingface_hub.EvalResult(
-        task_type="image-classification",
-        dataset_type=dataset,
-        dataset_name=dataset,
-        dataset_split="test",
-        metric_type="accuracy",
-        metric_name="test accuracy at the last epoch",
-        metric_value=float(accuracy),
-        **tested,
-    )
 
 
 def render_evaluator_card(
@@ -175,17 +152,7 @@ def render_evaluator_card(
 ) -> str:
     """Renders the model card of an evaluator, with a `model-index` result that links the dataset it was trained on.
 
-    Args:
-        model: The evaluator.
-        repo_id: `"user/name"`.
-        dataset_id: Repository of the dataset it was trained on.
-        accuracy: Test accuracy of the last epoch, a fraction in [0, 1].
-        dataset_config: Config it was trained on.
-        dataset_revision: Commit of the dataset.
-        test_dataset: Dataset whose test split the accuracy is of.
-        protocol: Training settings.
-        seed: Training seed.
-        license: Licence identifier of the weights.
+    Arguments as of [`~dsco_hf.hub.models.publish_evaluator`].
 
     Raises:
         ValueError: If the accuracy is not a fraction.
@@ -198,8 +165,14 @@ def render_evaluator_card(
     config = model.config
     results = None
     if accuracy is not None:
-        tested = {"dataset_config": dataset_config, "dataset_revision": dataset_revision} if not test_dataset else {}
-        results = [_accuracy_result(test_dataset or dataset_id, accuracy, **tested)]
+        tested: dict[str, Any] = {"dataset_config": dataset_config, "dataset_revision": dataset_revision}
+        tested = {} if test_dataset else tested
+        result = huggingface_hub.EvalResult(
+            task_type="image-classification", dataset_type=test_dataset or dataset_id,
+            dataset_name=test_dataset or dataset_id, dataset_split="test", metric_type="accuracy",
+            metric_name="test accuracy at the last epoch", metric_value=float(accuracy), **tested,
+        )  # fmt: skip
+        results = [result]
     metadata = huggingface_hub.ModelCardData(
         license=license or "unknown",
         library_name="transformers",
@@ -227,10 +200,7 @@ def render_evaluator_card(
         image_size=getattr(config, "image_size", "any"),
         range_text=Trusted(f", normalised by mean {escape_markdown(mean)}" if mean else ""),
         classes=names,
-        class_list=Trusted(
-            ", ".join(escape_markdown(label, max_length=60) for label in names[:100])
-            + (", …" if len(names) > 100 else "")
-        ),
+        class_list=Trusted(listed(names, 100)),
         protocol=parameter_rows(protocol),
         license=license or "not known",
     )

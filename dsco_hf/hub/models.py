@@ -179,19 +179,10 @@ def _forget_places(folder: Path) -> None:
             path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def _push_to_hub(
-    pipeline: DiffusionPipeline,
-    repo_id: str,
-    *,
-    targets: MatchingTargets | None = None,
-    dataset_id: str | None = None,
-    license: str | None = None,
-    **push: Any,
-) -> PublishResult | None:
+def _push_to_hub(pipeline: DiffusionPipeline, repo_id: str, **options: Any) -> PublishResult | None:
     """`publish_pipeline` with the options of the push as diffusers names them, beside the others."""
-    return publish_pipeline(
-        pipeline, repo_id, targets=targets, dataset_id=dataset_id, license=license, push=PushOptions(**push)
-    )
+    own = {name: options.pop(name) for name in ("targets", "dataset_id", "license") if name in options}
+    return publish_pipeline(pipeline, repo_id, **own, push=PushOptions(**options))
 
 
 StoredPipeline.publisher = staticmethod(_push_to_hub)  # `pipe.push_to_hub(...)`

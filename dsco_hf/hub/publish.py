@@ -6,43 +6,29 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from accelerate import PartialState
-from datasets import Dataset, Features
+from datasets import Features
 from datasets.info import DatasetInfosDict
 from huggingface_hub import HfApi
 
-from ..concentration.records import Records, TargetsLike, joined_records, with_targets
-from ..data.shards import DatasetLike, as_configs
-from ..utils.files import check_path
+from ..concentration.records import Records, TargetsLike
+from ..data.shards import DatasetLike
 from ..utils.markdown import split_card
 from ..utils.safety import Token, explained, is_pickle
 from ..utils.values import plain_arguments
 from .cards import DatasetCardFields
-from .folder import (
-    CARD,
-    CONCENTRATION,
-    RESULTS,
-    merged_record,
-    names_of_classes,
-    parse_record,
-    read_folder,
-    said,
-    write_configs,
-    write_figures,
-    write_records,
-)
+from .folder import CARD, CONCENTRATION, RESULTS, Content, read_folder, write_configs
 from .folder import save_dataset_folder as save_dataset_folder
-from .given import check_given
 from .models import publish_evaluator as publish_evaluator
 from .models import publish_pipeline as publish_pipeline
 from .push import PublishResult, Remote, make_target, send
 from .push import PushOptions as PushOptions
+from .remake import fetch
 from .remake import load_recorded as load_recorded
 from .remake import read_concentration as read_concentration
 from .verification import verify_folder
@@ -105,9 +91,14 @@ def publish(
     """
     if not PartialState().is_main_process:
         return None
-    content = _gather(
-        dataset, config_name, default_config, card, results, concentration, figures, targets, soft_label_top_k
-    )
+    given: dict[str, Any] = {"default_config": default_config, "card": card, "results": results, "figures": figures}
+    given |= {"concentration": concentration, "targets": targets}
+    if isinstance(dataset, str | Path):
+        stored = read_folder(dataset)
+        dataset = stored.pop("configs")
+        given |= {name: value for name, value in stored.items() if not given[name]}
+    content = Content.of(dataset, config_name=config_name, soft_label_top_k=soft_label_top_k, **given)
+    _warn_of_local_parts(content.records)
     push = push or PushOptions()
     with explained(repo_id, token=push.token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
         target = make_target(repo_id, "dataset", push)
@@ -122,72 +113,6 @@ def publish(
         return send(target, Path(scratch), prepare, f"Publish {', '.join(content.configs)} with dsco_hf")
 
 
-@dataclass(frozen=True)
-class _Content:
-    """All that one call of `publish` sends."""
-
-    configs: dict[str, dict[str, Dataset]]
-    default_config: str | None
-    card: DatasetCardFields | None
-    results: Mapping[str, Any] | None
-    records: Records
-    said: Mapping[str, Any] | None
-    figures: Sequence[Path | str]
-    targets: TargetsLike
-
-    def write(self, folder: Path, remote: Remote, described: Mapping[str, Mapping[str, Any]], repo_id: str) -> None:
-        """Writes records, figures and the card, joined with what is in the repository."""
-        before = _read_json(remote, CONCENTRATION) or {}
-        names = names_of_classes(self.configs)
-        records = with_targets(self.records, self.targets, folder, class_names=names)
-        kept = self.said if self.said is not None else said(None, before)
-        record = merged_record(records, described, before, self.default_config, kept)
-        shown = self.configs.get(record["default_config"])
-        if shown is None and not any(path.startswith("figures/samples.") for path in remote.files):
-            shown = next(iter(self.configs.values()))
-        figures = write_figures(
-            self.figures,
-            folder,
-            dataset=next(iter(shown.values())) if shown else None,
-            others=[path for path in remote.files if path.startswith("figures/")],
-        )
-        write_records(
-            folder,
-            record,
-            card=self.card,
-            results=self.results if self.results is not None else _read_json(remote, RESULTS),
-            figures=figures,
-            existing_card=remote.read(CARD),
-            repo_id=repo_id,
-        )
-
-
-def _gather(
-    dataset: object,
-    config_name: str,
-    default_config: str | None,
-    card: DatasetCardFields | None,
-    results: Mapping[str, Any] | None,
-    concentration: Mapping[str, Any] | None,
-    figures: Sequence[Path | str],
-    targets: TargetsLike,
-    top_k: int | None,
-) -> _Content:
-    if isinstance(dataset, str | Path):
-        stored = read_folder(dataset)
-        dataset, default_config = stored["configs"], default_config or stored["default_config"]
-        results, figures = results or stored["results"], figures or stored["figures"]
-        concentration = concentration or stored["concentration"]
-        targets = targets or stored["targets"]
-    configs = as_configs(dataset, config_name=config_name, soft_label_top_k=top_k)
-    check_given(
-        list(configs), concentration=concentration, results=results, targets=targets, card=card, figures=figures
-    )
-    records = joined_records(configs, concentration)
-    _warn_of_local_parts(records)
-    return _Content(configs, default_config, card, results, records, said(card, concentration), figures, targets)
-
-
 def _warn_of_local_parts(records: Records) -> None:
     for part in ("generator", "classifier"):
         entries = [entry for record in records.values() if isinstance(entry := record.get(part), Mapping)]
@@ -199,11 +124,6 @@ def _warn_of_local_parts(records: Records) -> None:
                 part,
                 name,
             )
-
-
-def _read_json(remote: Remote, path: str) -> dict[str, Any] | None:
-    text = remote.read(path)
-    return None if text is None else parse_record(text, f"{path} of the repository")
 
 
 def _check_features(remote: Remote, configs: Mapping[str, Mapping[str, Any]], repo_id: str) -> None:
@@ -220,10 +140,8 @@ def _check_features(remote: Remote, configs: Mapping[str, Mapping[str, Any]], re
             column = different[0]
             raise ValueError(
                 f"Config {name!r} of {repo_id} has other features than this dataset: {', '.join(different)} differ "
-                f"(there "
-                f"{_short(there, column)}, here {_short(here, column)}). Publish it under another config name or "
-                f"repository, or "
-                "pass overwrite_features=True if those who load it can bear the change."
+                f"(there {_short(there, column)}, here {_short(here, column)}). Publish it under another config name "
+                "or repository, or pass overwrite_features=True if those who load it can bear the change."
             )
 
 
@@ -242,14 +160,10 @@ def _stale_shards(remote: Remote, configs: Mapping[str, object], folder: Path) -
             for file in files if isinstance(files, list) else [files]:
                 pattern = file.get("path") if isinstance(file, dict) else file
                 patterns += pattern if isinstance(pattern, list) else [pattern]
-    stale = []
-    for path in remote.files:
-        parent, _, name = path.rpartition("/")
-        ours = parent in {f"data/{config}" for config in configs}
-        theirs = any(isinstance(pattern, str) and fnmatch(path, pattern) for pattern in patterns)
-        if SHARD.fullmatch(name) and (ours or theirs) and not (folder / path).is_file():
-            stale.append(path)
-    return stale
+    shards = [path for path in remote.files if SHARD.fullmatch(path.rpartition("/")[2])]
+    theirs = {path for path in shards for pattern in patterns if isinstance(pattern, str) and fnmatch(path, pattern)}
+    theirs |= {path for path in shards if path.rpartition("/")[0] in {f"data/{config}" for config in configs}}
+    return [path for path in shards if path in theirs and not (folder / path).is_file()]
 
 
 def verify(
@@ -276,24 +190,17 @@ def verify(
         ValueError: If something differs; the message lists all of it.
         ConnectionError: If the Hub cannot be reached.
     """
-    if Path(repo_or_folder).is_dir():
-        return verify_folder(repo_or_folder)
-    name = str(repo_or_folder)
-    check_path(repo_or_folder, wanted="Give the folder of a published dataset, or an id such as 'user/name'.")
-    with explained(name, token=token, action="check"):
-        api = HfApi(token=token, library_name="dsco_hf")
-        folder = api.snapshot_download(
-            name,
-            repo_type="dataset",
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=[CARD, CONCENTRATION, RESULTS, "*.parquet", "targets/*"],
-        )
-        # The names are enough to refuse pickle files; they are not downloaded.
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            listed = api.list_repo_files(name, repo_type="dataset", revision=Path(folder).name)
-            if pickles := [path for path in listed if is_pickle(path)]:
-                raise ValueError(
-                    f"{name} holds a pickle file, {pickles[0]}, which can run code when loaded. Do not trust it."
-                )
+    name, here = str(repo_or_folder), Path(repo_or_folder).is_dir()
+    patterns = [CARD, CONCENTRATION, RESULTS, "*.parquet", "targets/*"]
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "action": "check"}
+    folder = fetch(repo_or_folder, patterns, **options)
+    # The names are enough to refuse pickle files; they are not downloaded.
+    if not here and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        with explained(name, token=token, action="check"):
+            api = HfApi(token=token, library_name="dsco_hf")
+            listed = api.list_repo_files(name, repo_type="dataset", revision=folder.name)
+        if pickles := [path for path in listed if is_pickle(path)]:
+            raise ValueError(
+                f"{name} holds a pickle file, {pickles[0]}, which can run code when loaded. Do not trust it."
+            )
     return verify_folder(folder, name=name)

@@ -6,12 +6,14 @@ the commit. So a push that was cut, or lost a race, is simply made again. The sa
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -67,10 +69,8 @@ class PublishResult:
         if not self.added and not self.deleted:
             return f"{self.url}: up to date ({len(self.unchanged)} files)"
         verb = "would send" if self.dry_run else "sent"
-        lines = [
-            f"{self.url}: {verb} {len(self.added)} files ({self.num_bytes / 2**20:.1f} MiB), {len(self.unchanged)} "
-            f"unchanged"
-        ]
+        sent = f"{verb} {len(self.added)} files ({self.num_bytes / 2**20:.1f} MiB)"
+        lines = [f"{self.url}: {sent}, {len(self.unchanged)} unchanged"]
         if not self.compared:
             lines.append("  not compared with the repository, which cannot be read from here: all files are listed")
         return "\n".join([*lines, *(f"  + {path}" for path in self.added), *(f"  - {path}" for path in self.deleted)])
@@ -84,6 +84,9 @@ class Remote:
     has_branch: bool
     files: Mapping[str, str]  # path -> SHA-256 of an LFS file, git id of another
     read: Callable[[str], str | None]
+
+
+NOTHING = Remote(None, False, {}, lambda path: None)
 
 
 @dataclass(frozen=True)
@@ -136,28 +139,6 @@ class Target:
         return self.options.revision or "main"
 
 
-def with_retries(attempt: Callable[[], PublishResult], *, max_retries: int, what: str) -> PublishResult:
-    """Calls `attempt` again after a conflict or a passing error, with growing pauses; never after a refusal."""
-    for retry in range(max_retries + 1):
-        try:
-            return attempt()
-        except Exception as error:
-            found = hub_error(error)
-            passing = status_of(found) in RETRIED or (status_of(found) is None and is_transport_error(found))
-            if not passing or isinstance(found, hub_errors.OfflineModeIsEnabled) or retry == max_retries:
-                raise
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**retry)
-            stated = getattr(getattr(found, "response", None), "headers", {}).get("Retry-After", "")
-            wait = min(LONGEST_WAIT, float(stated)) if str(stated).isdigit() else wait
-            reason = status_of(found) or type(found).__name__
-            logger.warning("%s: attempt %d failed (%s); again in %.1f s.", what, retry + 1, reason, wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
-# Pushing a folder in one commit.
-
-
 def read_remote(target: Target) -> Remote:
     """Reads the head and the files of a repository; what it would start from where it or the branch is missing."""
     api, has_branch = target.api, True
@@ -168,7 +149,7 @@ def read_remote(target: Target) -> Remote:
     except hub_errors.RepositoryNotFoundError as error:
         if isinstance(error, hub_errors.GatedRepoError) or "credentials" in str(error).lower():
             raise
-        return Remote(None, False, {}, lambda path: None)
+        return NOTHING
     head = str(info.sha)
     entries = api.list_repo_tree(target.repo_id, repo_type=target.repo_type, revision=head, recursive=True)
     files = {
@@ -187,76 +168,66 @@ def read_remote(target: Target) -> Remote:
     return Remote(head, has_branch, files, read)
 
 
-def _local_oids(path: Path) -> set[str]:
-    """The ids under which the Hub may know this file: as an LFS object, or as a git blob."""
-    oids = {file_sha256(path)}
-    if path.stat().st_size <= LARGEST_GIT_FILE:
-        oids.add(git_hash(path.read_bytes()))
-    return oids
-
-
-def _create_missing(target: Target, remote: Remote) -> None:
-    api = target.api
-    if remote.head is None:
-        private = target.options.private
-        api.create_repo(target.repo_id, repo_type=target.repo_type, private=private, exist_ok=True)
-    if target.revision != "main":
-        api.create_branch(target.repo_id, repo_type=target.repo_type, branch=target.revision, exist_ok=True)
-
-
 def send(
     target: Target, folder: Path, prepare: Callable[[Path, Remote], Sequence[str]], commit_message: str
 ) -> PublishResult:
     """Makes the repository hold what is in `folder`, in one commit on top of the head that `prepare` saw.
 
-    Conflicts and passing errors are met by further attempts.
-
-    Args:
-        target: Where to.
-        folder: Files to send.
-        prepare: Writes what depends on the repository (the merged card) into the folder; returns paths to delete.
-        commit_message: Title of the commit, where the options have none.
+    `prepare` writes what depends on the repository (the merged card) into the folder, and returns paths to delete.
+    Conflicts and passing errors are met by further attempts, with growing pauses; a refusal never is.
 
     Raises:
         ValueError: If a file must not be published. Errors of `prepare` and of the Hub's client are passed on.
     """
-    return with_retries(
-        lambda: _send_once(target, folder, prepare, commit_message),
-        max_retries=target.options.max_retries,
-        what=f"Publishing to {target.repo_id}",
-    )
+    for retry in itertools.count():
+        try:
+            return _send_once(target, folder, prepare, commit_message)
+        except Exception as error:
+            found = hub_error(error)
+            passing = status_of(found) in RETRIED or (status_of(found) is None and is_transport_error(found))
+            offline = isinstance(found, hub_errors.OfflineModeIsEnabled)
+            if not passing or offline or retry == target.options.max_retries:
+                raise
+            stated = getattr(getattr(found, "response", None), "headers", {}).get("Retry-After", "")
+            wait = min(LONGEST_WAIT, float(stated) if str(stated).isdigit() else FIRST_WAIT * 2**retry)
+            logger.warning(
+                "Publishing to %s: attempt %d failed (%s); again in %.1f s.",
+                target.repo_id, retry + 1, status_of(found) or type(found).__name__, wait,
+            )  # fmt: skip
+            time.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def _send_once(
     target: Target, folder: Path, prepare: Callable[[Path, Remote], Sequence[str]], commit_message: str
 ) -> PublishResult:
-    compared, options = True, target.options
+    compared, options, api = True, target.options, target.api
     try:
         remote = read_remote(target)
     except Exception as error:
         if not options.dry_run or not _unreadable(error):
             raise
-        remote, compared = Remote(None, False, {}, lambda path: None), False
+        remote, compared = NOTHING, False
     planned = _plan(target, folder, remote, prepare(folder, remote))
     if options.dry_run:
         return replace(planned, dry_run=True, compared=compared)
     if not remote.has_branch:
-        _create_missing(target, remote)
+        place: dict[str, Any] = {"repo_id": target.repo_id, "repo_type": target.repo_type, "exist_ok": True}
+        if remote.head is None:
+            api.create_repo(**place, private=options.private)
+        if target.revision != "main":
+            api.create_branch(**place, branch=target.revision)
         remote = read_remote(target)
         planned = _plan(target, folder, remote, prepare(folder, remote))
     if not (planned.added or planned.deleted):
         return planned
     additions = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(folder / path)) for path in planned.added]
-    commit = target.api.create_commit(
-        target.repo_id,
-        [*additions, *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in planned.deleted)],
-        commit_message=options.commit_message or commit_message,
-        commit_description=options.commit_description,
-        repo_type=target.repo_type,
-        revision=target.revision,
-        create_pr=options.create_pr,
-        parent_commit=remote.head,
-    )
+    deletions = [CommitOperationDelete(path_in_repo=path, is_folder=False) for path in planned.deleted]
+    commit = api.create_commit(
+        target.repo_id, [*additions, *deletions], repo_type=target.repo_type, revision=target.revision,
+        commit_message=options.commit_message or commit_message, commit_description=options.commit_description,
+        create_pr=options.create_pr, parent_commit=remote.head,
+    )  # fmt: skip
     if commit.pr_url:
         return replace(planned, commit=commit.oid, url=commit.pr_url, revision=str(commit.pr_revision))
     return replace(planned, commit=commit.oid)
@@ -275,7 +246,7 @@ def _plan(target: Target, folder: Path, remote: Remote, deleted: Sequence[str]) 
     refuse_secrets(folder, paths, target.options.token)
     if pickles := [path for path in paths if is_pickle(path)]:
         raise ValueError(f"{pickles[0]} is a pickle file, which can run code when loaded. Save it as safetensors.")
-    unchanged = [path for path in paths if path in remote.files and remote.files[path] in _local_oids(folder / path)]
+    unchanged = [path for path in paths if path in remote.files and _is_stored(folder / path, remote.files[path])]
     added = [path for path in paths if path not in unchanged]
     return PublishResult(
         repo_id=target.repo_id,
@@ -287,6 +258,12 @@ def _plan(target: Target, folder: Path, remote: Remote, deleted: Sequence[str]) 
         unchanged=tuple(unchanged),
         num_bytes=sum((folder / path).stat().st_size for path in added),
     )
+
+
+def _is_stored(path: Path, oid: str) -> bool:
+    """Whether a file is the one of that id: an LFS object's, or a git blob's where it is not larger than those are."""
+    small = path.stat().st_size <= LARGEST_GIT_FILE
+    return oid == file_sha256(path) or (small and oid == git_hash(path.read_bytes()))
 
 
 def refuse_secrets(folder: Path, paths: Sequence[str], token: Token) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..utils.safety import Token, explained, safe_path
 from .folder import CONCENTRATION, WRITE_AGAIN, parse_record, read_folder, save_dataset_folder
 
 
+RECORDS = (CONCENTRATION, "targets/*/targets.json", "targets/*/targets.safetensors")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -37,20 +38,9 @@ def read_concentration(
 ) -> dict[str, Any]:
     """Reads how a published dataset was made: the content of its `concentration.json`, without the images.
 
-    Args:
-        repo_or_folder: `"user/name"`, or the folder of a published dataset.
-        revision: Branch, tag or commit of the repository.
-        token: Token for a private repository.
-        cache_dir: Where to keep the download; the usual cache if `None`.
-
-    Raises:
-        FileNotFoundError: If there is no such repository, revision or folder, or it has no `concentration.json`.
-        PermissionError: If it is gated or the token is not valid.
-        ValueError: If the file is damaged.
-        ConnectionError: If the Hub cannot be reached.
+    Arguments and errors as of `verify`.
     """
-    folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
-    return _record(folder, f"{CONCENTRATION} of {repo_or_folder}")
+    return _read(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)[2]
 
 
 def load_recorded(
@@ -82,18 +72,14 @@ def load_recorded(
 
     Raises:
         ValueError: If the records do not name published models and targets, or what they name is something else now.
-        FileNotFoundError: See `read_concentration`, as for the others.
-        PermissionError: See `read_concentration`.
-        ConnectionError: See `read_concentration`.
+            Further errors are those of `verify`.
     """
-    folder = _fetch(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
-    name = f"{CONCENTRATION} of {repo_or_folder}"
-    record = config_record(_record(folder, name), config)
     options = {"token": token, "cache_dir": cache_dir}
+    folder, name, whole = _read(repo_or_folder, revision=revision, **options)
+    record = config_record(whole, config)
+    place: dict[str, Any] = {"id": str(generator), "revision": generator_revision}
     if generator is None:
         place = _place(record, "generator", name, folder)
-    else:
-        place = {"id": str(generator), "revision": generator_revision}
     known = {part: _load_part(record, part, name, options, folder) for part in PARTS}
     parts = {part: model for part, model in known.items() if model is not None}
     dtype = DTYPES.get(str((record.get("environment") or {}).get("dtype")), torch.float32)
@@ -110,10 +96,6 @@ def load_recorded(
 
 def recorded_rows(published: Mapping[str, Any], config: str) -> dict[str, Any]:
     """The drawn rows of a published config, to compare rows with that are drawn again.
-
-    Args:
-        published: content of its `concentration.json`.
-        config: name of the config.
 
     Returns:
         `dict`: `rows_sha256` of its drawn rows as they were when they were drawn, None if that is not known;
@@ -136,25 +118,29 @@ def recorded_rows(published: Mapping[str, Any], config: str) -> dict[str, Any]:
     }
 
 
-def _fetch(repo_or_folder: str | Path, *, revision: str | None, token: Token, cache_dir: str | Path | None) -> Path:
-    """The folder with the records and targets of a dataset, downloaded at one commit unless it is a local one."""
+def fetch(
+    repo_or_folder: str | Path, patterns: Sequence[str], *, revision: str | None, token: Token,
+    cache_dir: str | Path | None, action: str = "read",
+) -> Path:  # fmt: skip
+    """The folder of a published dataset; of a repository these files, downloaded at one commit."""
     folder, name = Path(repo_or_folder), str(repo_or_folder)
-    if not folder.is_dir():
-        check_path(repo_or_folder, wanted="Give the folder of a published dataset, or an id such as 'user/name'.")
-        with explained(name, token=token, action="read"):
-            api = HfApi(token=token, library_name="dsco_hf")
-            patterns = [CONCENTRATION, "targets/*/targets.json", "targets/*/targets.safetensors"]
-            options: Any = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": patterns}
-            folder = Path(api.snapshot_download(name, repo_type="dataset", **options))
+    if folder.is_dir():
+        return folder
+    check_path(repo_or_folder, wanted="Give the folder of a published dataset, or an id such as 'user/name'.")
+    with explained(name, token=token, action=action):
+        api = HfApi(token=token, library_name="dsco_hf")
+        options: Any = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": list(patterns)}
+        return Path(api.snapshot_download(name, repo_type="dataset", **options))
+
+
+def _read(repo_or_folder: str | Path, **options: Any) -> tuple[Path, str, dict[str, Any]]:
+    """The folder of a dataset, how errors call its record, and that record."""
+    folder = fetch(repo_or_folder, RECORDS, **options)
+    name = f"{CONCENTRATION} of {repo_or_folder}"
     if not (folder / CONCENTRATION).is_file():
-        raise FileNotFoundError(f"{name} has no {CONCENTRATION}: it was not published with `publish`.")
-    return folder
-
-
-def _record(folder: Path, name: str) -> dict[str, Any]:
+        raise FileNotFoundError(f"{repo_or_folder} has no {CONCENTRATION}: it was not published with `publish`.")
     with reading(folder / CONCENTRATION, WRITE_AGAIN):
-        text = (folder / CONCENTRATION).read_text(encoding="utf-8")
-    return parse_record(text, name)
+        return folder, name, parse_record((folder / CONCENTRATION).read_text(encoding="utf-8"), name)
 
 
 def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dict[str, Any]:
@@ -233,24 +219,20 @@ def compared(origin: Mapping[str, Any], found: str) -> tuple[dict[str, Any], str
     now = library_versions()
     other = {name: [versions[name], now.get(name)] for name in versions if versions[name] != now.get(name)}
     expected, changed = origin.get("rows_sha256"), origin.get("changed")
-    same = None if expected is None else expected == found
+    same, name = None if expected is None else expected == found, origin["dataset"]
     outcome = {key: value for key, value in origin.items() if key not in ("versions", "real")}
     outcome |= {"identical": same and changed is None, "as_drawn": same, "other_versions": other}
     if same is None:
         return outcome, " The record has no hash of the synthetic rows to compare them with."
-    if same and changed is not None:
-        told = f"The rows are as they were first drawn, but NOT as {origin['dataset']} has them: {changed}."
-        return outcome, f" {told}"
-    if same:
-        which = "All synthetic rows" if origin.get("real") else "All rows"
-        if origin.get("published_sha256") is None:  # a record of an earlier version
-            return outcome, f" {which} are identical to those that the record of {origin['dataset']} says were drawn."
-        return outcome, f" {which} are identical to those of {origin['dataset']}."
-    why = "; ".join(f"{name} {a} there, {b} here" for name, (a, b) in other.items()) or "the versions are the same"
-    return (
-        outcome,
-        f" The rows DIFFER from those of {origin['dataset']} ({why}; another device or CPU can be the cause).",
-    )
+    if not same:
+        why = "; ".join(f"{one} {a} there, {b} here" for one, (a, b) in other.items()) or "the versions are the same"
+        return outcome, f" The rows DIFFER from those of {name} ({why}; another device or CPU can be the cause)."
+    if changed is not None:
+        return outcome, f" The rows are as they were first drawn, but NOT as {name} has them: {changed}."
+    which = "All synthetic rows" if origin.get("real") else "All rows"
+    if origin.get("published_sha256") is None:  # a record of an earlier version
+        return outcome, f" {which} are identical to those that the record of {name} says were drawn."
+    return outcome, f" {which} are identical to those of {name}."
 
 
 def save_run(
@@ -266,18 +248,8 @@ def save_run(
 ) -> dict[str, Any]:
     """Writes what a finished run has drawn as it is published, beside the other sizes that lie there.
 
-    Args:
-        result: Of `concentrate_to_folder`.
-        folder: Of the dataset.
-        pipe: That drew it.
-        targets: What was matched.
-        parameters: How it was drawn, with sizes.
-        check: What the classifier makes of plain samples.
-        targets_id: Where the targets are published.
-        **record_options: Of `concentration_record`: method, seed, source, targets_revision.
-
-    Returns:
-        The record.
+    Returns the record. `parameters` say how it was drawn, with its sizes; `record_options` are the further ones of
+    `concentration_record`: method, seed, source, targets_revision.
     """
     cache = Path(folder).parent / "run" / "rows.arrow"
     dataset, images = result.dataset(cache_file=cache), parameters["images_per_class"]

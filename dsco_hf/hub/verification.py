@@ -23,12 +23,7 @@ from .folder import CARD, CONCENTRATION, FORMAT_VERSION
 def verify_folder(folder: str | Path, *, name: str | None = None) -> dict[str, Any]:
     """Checks that a folder holds exactly what its `concentration.json` says.
 
-    Args:
-        folder: Folder of a published dataset.
-        name: How to call it in errors; the folder if `None`.
-
-    Returns:
-        The content of `concentration.json`.
+    Returns the content of `concentration.json`. Errors call the folder `name`, where it has another than its path.
 
     Raises:
         FileNotFoundError: If there is no `concentration.json`.

@@ -131,10 +131,10 @@ _NOT_CONTENT = ("architectures", "transformers_version", "dtype", "torch_dtype")
 LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "pillow")  # whose versions can change the numbers
 
 
-def versions() -> dict[str, str]:
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Versions of the libraries that compute: other ones may draw, train and decode otherwise."""
     found = {}
-    for name in LIBRARIES:
+    for name in libraries:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # run from a checkout
