@@ -265,7 +265,10 @@ def read_mapping(
     if isinstance(mapping, str) and mapping == "index":
         return {name: label for label, name in enumerate(names)}
     if isinstance(mapping, str) and mapping == "number":
-        return _told_by_numbers([name for name in names if name in wanted])
+        found = {name: number_of(name) for name in names if name in wanted}
+        if words := [name for name, number in found.items() if number is None]:
+            raise ValueError(f'`mapping="number"` takes names that are numbers, and these are none: {words[:10]}.')
+        return found  # type: ignore[return-value]
     if isinstance(mapping, str) and not mapping.lower().endswith((".yaml", ".yml", ".json")):
         return _told_by_label_set(mapping, names, lookup, wanted)
     where = "`mapping`"
@@ -309,14 +312,6 @@ def _as_class(entry: Entry) -> Any:
     if entry.text is None or (entry.text in ("", "~") and entry.value is None):
         return entry.value
     return int(entry.text) if re.fullmatch(r"-?(0|[1-9][0-9]*)", entry.text) else entry.text
-
-
-def _told_by_numbers(names: Sequence[str]) -> dict[str, int | str]:
-    numbers = numbers_of(names)
-    if numbers is None:
-        words = [name for name in names if number_of(name) is None]
-        raise ValueError(f'`mapping="number"` takes names that are numbers, and these are none: {words[:10]}.')
-    return dict(zip(names, numbers, strict=True))
 
 
 def _told_by_label_set(

@@ -6,9 +6,7 @@ import hashlib
 import io
 import logging
 import os
-import queue
-import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -122,39 +120,15 @@ def ahead(produce: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
 
     The thread starts with the first item that is asked for, and ends with the iterator or when the reader stops.
     """
-    items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(kind: str, item: Any) -> None:
-        while not stopped.is_set():
-            try:
-                return items.put((kind, item), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in produce():
-                put("item", item)
-                if stopped.is_set():
-                    return
-            put("end", None)
-        except BaseException as error:  # raised again where the items are read
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="dsco-read-ahead", daemon=True)
-    thread.start()
+    items, end = produce(), object()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="dsco-read-ahead")
     try:
-        while True:
-            kind, item = items.get()
-            if kind == "error":
-                raise item
-            if kind == "end":
-                return
-            yield item
+        waiting = deque(thread.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]
     finally:
-        stopped.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)
 
 
 def encoded_columns(dataset: AnyDataset, image_column: str, label_column: str) -> AnyDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -59,9 +60,7 @@ def publish_pipeline(
 
     Raises:
         TypeError: If `pipeline` or `targets` cannot be saved.
-        ValueError: If a component is of another package; further see `publish`.
-        PermissionError: See `publish`.
-        ConnectionError: See `publish`.
+        ValueError: If a component is of another package; this and further errors as of `publish`.
     """
     if not hasattr(pipeline, "save_pretrained") or not hasattr(pipeline, "components"):
         raise TypeError(f"Expected a DsCoPipeline, but got a {type(pipeline).__name__}.")
@@ -82,11 +81,9 @@ def publish_pipeline(
         if targets is not None:
             targets.save_pretrained(folder)
 
-    def card(full_id: str) -> str:
-        return render_pipeline_card(
-            pipeline, repo_id=full_id, has_targets=targets is not None, dataset_id=dataset_id, license=license
-        )
-
+    card = functools.partial(
+        render_pipeline_card, pipeline, has_targets=targets is not None, dataset_id=dataset_id, license=license
+    )
     return _publish_model(save, card, repo_id, push, "Publish a pipeline with dsco_hf")
 
 
@@ -124,23 +121,15 @@ def publish_evaluator(
         What was sent; `None` on all processes but the main one.
 
     Raises:
-        ValueError: If the accuracy is not a fraction; further see `publish`.
-        PermissionError: See `publish`.
-        ConnectionError: See `publish`.
+        ValueError: If the accuracy is not a fraction; this and further errors as of `publish`.
     """
-
-    def card(full_id: str) -> str:
-        return render_evaluator_card(
-            model, repo_id=full_id, dataset_id=dataset_id, accuracy=accuracy, dataset_config=dataset_config,
-            dataset_revision=dataset_revision, test_dataset=test_dataset, protocol=protocol, seed=seed,
-            license=license,
-        )  # fmt: skip
-
+    card = functools.partial(
+        render_evaluator_card, model, dataset_id=dataset_id, accuracy=accuracy, dataset_config=dataset_config,
+        dataset_revision=dataset_revision, test_dataset=test_dataset, protocol=protocol, seed=seed, license=license,
+    )  # fmt: skip
     _check_texts(dataset_id=dataset_id, license=license, dataset_config=dataset_config, test_dataset=test_dataset)
-    card("user/name")  # its errors come before anything is written
-    return _publish_model(
-        lambda folder: model.save_pretrained(folder), card, repo_id, push, "Publish an evaluator with dsco_hf"
-    )
+    card(repo_id="user/name")  # its errors come before anything is written
+    return _publish_model(model.save_pretrained, card, repo_id, push, "Publish an evaluator with dsco_hf")
 
 
 def _check_texts(**values: Any) -> None:
@@ -150,7 +139,7 @@ def _check_texts(**values: Any) -> None:
 
 
 def _publish_model(
-    save: Callable[[Path], object], card: Callable[[str], str], repo_id: str, push: PushOptions | None, message: str
+    save: Callable[[Path], object], card: Callable[..., str], repo_id: str, push: PushOptions | None, message: str
 ) -> PublishResult | None:
     push = push or PushOptions()
     if not PartialState().is_main_process:
@@ -161,7 +150,7 @@ def _publish_model(
         folder.mkdir()
         save(folder)
         _forget_places(folder)
-        text = card(target.repo_id)
+        text = card(repo_id=target.repo_id)
 
         def prepare(folder: Path, remote: Remote) -> list[str]:
             (folder / CARD).write_text(merge_cards(remote.read(CARD), text), encoding="utf-8", newline="\n")
