@@ -145,15 +145,12 @@ def _refuse_lost_files(
 
 def _load_parquet(texts: Sequence[str], token: str | bool | None) -> DatasetDict:
     """Parquet files as one split; a pattern ("*") only where no file is called so."""
-    patterns = []
+    files = {text for text in texts if "://" not in text and Path(text).is_file()}
     for text in texts:
-        if "://" not in text and not Path(text).is_file():
-            if not glob.has_magic(text):
-                check_path(Path(text), wanted=WANTED)
-            patterns.append(text)
-        else:
-            patterns.append(text if "://" in text else glob.escape(text))
-    with explained_tables([Path(text) for text in texts if Path(text).is_file()]):
+        if "://" not in text and text not in files and not glob.has_magic(text):
+            check_path(Path(text), wanted=WANTED)
+    patterns = [glob.escape(text) if text in files else text for text in texts]
+    with explained_tables([Path(text) for text in texts if text in files]):
         return load_dataset("parquet", data_files={"train": patterns}, token=token)
 
 
