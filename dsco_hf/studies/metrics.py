@@ -8,6 +8,7 @@ or by path, where the configuration names the metric: `evaluate.load("dsco_hf/st
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +22,15 @@ from scipy import stats
 # absolute, as `evaluate.load` runs a copy of this file elsewhere
 from dsco_hf.data.schema import nearest
 from dsco_hf.matching.kernels import draw_frequencies, fourier_embedding, median_bandwidth, mmd2
-from dsco_hf.utils.values import check_real, check_whole, plain, plain_arguments
+from dsco_hf.utils.values import check_real, check_whole, plain
 
 
 # Rows that the bandwidth is estimated from, and rows of distances that are held at once.
 BANDWIDTH_ROWS = 1000
 CHUNK_ROWS = 1024
 LEAST_SEEDS = 3  # below, no significance is claimed
+_NUMBER, _CLASS = datasets.Value("float64"), datasets.Value("int64")
+_VECTOR = datasets.Sequence(datasets.Value("float32"))
 
 
 class SmallDatasetMetric(evaluate.Metric):
@@ -41,9 +44,6 @@ class SmallDatasetMetric(evaluate.Metric):
         ValueError: for an unknown name; names the nearest.
     """
 
-    description = ""
-    inputs_description = ""
-    citation = ""
     columns: dict[str, Any] = {}
 
     def __new__(cls, config_name: str | None = None, **kwargs: Any) -> SmallDatasetMetric:
@@ -56,74 +56,82 @@ class SmallDatasetMetric(evaluate.Metric):
         return super().__new__(METRICS[name])
 
     def _info(self) -> evaluate.MetricInfo:
+        description, section, inputs = (inspect.getdoc(self) or "").partition("Args:")
         return evaluate.MetricInfo(
-            description=self.description,
-            citation=self.citation,
-            inputs_description=self.inputs_description,
+            description=description.strip(),
+            citation="",
+            inputs_description=section + inputs,
             features=datasets.Features(self.columns),
         )
 
 
 class Accuracy(SmallDatasetMetric):
-    """Top-1 and top-k accuracy from the scores of a classifier."""
+    """Share of images whose label is among the k classes of highest score, in [0, 1]; higher is better.
 
-    description = "Share of images whose label is among the k classes of highest score, in [0, 1]; higher is better."
-    inputs_description = """
-Args:
-    predictions: one row of scores (logits or probabilities) per image.
-    references: labels.
-    k: classes counted by `top_k`, at most the number of classes.
-Returns:
-    `accuracy` and `top_k`.
-"""
-    columns = {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+    Args:
+        predictions: one row of scores (logits or probabilities) per image.
+        references: labels.
+        k: classes counted by `top_k`, at most the number of classes.
+
+    Returns:
+        `accuracy` and `top_k`.
+    """
+
+    columns = {"predictions": _VECTOR, "references": _CLASS}
 
     def _compute(self, predictions: Any, references: Any, k: int = 5) -> dict[str, float]:
-        scores, labels = _tensor(predictions), _tensor(references)
-        return {"accuracy": top_k_accuracy(scores, labels, 1), "top_k": top_k_accuracy(scores, labels, k)}
+        scores, labels, k = _tensor(predictions), _tensor(references), check_whole("k", k, 1)
+        if k > scores.shape[1]:
+            raise ValueError(
+                f"top_k needs k between 1 and the {scores.shape[1]} classes, got {k}: pass a smaller `k=`."
+            )
+        hits = scores.topk(k, dim=1).indices == labels[:, None]  # (B, k), the best first
+        return {"accuracy": hits[:, 0].double().mean().item(), "top_k": hits.any(1).double().mean().item()}
 
 
 class Retention(SmallDatasetMetric):
-    """How much of the full data's accuracy a small dataset keeps."""
+    """How much of the full data's accuracy a small dataset keeps.
 
-    description = (
-        "Accuracy of a model trained on a small dataset divided by that of the same model trained on all data, on the "
-        "same test images; 1 is lossless, higher is better."
-    )
-    inputs_description = """
-Args:
-    predictions: classes predicted by the model trained on the small dataset.
-    full_predictions: classes predicted by the model trained on the full dataset.
-    references: labels.
-Returns:
-    `retention`, `accuracy` and `full_accuracy`.
-"""
-    columns = {name: datasets.Value("int64") for name in ("predictions", "full_predictions", "references")}
+    The accuracy of a model trained on a small dataset divided by that of the same model trained on all data, on the
+    same test images; 1 is lossless, higher is better.
+
+    Args:
+        predictions: classes predicted by the model trained on the small dataset.
+        full_predictions: classes predicted by the model trained on the full dataset.
+        references: labels.
+
+    Returns:
+        `retention`, `accuracy` and `full_accuracy`.
+    """
+
+    columns = dict.fromkeys(("predictions", "full_predictions", "references"), _CLASS)
 
     def _compute(self, predictions: Any, full_predictions: Any, references: Any) -> dict[str, float]:
         small, full = (float(np.mean(np.equal(p, references))) for p in (predictions, full_predictions))
-        return {"retention": retention(small, full), "accuracy": small, "full_accuracy": full}
+        if not full > 0:
+            raise ValueError(f"The accuracy on the full data is {full}; retention needs one above 0.")
+        return {"retention": small / full, "accuracy": small, "full_accuracy": full}
 
 
 class Discrepancy(SmallDatasetMetric):
-    """MMD² between the features of a small dataset and of the real one."""
+    """MMD² between the features of a small dataset and of the real one; at least 0, lower is better.
 
-    description = (
-        "Squared maximum mean discrepancy of two sets of features (Gretton et al. 2012), Gaussian kernel by random "
-        "Fourier features on features standardised by the real ones; at least 0, lower is better."
-    )
-    inputs_description = """
-Args:
-    predictions: features of the small dataset, one row per image.
-    real_features: features of the real dataset, of any number of rows.
-    labels: optional, class of each row of `predictions`; with `real_labels` the mean over the classes is taken.
-    real_labels: optional, class of each row of `real_features`.
-    embedding_dim: number of Fourier features.
-    seed: of the Fourier features.
-Returns:
-    `discrepancy`.
-"""
-    columns = {"predictions": datasets.Sequence(datasets.Value("float32"))}
+    The squared maximum mean discrepancy of two sets of features (Gretton et al. 2012), Gaussian kernel of the median
+    bandwidth by random Fourier features, on features standardised by the real ones.
+
+    Args:
+        predictions: features of the small dataset, one row per image.
+        real_features: features of the real dataset, of any number of rows.
+        labels: optional, class of each row of `predictions`; with `real_labels` the mean over the classes is taken.
+        real_labels: optional, class of each row of `real_features`.
+        embedding_dim: number of Fourier features, even.
+        seed: of the Fourier features, and of the rows that the bandwidth is taken from.
+
+    Returns:
+        `discrepancy`.
+    """
+
+    columns = {"predictions": _VECTOR}
 
     def _compute(
         self,
@@ -135,98 +143,107 @@ Returns:
         seed: int = 0,
     ) -> dict[str, float]:
         small, real = _feature_sets(predictions, real_features)
-        classes = None
-        if labels is not None and real_labels is not None:
-            classes = _tensor(labels), _tensor(real_labels)
-        return {"discrepancy": discrepancy(small, real, classes, embedding_dim=embedding_dim, seed=seed)}
+        std = real.std(0, correction=0)
+        small, real = ((x - real.mean(0)) / torch.where(std > 0, std, 1.0) for x in (small, real))
+        generator = torch.Generator().manual_seed(check_whole("seed", seed))
+        rows = torch.randperm(len(real), generator=generator)[:BANDWIDTH_ROWS]
+        frequencies = draw_frequencies(
+            real.shape[1], check_whole("embedding_dim", embedding_dim, 2), median_bandwidth(real[rows]),
+            generator=generator,
+        )  # fmt: skip
+        ours, theirs = (fourier_embedding(x, frequencies) for x in (small, real))
+        if labels is None or real_labels is None:
+            return {"discrepancy": mmd2(ours.mean(0), theirs.mean(0)).item()}
+        own, other, values = _tensor(labels), _tensor(real_labels), []
+        for label in own.unique():
+            if not (other == label).any():
+                raise ValueError(f"Class {int(label)} of the small dataset has no image in the real one.")
+            values.append(mmd2(ours[own == label].mean(0), theirs[other == label].mean(0)))
+        return {"discrepancy": torch.stack(values).mean().item()}
 
 
 class Coverage(SmallDatasetMetric):
-    """Density and coverage of a small dataset in feature space."""
+    """Density (fidelity, may exceed 1) and coverage (diversity, in [0, 1]) in feature space; higher is better.
 
-    description = (
-        "Density (fidelity, may exceed 1) and coverage (diversity, in [0, 1]) of a small dataset against the real one "
-        "(Naeem et al. 2020, arXiv 2002.09797); higher is better."
-    )
-    inputs_description = """
-Args:
-    predictions: features of the small dataset, one row per image.
-    real_features: features of the real dataset; more than `k` rows.
-    k: neighbours that span a ball around each real image.
-Returns:
-    `density` and `coverage`.
-"""
-    columns = {"predictions": datasets.Sequence(datasets.Value("float32"))}
+    Around each real image lies a ball that reaches to its k-th real neighbour. Density counts the balls that the small
+    images lie in, by k; coverage is the share of balls that hold a small image (Naeem et al. 2020, arXiv 2002.09797).
+
+    Args:
+        predictions: features of the small dataset, one row per image.
+        real_features: features of the real dataset; more than `k` rows.
+        k: neighbours that span a ball around each real image.
+
+    Returns:
+        `density` and `coverage`.
+    """
+
+    columns = {"predictions": _VECTOR}
 
     def _compute(self, predictions: Any, real_features: Any = None, k: int = 5) -> dict[str, float]:
-        density, coverage = density_and_coverage(*_feature_sets(predictions, real_features), k=k)
-        return {"density": density, "coverage": coverage}
+        small, real = _feature_sets(predictions, real_features)
+        if check_whole("k", k, 1) >= len(real):
+            raise ValueError(f"Coverage needs k < {len(real)} real images, got k={k}.")
+        inside, covered = 0, 0
+        for rows in real.split(CHUNK_ROWS):
+            radius = torch.cdist(rows, real).kthvalue(int(k) + 1, dim=1).values  # the nearest one is the image itself
+            within = torch.cdist(rows, small) < radius[:, None]  # (rows, n)
+            inside += int(within.sum())
+            covered += int(within.any(1).sum())
+        return {"density": inside / (int(k) * len(small)), "coverage": covered / len(real)}
 
 
 class LabelRobustScore(SmallDatasetMetric):
-    """LRS of DD-Ranking."""
+    """Label Robust Score of DD-Ranking (github.com/NUS-HPC-AI-Lab/DD-Ranking), in [0, 1]; higher is better.
 
-    description = (
-        "Label Robust Score of DD-Ranking (github.com/NUS-HPC-AI-Lab/DD-Ranking), in [0, 1]; higher is better. Its "
-        "code exponentiates accuracies in percent, which leaves [0, 1]; here accuracies are fractions."
-    )
-    inputs_description = """
-Args:
-    predictions: accuracies in [0, 1] of the small dataset by its own recipe, one per evaluation.
-    random: likewise of random real images, same size and recipe.
-    hard: likewise of the small dataset with hard labels.
-    full: likewise of the full dataset with hard labels.
-    weight: of the improvement over random against the loss to the full data, in [0, 1].
-Returns:
-    `lrs`, and the means `improvement_over_random` and `hard_label_recovery` (a gap: lower is better).
-"""
-    columns = {name: datasets.Value("float64") for name in ("predictions", "random", "hard", "full")}
+    Its code exponentiates accuracies in percent, which leaves [0, 1]; here accuracies are fractions.
+
+    Args:
+        predictions: accuracies in [0, 1] of the small dataset by its own recipe, one per evaluation.
+        random: likewise of random real images, same size and recipe.
+        hard: likewise of the small dataset with hard labels.
+        full: likewise of the full dataset with hard labels.
+        weight: of the improvement over random against the loss to the full data, in [0, 1].
+
+    Returns:
+        `lrs`, and the means `improvement_over_random` and `hard_label_recovery` (a gap: lower is better).
+    """
+
+    columns = dict.fromkeys(("predictions", "random", "hard", "full"), _NUMBER)
 
     def _compute(self, predictions: Any, random: Any, hard: Any, full: Any, weight: float = 0.5) -> dict[str, float]:
-        _check_fractions(predictions=predictions, random=random, hard=hard, full=full)
-        improvement = float(np.mean(predictions) - np.mean(random))
-        recovery = float(np.mean(full) - np.mean(hard))
-        return {
-            "lrs": robust_score(improvement, -recovery, weight=weight),
-            "improvement_over_random": improvement,
-            "hard_label_recovery": recovery,
-        }
+        mean = _means(predictions=predictions, random=random, hard=hard, full=full)
+        improvement, recovery = mean["predictions"] - mean["random"], mean["full"] - mean["hard"]
+        score = _robust_score(improvement, -recovery, weight)
+        return {"lrs": score, "improvement_over_random": improvement, "hard_label_recovery": recovery}
 
 
 class AugmentationRobustScore(SmallDatasetMetric):
-    """ARS of DD-Ranking."""
+    """Augmentation Robust Score of DD-Ranking (github.com/NUS-HPC-AI-Lab/DD-Ranking), in [0, 1]; higher is better.
 
-    description = (
-        "Augmentation Robust Score of DD-Ranking (github.com/NUS-HPC-AI-Lab/DD-Ranking), in [0, 1]; higher is better. "
-        "Its code exponentiates accuracies in percent, which leaves [0, 1]; here accuracies are fractions."
-    )
-    inputs_description = """
-Args:
-    predictions: accuracies in [0, 1] of the small dataset with augmentation, one per evaluation.
-    random: likewise of random real images of the same size.
-    predictions_plain: likewise of the small dataset without augmentation.
-    random_plain: likewise of random real images without augmentation.
-    weight: of the gap with augmentation against the one without, in [0, 1].
-Returns:
-    `ars`, and the mean gaps `with_augmentation` and `without_augmentation`.
-"""
-    columns = {
-        name: datasets.Value("float64") for name in ("predictions", "random", "predictions_plain", "random_plain")
-    }
+    Its code exponentiates accuracies in percent, which leaves [0, 1]; here accuracies are fractions.
+
+    Args:
+        predictions: accuracies in [0, 1] of the small dataset with augmentation, one per evaluation.
+        random: likewise of random real images of the same size.
+        predictions_plain: likewise of the small dataset without augmentation.
+        random_plain: likewise of random real images without augmentation.
+        weight: of the gap with augmentation against the one without, in [0, 1].
+
+    Returns:
+        `ars`, and the mean gaps `with_augmentation` and `without_augmentation`.
+    """
+
+    columns = dict.fromkeys(("predictions", "random", "predictions_plain", "random_plain"), _NUMBER)
 
     def _compute(
         self, predictions: Any, random: Any, predictions_plain: Any, random_plain: Any, weight: float = 0.5
     ) -> dict[str, float]:
-        _check_fractions(
+        mean = _means(
             predictions=predictions, random=random, predictions_plain=predictions_plain, random_plain=random_plain
         )
-        with_augmentation = float(np.mean(predictions) - np.mean(random))
-        without = float(np.mean(predictions_plain) - np.mean(random_plain))
-        return {
-            "ars": robust_score(with_augmentation, without, weight=weight),
-            "with_augmentation": with_augmentation,
-            "without_augmentation": without,
-        }
+        augmented, plain_gap = mean["predictions"] - mean["random"], mean["predictions_plain"] - mean["random_plain"]
+        score = _robust_score(augmented, plain_gap, weight)
+        return {"ars": score, "with_augmentation": augmented, "without_augmentation": plain_gap}
 
 
 METRICS: dict[str, type[SmallDatasetMetric]] = {
@@ -239,132 +256,9 @@ METRICS: dict[str, type[SmallDatasetMetric]] = {
 }
 
 
-def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
-    """Share of images whose label is among the k highest scores.
-
-    Args:
-        scores (`torch.Tensor` of shape `(B, K)`): logits or probabilities.
-        labels (`torch.Tensor` of shape `(B,)`): class indices.
-        k (`int`): between 1 and K.
-
-    Returns:
-        `float`: in [0, 1]; higher is better.
-
-    Raises:
-        ValueError: for another k.
-    """
-    k = check_whole("k", k, 1)
-    if k > scores.shape[1]:
-        raise ValueError(f"top_k needs k between 1 and the {scores.shape[1]} classes, got {k}: pass a smaller `k=`.")
-    return (scores.topk(k, dim=1).indices == labels[:, None]).any(1).double().mean().item()
-
-
-@plain_arguments()
-def retention(accuracy: float, full_accuracy: float) -> float:
-    """Accuracy on a small dataset relative to the full one.
-
-    Args:
-        accuracy (`float`): in [0, 1], trained on the small dataset.
-        full_accuracy (`float`): in (0, 1], trained on the full one.
-
-    Returns:
-        `float`: 1 is lossless; higher is better.
-
-    Raises:
-        ValueError: where the full accuracy is not above 0.
-    """
-    if not full_accuracy > 0:
-        raise ValueError(f"The accuracy on the full data is {full_accuracy}; retention needs one above 0.")
-    return accuracy / full_accuracy
-
-
-@plain_arguments(embedding_dim=2)
-def discrepancy(
-    small: torch.Tensor,
-    real: torch.Tensor,
-    classes: tuple[torch.Tensor, torch.Tensor] | None = None,
-    *,
-    embedding_dim: int = 2048,
-    seed: int = 0,
-) -> float:
-    """MMD² of two sets of features, standardised by the real one (Gretton et al. 2012); lower is better.
-
-    Args:
-        small (`torch.Tensor` of shape `(n, d)`): features of the small dataset.
-        real (`torch.Tensor` of shape `(N, d)`): features of the real dataset.
-        classes (`tuple` of tensors of shapes `(n,)` and `(N,)`, *optional*): labels; the mean over classes is taken.
-        embedding_dim (`int`): number of random Fourier features, even.
-        seed (`int`): of the Fourier features, and of the rows that the median bandwidth is taken from.
-
-    Returns:
-        `float`: at least 0.
-
-    Raises:
-        ValueError: where a class of the small dataset has no real image.
-    """
-    mean, std = real.mean(0), real.std(0, correction=0)
-    std = torch.where(std > 0, std, 1.0)
-    small, real = (small - mean) / std, (real - mean) / std
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(real), generator=generator)[:BANDWIDTH_ROWS]
-    frequencies = draw_frequencies(real.shape[1], embedding_dim, median_bandwidth(real[rows]), generator=generator)
-    embeddings = [fourier_embedding(x, frequencies) for x in (small, real)]
-    if classes is None:
-        return mmd2(embeddings[0].mean(0), embeddings[1].mean(0)).item()
-    values = []
-    for label in classes[0].unique():
-        ours, theirs = (e[c == label] for e, c in zip(embeddings, classes, strict=True))
-        if not len(theirs):
-            raise ValueError(f"Class {int(label)} of the small dataset has no image in the real one.")
-        values.append(mmd2(ours.mean(0), theirs.mean(0)))
-    return torch.stack(values).mean().item()
-
-
-def density_and_coverage(small: torch.Tensor, real: torch.Tensor, *, k: int = 5) -> tuple[float, float]:
-    """Density and coverage in feature space (Naeem et al. 2020, arXiv 2002.09797); higher is better.
-
-    Around each real image lies a ball that reaches to its k-th real neighbour. Density counts the balls that the small
-    images lie in, by k; coverage is the share of balls that hold a small image.
-
-    Args:
-        small (`torch.Tensor` of shape `(n, d)`): features of the small dataset.
-        real (`torch.Tensor` of shape `(N, d)`): features of the real dataset, N above k.
-        k (`int`): at least 1.
-
-    Returns:
-        `tuple[float, float]`: density (at least 0, may exceed 1) and coverage (in [0, 1]).
-
-    Raises:
-        ValueError: where there are not more than k real images.
-    """
-    k = check_whole("k", k, 1)
-    if k >= len(real):
-        raise ValueError(f"Coverage needs k < {len(real)} real images, got k={k}.")
-    inside, covered = 0, 0
-    for rows in real.split(CHUNK_ROWS):
-        radius = torch.cdist(rows, real).kthvalue(k + 1, dim=1).values  # the nearest one is the image itself
-        within = torch.cdist(rows, small) < radius[:, None]  # (rows, n)
-        inside += int(within.sum())
-        covered += int(within.any(1).sum())
-    return inside / (k * len(small)), covered / len(real)
-
-
-@plain_arguments()
-def robust_score(first: float, second: float, *, weight: float = 0.5) -> float:
-    """How DD-Ranking maps a weighted mean of gaps to a score: (exp(α) - exp(-1)) / (exp(1) - exp(-1)).
-
-    Args:
-        first (`float`): a gap of accuracies in [-1, 1].
-        second (`float`): another one.
-        weight (`float`): of the first in α, in [0, 1].
-
-    Returns:
-        `float`: in [0, 1]; no gap at all scores 0.27. Higher is better.
-
-    Raises:
-        ValueError: for a weight outside of [0, 1].
-    """
-    check_real("weight", weight, 0, 1)
+def _robust_score(first: float, second: float, weight: float) -> float:
+    """How DD-Ranking maps a weighted mean α of gaps in [-1, 1] to [0, 1]: (exp(α) - exp(-1)) / (exp(1) - exp(-1))."""
+    weight = check_real("weight", weight, 0, 1)
     alpha = weight * first + (1 - weight) * second
     return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
 
@@ -417,7 +311,9 @@ def _tensor(values: Any) -> torch.Tensor:
     return values.detach().cpu() if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
 
 
-def _check_fractions(**accuracies: Any) -> None:
+def _means(**accuracies: Any) -> dict[str, float]:
+    """Means of accuracies, which are fractions."""
     for name, values in accuracies.items():
         if not all(0 <= check_real(name, value) <= 1 for value in plain(values)):
             raise ValueError(f"`{name}` must be accuracies in [0, 1], not percent; got {list(values)[:5]}.")
+    return {name: float(np.mean(values)) for name, values in accuracies.items()}

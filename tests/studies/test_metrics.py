@@ -19,17 +19,25 @@ from dsco_hf.studies.metrics import (
     Discrepancy,
     LabelRobustScore,
     Retention,
-    density_and_coverage,
-    discrepancy,
     paired_difference,
-    retention,
-    robust_score,
-    top_k_accuracy,
 )
 
 
 def features(count, dim=4, seed=0, shift=0.0):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def discrepancy(small, real, **options):
+    return Discrepancy().compute(predictions=np.asarray(small), real_features=real, **options)["discrepancy"]
+
+
+def density_and_coverage(small, real, k=5):
+    return tuple(Coverage().compute(predictions=np.asarray(small), real_features=real, k=k).values())
+
+
+def label_score(predictions=0.5, random=0.1, hard=0.4, full=0.9, **options):
+    given = {"predictions": [predictions], "random": [random], "hard": [hard], "full": [full]}
+    return LabelRobustScore().compute(**given, **options)["lrs"]
 
 
 def test_load_by_path_offline(monkeypatch, tmp_path):
@@ -57,13 +65,12 @@ def test_top_k():
     assert Accuracy().compute(predictions=scores, references=[1, 1, 0], k=2) == pytest.approx(
         {"accuracy": 1 / 3, "top_k": 2 / 3}
     )
-    assert top_k_accuracy(torch.tensor(scores), torch.tensor([0, 1, 2]), 3) == 1.0
+    assert Accuracy().compute(predictions=scores, references=[0, 1, 2], k=3)["top_k"] == 1.0
     with pytest.raises(ValueError, match="between 1 and the 3 classes, got 5"):
         Accuracy().compute(predictions=scores, references=[1, 1, 0])
 
 
 def test_retention():
-    assert retention(0.9, 0.95) == pytest.approx(0.9 / 0.95)
     with pytest.raises(ValueError, match="above 0"):
         Retention().compute(predictions=[0], full_predictions=[1], references=[0])
 
@@ -85,12 +92,13 @@ def test_discrepancy_streams_and_takes_classes():
         metric.add_batch(predictions=part.numpy())
     assert metric.compute(real_features=real)["discrepancy"] == pytest.approx(discrepancy(small, real), rel=1e-4)
     labels, real_labels = torch.arange(20) % 2, torch.arange(100) % 2
-    result = Discrepancy().compute(
-        predictions=small.numpy(), real_features=real.numpy(), labels=labels.tolist(), real_labels=real_labels.tolist()
-    )
-    assert result["discrepancy"] == pytest.approx(discrepancy(small, real, (labels, real_labels)), rel=1e-4)
+    found = discrepancy(small, real, labels=labels.tolist(), real_labels=real_labels.tolist(), embedding_dim=8192)
+    mean, std = real.mean(0), real.std(0, correction=0)
+    x, y = (small - mean) / std, (real - mean) / std
+    exact = [mmd2_exact(x[labels == c], y[real_labels == c], median_bandwidth(y)).item() for c in (0, 1)]
+    assert found == pytest.approx(sum(exact) / 2, abs=0.01)
     with pytest.raises(ValueError, match="Class 1 of the small dataset has no image"):
-        discrepancy(small, real, (labels, torch.zeros(100)))
+        discrepancy(small, real, labels=labels, real_labels=torch.zeros(100))
 
 
 def test_density_and_coverage_of_a_hand_made_case():
@@ -132,11 +140,12 @@ def test_ars_is_the_formula_on_fractions():
 
 
 def test_scores_stay_in_their_range():
-    assert robust_score(1, 1) == pytest.approx(1) and robust_score(-1, -1) == pytest.approx(0)
+    assert label_score(1.0, 0.0, hard=1.0, full=0.0) == pytest.approx(1)
+    assert label_score(0.0, 1.0, hard=0.0, full=1.0) == pytest.approx(0)
     with pytest.raises(ValueError, match="not percent"):
         LabelRobustScore().compute(predictions=[60.0], random=[0.5], hard=[0.4], full=[0.8])
     with pytest.raises(ValueError, match="from 0 to 1"):
-        robust_score(0, 0, weight=2)
+        label_score(weight=2)
 
 
 def test_paired_difference():
@@ -155,29 +164,26 @@ def test_paired_difference():
 
 
 def test_numbers_of_every_library_and_no_bools():
-    scores, labels = torch.eye(3), torch.arange(3)
+    scores, labels = np.eye(3), [0, 1, 2]
     small, real = features(6), features(12, seed=1)
-    assert top_k_accuracy(scores, labels, np.int64(1)) == top_k_accuracy(scores, labels, torch.tensor(1)) == 1
-    assert retention(np.float32(0.5), torch.tensor(0.25)) == 2 and isinstance(retention(np.float32(1), 1), float)
+    for k in (np.int64(1), torch.tensor(1)):
+        assert Accuracy().compute(predictions=scores, references=labels, k=k)["top_k"] == 1
     assert discrepancy(small, real, embedding_dim=np.int32(64), seed=torch.tensor(3)) == pytest.approx(
         discrepancy(small, real, embedding_dim=64, seed=3), abs=0
     )
     assert density_and_coverage(small, real, k=np.int16(2)) == density_and_coverage(small, real, k=2)
-    assert robust_score(np.float64(0.1), 0.2, weight=torch.tensor(0.5)) == robust_score(0.1, 0.2)
+    assert label_score(weight=torch.tensor(0.5)) == label_score(weight=0.5)
     accuracies = [0.5, 0.625, 0.75]
     assert paired_difference(torch.tensor(accuracies), np.array(accuracies) - 0.25)["mean"] == 0.25
     for call in (
-        lambda: top_k_accuracy(scores, labels, True),
-        lambda: retention(True, 0.5),
-        lambda: retention(math.nan, 0.5),
+        lambda: Accuracy().compute(predictions=scores, references=labels, k=True),
         lambda: discrepancy(small, real, embedding_dim=True),
         lambda: discrepancy(small, real, seed=1.5),
         lambda: density_and_coverage(small, real, k=True),
-        lambda: robust_score(0.1, 0.2, weight=True),
-        lambda: robust_score(math.inf, 0.2),
         lambda: paired_difference([True, False], [0.1, 0.2]),
         lambda: paired_difference([0.1, math.nan], [0.1, 0.2]),
-        lambda: LabelRobustScore().compute(predictions=[0.5], random=[0.1], hard=[0.4], full=[0.9], weight=True),
+        lambda: label_score(weight=True),
+        lambda: label_score(math.nan),
     ):
         with pytest.raises(ValueError, match="^`.*must be a"):
             call()
