@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from ..data.schema import nearest
 from ..utils.values import plain, plain_arguments
-from .configurations import ConvNetConfig, EvaluatorResNetConfig, make_norm, pooled_sizes
+from .configurations import ConvNetConfig, EvaluatorConfig, EvaluatorResNetConfig, make_norm, pooled_sizes
 
 
 # Sizes that the peers use; anything else of `transformers` goes by its model type and `overrides`.
@@ -55,15 +55,60 @@ class EvaluatorPreTrainedModel(PreTrainedModel):
                 module.reset_parameters()
 
 
-class ConvNetPreTrainedModel(EvaluatorPreTrainedModel):
-    """Binds the ConvNet classes to their configuration."""
+class Trunk(EvaluatorPreTrainedModel):
+    """An evaluator without its head: `blocks`, and `pool`, whose `feature_size` numbers the linear head reads."""
+
+    blocks: nn.Sequential
+    feature_size: int
+
+    def pool(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The map `(B, d, h, w)` of the last block as features `(B, feature_size)`."""
+        return hidden.flatten(1)
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPoolingAndNoAttention:
+        """The map of a batch and its features, `pooler_output` of shape `(B, feature_size)`.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): normalised images of the configured size.
+            **kwargs: ignored; what `transformers` passes to every model.
+        """
+        hidden = self.blocks(pixel_values)  # (B, d, h, w)
+        return BaseModelOutputWithPoolingAndNoAttention(last_hidden_state=hidden, pooler_output=self.pool(hidden))
+
+
+class Classifier(EvaluatorPreTrainedModel):
+    """A trunk and a linear head."""
+
+    trunk_class: ClassVar[type[Trunk]]
+
+    def __init__(self, config: EvaluatorConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        trunk = self.trunk_class(config)
+        setattr(self, self.base_model_prefix, trunk)
+        self.classifier = nn.Linear(trunk.feature_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Logits of a batch, of shape `(B, num_labels)`, and the cross entropy where labels are given.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): normalised images of the configured size.
+            labels (`torch.Tensor` of shape `(B,)`, *optional*): class indices.
+            **kwargs: ignored; what `transformers` passes to every model.
+        """
+        logits = self.classifier(self.base_model(pixel_values).pooler_output)  # (B, K)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+
+class ConvNetModel(Trunk):
+    """Blocks of convolution, norm, ReLU and average pooling."""
 
     config_class = ConvNetConfig
     base_model_prefix = "convnet"
-
-
-class ConvNetModel(ConvNetPreTrainedModel):
-    """Blocks of convolution, norm, ReLU and average pooling; `pooler_output` is what the linear head reads."""
 
     def __init__(self, config: ConvNetConfig) -> None:
         super().__init__(config)
@@ -82,57 +127,13 @@ class ConvNetModel(ConvNetPreTrainedModel):
         self.feature_size = config.width * size * size
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Features of a batch.
 
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): normalised images of the configured size.
-            **kwargs: ignored; what `transformers` passes to every model.
-
-        Returns:
-            `BaseModelOutputWithPoolingAndNoAttention`: with `pooler_output` of shape `(B, feature_size)`.
-        """
-        hidden = self.blocks(pixel_values)  # (B, width, h, w)
-        return BaseModelOutputWithPoolingAndNoAttention(last_hidden_state=hidden, pooler_output=hidden.flatten(1))
-
-
-class ConvNetForImageClassification(ConvNetPreTrainedModel):
+class ConvNetForImageClassification(Classifier):
     """The ConvNet of Gidaris and Komodakis as dataset distillation uses it (arXiv 2006.05929), any depth and width."""
 
-    def __init__(self, config: ConvNetConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.convnet = ConvNetModel(config)
-        self.classifier = nn.Linear(self.convnet.feature_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
-    ) -> ImageClassifierOutputWithNoAttention:
-        """Logits of a batch, and the cross entropy where labels are given.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): normalised images of the configured size.
-            labels (`torch.Tensor` of shape `(B,)`, *optional*): class indices.
-            **kwargs: ignored; what `transformers` passes to every model.
-
-        Returns:
-            `ImageClassifierOutputWithNoAttention`: with `logits` of shape `(B, num_labels)`.
-        """
-        return classify(self.convnet(pixel_values).pooler_output, self.classifier, labels)
-
-
-class EvaluatorResNetPreTrainedModel(EvaluatorPreTrainedModel):
-    """Binds the ResNet classes to their configuration; convolutions are initialised by He's rule over outputs."""
-
-    config_class = EvaluatorResNetConfig
-    base_model_prefix = "resnet"
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Conv2d) and not getattr(module.weight, "_is_hf_initialized", False):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    config_class = ConvNetConfig
+    base_model_prefix = "convnet"
+    trunk_class = ConvNetModel
 
 
 class BasicBlock(nn.Module):
@@ -186,8 +187,11 @@ def resnet_stem(config: EvaluatorResNetConfig) -> tuple[nn.Sequential, int]:
     return nn.Sequential(convolution, make_norm(config.norm, config.width), nn.ReLU(), pool), size // 2**halvings
 
 
-class EvaluatorResNetModel(EvaluatorResNetPreTrainedModel):
-    """Stem and stages of basic blocks; `pooler_output` is their global average."""
+class EvaluatorResNetModel(Trunk):
+    """Stem and stages of basic blocks, with convolutions initialised by He's rule over outputs."""
+
+    config_class = EvaluatorResNetConfig
+    base_model_prefix = "resnet"
 
     def __init__(self, config: EvaluatorResNetConfig) -> None:
         super().__init__(config)
@@ -210,64 +214,34 @@ class EvaluatorResNetModel(EvaluatorResNetPreTrainedModel):
         self.feature_size = channels_in
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d) and not getattr(module.weight, "_is_hf_initialized", False):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def pool(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The mean of the map `(B, d, h, w)`, of shape `(B, d)`."""
+        return hidden.mean((2, 3))
+
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Features of a batch.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): normalised images of the configured size.
-            **kwargs: ignored; what `transformers` passes to every model.
-
-        Returns:
-            `BaseModelOutputWithPoolingAndNoAttention`: with `pooler_output` of shape `(B, feature_size)`.
-        """
-        hidden = self.blocks(self.stem(pixel_values))  # (B, d, h, w)
-        return BaseModelOutputWithPoolingAndNoAttention(last_hidden_state=hidden, pooler_output=hidden.mean((2, 3)))
+        """See `Trunk`."""
+        return super().forward(self.stem(pixel_values))
 
 
-class EvaluatorResNetForImageClassification(EvaluatorResNetPreTrainedModel):
+class EvaluatorResNetForImageClassification(Classifier):
     """ResNet-18 with the stem of its image size, and ResNetAP-10, the evaluators of Minimax and RDED."""
 
-    def __init__(self, config: EvaluatorResNetConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.resnet = EvaluatorResNetModel(config)
-        self.classifier = nn.Linear(self.resnet.feature_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
-    ) -> ImageClassifierOutputWithNoAttention:
-        """Logits of a batch, and the cross entropy where labels are given.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): normalised images of the configured size.
-            labels (`torch.Tensor` of shape `(B,)`, *optional*): class indices.
-            **kwargs: ignored; what `transformers` passes to every model.
-
-        Returns:
-            `ImageClassifierOutputWithNoAttention`: with `logits` of shape `(B, num_labels)`.
-        """
-        return classify(self.resnet(pixel_values).pooler_output, self.classifier, labels)
+    config_class = EvaluatorResNetConfig
+    base_model_prefix = "resnet"
+    trunk_class = EvaluatorResNetModel
 
 
-def classify(
-    features: torch.Tensor, head: nn.Module, labels: torch.Tensor | None
-) -> ImageClassifierOutputWithNoAttention:
-    """Head and loss that our evaluators share: `features` of shape `(B, d)` to logits of shape `(B, K)`."""
-    logits = head(features)  # (B, K)
-    loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-    return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
-
-
-def _register(config_class: type[PreTrainedConfig], base: type, classifier: type) -> None:
+for _classifier in (ConvNetForImageClassification, EvaluatorResNetForImageClassification):
     # exist_ok: a module imported a second time (a notebook, a test) is no error.
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, base, exist_ok=True)
-    AutoModelForImageClassification.register(config_class, classifier, exist_ok=True)
-
-
-_register(ConvNetConfig, ConvNetModel, ConvNetForImageClassification)
-_register(EvaluatorResNetConfig, EvaluatorResNetModel, EvaluatorResNetForImageClassification)
+    AutoConfig.register(_classifier.config_class.model_type, _classifier.config_class, exist_ok=True)
+    AutoModel.register(_classifier.config_class, _classifier.trunk_class, exist_ok=True)
+    AutoModelForImageClassification.register(_classifier.config_class, _classifier, exist_ok=True)
 
 
 def image_classification_types() -> list[str]:
