@@ -31,7 +31,7 @@ from dsco_hf.generators.denoisers import (
     read_class_mapping,
     with_schedule_of,
 )
-from dsco_hf.generators.training import GeneratorTrainingResult, train_generator
+from dsco_hf.generators.training import CHECKPOINT, GeneratorTrainingResult, train_generator
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.studies.generator_check import GeneratorScore, draw_plain_samples
 from dsco_hf.studies.options import ClassifierOptions, FineTuneOptions, OutputOptions, RealOptions
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_config(GeneratorRecipe, arguments, description=__doc__)
     check_made(Path(__file__).parent, {"finetune_from": recipe.finetune_from, "classifier": recipe.classifier})
     accelerator = make_accelerator(recipe.mixed_precision)
-    check_anew(recipe.resume, accelerator, sorted(recipe.checkpoints.glob("step-*")))
+    check_anew(recipe.resume, accelerator, [recipe.checkpoints / CHECKPOINT])
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         dataset, _, splits = recipe.splits()
         run = GeneratorRun(recipe, accelerator, dataset, recipe.load_base())

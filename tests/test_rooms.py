@@ -10,11 +10,11 @@ import dsco_hf
 
 PACKAGE = Path(dsco_hf.__path__[0])
 ORDER = {
-    "utils": ["markdown", "names", "processes", "progress", "safety", "values", "files", "configs", "origins"],
+    "utils": ["markdown", "names", "processes", "safety", "values", "files", "configs", "origins", "progress"],
     "data": ["images", "labels", "schema", "shards", "pixels", "splits", "image_folders", "opening", "datasets"],
     "generators": [
         *["base", "dit", "unet", "denoisers", "failures"],
-        *["latents", "checkpoints", "data", "training"],
+        *["latents", "data", "training"],
     ],
     "evaluators": [
         *["augmentation", "preprocessing", "configurations", "models", "protocol_fields"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..utils.files import remove_partials
-from ..utils.origins import differences, identity, in_words, versions
-from ..utils.progress import Pace
+from ..utils.origins import identity, versions
+from ..utils.progress import Checkpoint, Pace
 from ..utils.values import plain_arguments
 from .augmentation import Augmented, augment
 from .batches import (
@@ -35,9 +35,7 @@ from .batches import (
     model_classes,
     part_size,
     predict_logits,
-    read_checkpoint,
     soft_label_loss,
-    write_checkpoint,
 )
 from .batches import epoch_batches as epoch_batches
 from .batches import fast_layout as fast_layout
@@ -296,40 +294,21 @@ class _Run:
             versions=versions(),
         )
 
-    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Writes everything a resume needs into one safetensors file, which is whole or absent."""
-        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
-        tensors["losses"] = self.losses[: self.steps]
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        write_checkpoint(path, tensors, settings=settings, progress=progress, scaler=self.scaler.state_dict())
+    def checkpoint(self, path: Path, test: ImageSet | None = None) -> Checkpoint:
+        """The file where this run is kept; arguments as of `settings`."""
+        settings = self.settings(test)
+        return Checkpoint(path, settings, model=self.model, optimizer=self.optimizer, scaler=self.scaler)
 
-    def load(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Takes up a checkpoint of `save`."""
-        metadata, tensors = read_checkpoint(path)
-        if changed := differences(metadata["settings"], settings):
-            raise ValueError(
-                f"The checkpoint {path} belongs to another run ({in_words(changed)}). Set them as they were to go on, "
-                "delete it to start anew, or write to another folder."
-            )
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        states: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, place, name = key.split(".", 2)
-                states.setdefault(int(place), {})[name] = value
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, state in states.items():  # fused optimisers need the layout of the parameter
-            for name, value in state.items():
-                if value.shape == parameters[index].shape:
-                    state[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
-        if metadata["scaler"]:
-            self.scaler.load_state_dict(metadata["scaler"])
-        for name, value in metadata["progress"].items():
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes all that a resume needs."""
+        checkpoint.save({name: getattr(self, name) for name in PROGRESS}, {"losses": self.losses[: self.steps]})
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes up what `save` wrote."""
+        progress, others = checkpoint.load()
+        for name, value in progress.items():
             setattr(self, name, value)
-        self.losses[: self.steps] = tensors["losses"].to(self.device)
+        self.losses[: self.steps] = others["losses"].to(self.device)
 
 
 @plain_arguments()
@@ -408,12 +387,12 @@ def _train(
     progress: bool,
 ) -> float:
     """Runs the epochs that are left, looking at `test` on the way if it is given; the mean loss of the last epoch."""
-    settings: dict[str, Any] = {}
+    file = None
     if checkpoint is not None:
-        settings = run.settings(test)
+        file = run.checkpoint(checkpoint, test)
         remove_partials(checkpoint.parent, checkpoint.name)
         if checkpoint.exists():
-            run.load(checkpoint, settings)
+            run.load(file)
     checked, saved = run.steps, time.perf_counter()
     if progress:
         run.pace = Pace(
@@ -432,10 +411,10 @@ def _train(
         if test is not None and not last and run.evaluation_due():
             metrics["accuracy"] = run.evaluate(test)
             run.accuracy_best = max(metrics["accuracy"], run.accuracy_best or 0.0)
-        if checkpoint is not None and due:
-            run.check_weights(checkpoint)
+        if file is not None and due:
+            run.check_weights(file.path)
             if run.world == 1 or run.accelerator.is_main_process:
-                run.save(checkpoint, settings)
+                run.save(file)
             saved = time.perf_counter()
         if on_epoch is not None:
             on_epoch({**metrics, "loss": run.losses[start : run.steps].mean().item()})

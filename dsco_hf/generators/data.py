@@ -132,6 +132,9 @@ def _order_of_epoch(seed: int, epoch: int, rows: int) -> torch.Tensor:
 
 
 def _generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator for one purpose; hashing its key keeps the streams of neighbouring seeds and steps apart."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device=device).manual_seed(seed_of(*key))
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed for one purpose; hashing its key keeps the streams of neighbouring seeds and steps apart."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1

@@ -23,12 +23,12 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data.datasets import check_classes
+from ..utils.files import remove_partials
 from ..utils.origins import fingerprint, versions
-from ..utils.progress import Pace
+from ..utils.progress import Checkpoint, Pace
 from ..utils.values import plain_arguments
 from .base import Denoiser, denoiser_of, family_of
-from .checkpoints import Checkpoints, Progress
-from .data import TrainingData, draw_batch, encode_latents
+from .data import TrainingData, draw_batch, encode_latents, seed_of
 from .denoisers import (
     GeneratorTrainingConfig,
     build_denoiser,
@@ -40,7 +40,18 @@ from .denoisers import (
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT = "checkpoint.safetensors"
 FIRST_CHECKPOINT, CHECKPOINTS = 60.0, 600.0  # seconds until the first one, and between them
+
+
+@dataclass
+class Progress:
+    """How far a training is, as a checkpoint keeps it."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -144,23 +155,34 @@ def train_generator(
         )
     family = denoiser_of(denoiser)
     _check_denoiser(family, data, num_classes, config)
-    checkpoints = None
-    if checkpoint_dir is not None:
-        checkpoints = Checkpoints(Path(checkpoint_dir), accelerator, identity)
-        if not resume and (found := checkpoints.complete()):
-            raise FileExistsError(
-                f"There is a checkpoint, {found[0]}. Pass `resume=True` (`--resume`) to continue it, or delete it."
-            )
+    file = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
+    if file is not None:
+        _check_checkpoint(file, resume)
     try:
-        trainer = _Trainer(
-            family, data, config, accelerator, checkpoints, latents=vae is not None, distributed=distributed
-        )
+        trainer = _Trainer(family, data, config, accelerator, latents=vae is not None, distributed=distributed)
+        if file is not None:
+            trainer.checkpoint = Checkpoint(
+                file, identity, model=family.network, optimizer=trainer.optimizer, scaler=accelerator.scaler
+            )
         trainer.evaluate, trainer.evaluate_every = evaluate, evaluate_every
-        return trainer.run(
-            checkpoint_every=checkpoint_every, max_minutes=max_minutes, log_every=log_every, progress=progress
-        )
+        with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+            return trainer.run(
+                checkpoint_every=checkpoint_every, max_minutes=max_minutes, log_every=log_every, progress=progress
+            )
     finally:
         accelerator.free_memory()
+
+
+def _check_checkpoint(path: Path, resume: bool) -> None:
+    if path.exists() and not resume:
+        raise FileExistsError(
+            f"There is a checkpoint, {path}. Pass `resume=True` (`--resume`) to continue it, or delete it."
+        )
+    if older := sorted(path.parent.glob("step-*")):
+        raise FileExistsError(
+            f"{older[-1]} is a checkpoint of an earlier version, from which this one cannot go on: delete it to start "
+            "anew, or finish that training with the version that began it."
+        )
 
 
 def _check_denoiser(family: Denoiser, data: TrainingData, num_classes: int, config: GeneratorTrainingConfig) -> None:
@@ -242,12 +264,12 @@ class _Trainer:
         data: TrainingData,
         config: GeneratorTrainingConfig,
         accelerator: Accelerator,
-        checkpoints: Checkpoints | None,
         *,
         latents: bool,
         distributed: bool,
     ) -> None:
-        self.data, self.config, self.accelerator, self.checkpoints = data, config, accelerator, checkpoints
+        self.data, self.config, self.accelerator = data, config, accelerator
+        self.checkpoint: Checkpoint | None = None
         self.distributed = distributed
         self.scheduler = build_scheduler(config, latents=latents)
         fast = family.channels_last and accelerator.device.type == "cuda"
@@ -306,10 +328,10 @@ class _Trainer:
                 bar.update()
                 step = self.progress.step
                 last = step == self.config.train_steps
-                if pace(step) and self.checkpoints is not None:
+                if pace(step) and self.checkpoint is not None:
                     early, regular = self._by_the_clock(pace, step, log_every)
                     checkpoint_every = checkpoint_every or regular
-                due = self.checkpoints is not None and (
+                due = self.checkpoint is not None and (
                     step == early or (checkpoint_every is not None and step % checkpoint_every == 0)
                 )
                 if step % log_every == 0 or last or due:
@@ -318,8 +340,8 @@ class _Trainer:
                     out_of_time = self._is_out_of_time(started, max_minutes) and not last
                 if self.evaluate is not None and (last or step % self.evaluate_every == 0):
                     self._evaluate(self.evaluate)
-                if self.checkpoints is not None and (due or last or out_of_time):
-                    self.checkpoints.save(self.progress, self._ema_state())
+                if self.checkpoint is not None and (due or last or out_of_time):
+                    self._save(self.checkpoint)
         return self._result()
 
     def _by_the_clock(self, pace: Pace, step: int, log_every: int) -> tuple[int, int]:
@@ -338,6 +360,7 @@ class _Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.config)
+        torch.manual_seed(seed_of(self.config.seed, "dropout", step, self.accelerator.process_index))
         loss = denoising_loss(
             self.wrapped.forward,
             self.scheduler,
@@ -385,16 +408,24 @@ class _Trainer:
         return bool(broadcast(over.int()).item())  # one clock decides for all processes
 
     def _resume(self) -> None:
-        found = None if self.checkpoints is None else self.checkpoints.load_newest()
-        if found is None:
+        if self.checkpoint is None:
             return
-        newest, self.progress, averaged = found
-        self.ema.shadow_params = [averaged[name].to(self.accelerator.device) for name in self.names]
-        self.ema.optimization_step = self.progress.step
-        logger.info("Resumed from %s", newest)
+        if self.accelerator.is_main_process:
+            remove_partials(self.checkpoint.path.parent)
+        if self.checkpoint.path.exists():
+            progress, averaged = self.checkpoint.load()
+            self.progress = Progress(**progress)
+            self.ema.shadow_params = [averaged[name].to(self.accelerator.device) for name in self.names]
+            self.ema.optimization_step = self.progress.step
+            logger.info("Resumed from %s, step %d", self.checkpoint.path, self.progress.step)
+        self.accelerator.wait_for_everyone()
 
-    def _ema_state(self) -> dict[str, torch.Tensor]:
-        return {name: value.cpu().contiguous() for name, value in zip(self.names, self.ema.shadow_params, strict=True)}
+    def _save(self, checkpoint: Checkpoint) -> None:
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                dataclasses.asdict(self.progress), dict(zip(self.names, self.ema.shadow_params, strict=True))
+            )
+        self.accelerator.wait_for_everyone()
 
     def _averaged(self) -> ModelMixin:
         averaged = type(self.denoiser).from_config(self.denoiser.config)

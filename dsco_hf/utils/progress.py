@@ -1,16 +1,26 @@
-"""How far a run is: its stages and its time, how fast a training goes, and when it will end."""
+"""How far a run is: its stages and its time, how fast a training goes, when it will end, and where it can go on."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
+
+from .files import DamagedFileError, explained, reading, whole
+from .origins import differences, fingerprint, in_words
+from .values import plain
 
 
 MEASURED_STEPS = 10
@@ -104,6 +114,83 @@ class Clock:
         """Whether any process left something undone; all of them call this."""
         mine = torch.tensor([int(self.unfinished)], device=self.accelerator.device)
         return bool(self.accelerator.gather(mine).max())
+
+
+class Checkpoint:
+    """Where a training stands, in one safetensors file that is whole or absent.
+
+    Args:
+        path (`Path`): the file; its folder is made.
+        settings (`Mapping`): all that the weights at the end depend on, as of [`~dsco_hf.utils.origins.identity`].
+        model (`torch.nn.Module`): what is trained, not wrapped for several processes.
+        optimizer: of its parameters, or of some of them.
+        scaler (`torch.amp.GradScaler`, *optional*): of a training in half precision.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], *, model: torch.nn.Module, optimizer: Any, scaler: Any = None
+    ) -> None:
+        self.path, self.settings = path, settings
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+
+    def save(self, progress: Mapping[str, Any], others: Mapping[str, torch.Tensor]) -> None:
+        """Writes weights and optimiser with `progress`, JSON values, and further tensors by name.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"other.{name}": value for name, value in others.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
+        # clone: safetensors refuses tensors that share memory, such as tied weights
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        scaler = {} if self.scaler is None else self.scaler.state_dict()
+        metadata = {"settings": self.settings, "progress": progress, "scaler": scaler, "sha256": fingerprint(tensors)}
+        with explained(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(self.path) as partial:
+                save_file(tensors, partial, {name: json.dumps(plain(value)) for name, value in metadata.items()})
+
+    def load(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Restores weights and optimiser in place; gives `progress` and the further tensors, on the CPU.
+
+        Raises:
+            ValueError: if it is of a training with other settings.
+            DamagedFileError: if it is truncated, or something else.
+        """
+        remedy = "No training can go on from it: delete it to start anew, or write to another file."
+        with reading(self.path, remedy), safe_open(self.path, framework="pt") as file:
+            texts = dict(file.metadata() or {})
+            metadata = {name: json.loads(texts[name]) for name in ("settings", "progress", "scaler", "sha256")}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        if fingerprint(tensors) != metadata["sha256"]:
+            raise DamagedFileError(f"{self.path} is damaged: its checksum differs. {remedy}")
+        if changed := differences(metadata["settings"], self.settings):
+            raise ValueError(
+                f"The checkpoint {self.path} belongs to another run ({in_words(changed)}). Set them as they were to "
+                "go on, delete it to start anew, or write to another folder."
+            )
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "other": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.model.load_state_dict(parts["model"])
+        self._load_optimizer(parts["optimizer"])
+        if metadata["scaler"] and self.scaler is not None:
+            self.scaler.load_state_dict(metadata["scaler"])
+        return metadata["progress"], parts["other"]
+
+    def _load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            like = parameters[int(index)]
+            if value.shape == like.shape:  # fused optimisers need the layout of the parameter
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            states.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
 
 
 def remaining(seconds: float, now: datetime | None = None) -> str:

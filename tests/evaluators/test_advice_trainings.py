@@ -171,9 +171,15 @@ GENERATORS = {
     ),
     "a checkpoint of other settings": (
         lambda w: [resumable(w), resumable(w, resume=True, config={"seed": 4})],
-        "Resume with the same settings and data, or start anew in another folder",
+        "Set them as they were to go on, delete it to start anew, or write to another folder",
         lambda w: [resumable(w, resume=True), resumable(w, "h", config={"seed": 4})],
         [1, 1],
+    ),
+    "a checkpoint of an earlier version": (
+        lambda w: [(w.folder / "g" / "step-00000001").mkdir(parents=True), resumable(w, resume=True)],
+        "delete it to start anew, or finish that training with the version that began it",
+        lambda w: [(w.folder / "g" / "step-00000001").rmdir(), resumable(w, resume=True)][1:],
+        [1],
     ),
     "a denoiser of other classes": (
         lambda w: generator(w, denoiser=w.make.transformer(classes=5)),

@@ -252,7 +252,7 @@ def _good_checkpoint(path, protocol):
 
     torch.manual_seed(epoch_seed(3, 0))
     run = _Run(builder()(), ImageSet(*toy()), protocol, 3, None, Execution())
-    run.save(path, run.settings())
+    run.save(run.checkpoint(path))
     return path
 
 

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +8,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from safetensors import safe_open
 
-from dsco_hf.generators import checkpoints as generator_checkpoints
 from dsco_hf.generators import training as generator_training
-from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
-from dsco_hf.generators.training import train_generator
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_denoiser, build_scheduler
+from dsco_hf.generators.training import CHECKPOINT, train_generator
 from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.utils import progress
 from dsco_hf.utils.files import DamagedFileError
 
 
@@ -55,6 +55,12 @@ def train(config=TINY, *, data=None, **options):
     pixels, labels = data or problem()
     options = {"num_classes": 3, "accelerator": Accelerator(cpu=True), "progress": False, **options}
     return train_generator(pixels, labels, config, **options)
+
+
+def kept(folder):
+    """What a checkpoint says of how far it is."""
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        return json.loads(file.metadata()["progress"])
 
 
 def weights(result):
@@ -121,7 +127,8 @@ def test_the_first_checkpoint_comes_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(generator_training, "FIRST_CHECKPOINT", 0.0)  # seconds after the tenth step
     with pytest.raises(KeyboardInterrupt):
         train(config, checkpoint_dir=tmp_path, log_every=4)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]  # the next one that is logged
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+    assert kept(tmp_path)["step"] == 12  # the next one that is logged
     monkeypatch.undo()
     resumed = train(config, checkpoint_dir=tmp_path, log_every=4, resume=True)
     assert torch.equal(weights(undisturbed), weights(resumed)) and resumed.losses == undisturbed.losses
@@ -171,69 +178,59 @@ def test_evaluations_see_the_averaged_weights_and_survive_a_resume(tmp_path):
     assert torch.equal(weights(second), weights(train()))  # looking changes nothing
 
 
-def test_a_checkpoint_of_before_a_setting_existed_has_its_default(tmp_path):
-    train(checkpoint_dir=tmp_path, max_minutes=0.0, log_every=5)
-    path = tmp_path / "step-00000005" / "progress.json"
-    state = json.loads(path.read_text())
-    del state["identity"]["architecture"], state["identity"]["prediction_type"], state["progress"]["evaluations"]
-    path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="prediction_type: 'epsilon' there, 'v_prediction' now"):
-        train(dataclasses.replace(TINY, prediction_type="v_prediction"), checkpoint_dir=tmp_path, resume=True)
-    assert torch.equal(weights(train(checkpoint_dir=tmp_path, resume=True)), weights(train()))
-
-
 def test_checkpoints_are_whole_or_absent_and_the_newest_stays(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("disk full")
 
     train(checkpoint_dir=tmp_path, checkpoint_every=5)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
-    monkeypatch.setattr(generator_checkpoints, "save_file", fails)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT] and kept(tmp_path)["step"] == 12
+    train(checkpoint_dir=tmp_path / "other", max_minutes=0.0, log_every=5)
+    monkeypatch.setattr(progress, "save_file", fails)
     with pytest.raises(OSError, match="disk full"):
-        train(checkpoint_dir=tmp_path / "other", checkpoint_every=5)
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-00000005.partial"]
+        train(checkpoint_dir=tmp_path / "other", checkpoint_every=5, resume=True)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [CHECKPOINT]
+    assert kept(tmp_path / "other")["step"] == 5
     monkeypatch.undo()
+    (tmp_path / "other" / f".{CHECKPOINT}.1.partial").write_bytes(b"of a process that was killed")
     result = train(checkpoint_dir=tmp_path / "other", checkpoint_every=5, resume=True)
     assert torch.equal(weights(result), weights(train()))
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-00000012"]
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [CHECKPOINT]
 
 
-@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.bin", "progress.json"])
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 3], lambda content: None])
-def test_an_older_checkpoint_is_used_where_the_newest_is_damaged(tmp_path, caplog, name, damage):
-    train(checkpoint_dir=tmp_path, max_minutes=0.0, log_every=5)
-    shutil.copytree(tmp_path / "step-00000005", tmp_path / "kept")
-    undisturbed = train(checkpoint_dir=tmp_path, resume=True)
-    shutil.copytree(tmp_path / "kept", tmp_path / "step-00000005")
-    path = tmp_path / "step-00000012" / name
-    content = damage(path.read_bytes())
-    path.unlink() if content is None else path.write_bytes(content)
-    resumed = train(checkpoint_dir=tmp_path, resume=True)
-    assert str(path) in caplog.text and "An older checkpoint is used." in caplog.text
-    assert resumed.step == 12 and torch.equal(weights(resumed), weights(undisturbed))
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000012"]
-    assert torch.equal(weights(train(checkpoint_dir=tmp_path, resume=True)), weights(undisturbed))  # whole again
-
-
-def test_a_lone_damaged_checkpoint_is_named_and_stays(tmp_path):
+@pytest.mark.parametrize(
+    "damage", [lambda content: b"", lambda content: content[: len(content) // 3], lambda content: content[:-1] + b"x"]
+)
+def test_a_damaged_checkpoint_is_named_and_stays(tmp_path, damage):
     train(checkpoint_dir=tmp_path)
-    path = tmp_path / "step-00000012" / "optimizer.bin"
-    path.write_bytes(b"")
-    with pytest.raises(DamagedFileError, match=f"{path} is damaged: .*Delete {path.parent} and start again"):
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedFileError, match=f"{path} is damaged: .*delete it to start anew"):
         train(checkpoint_dir=tmp_path, resume=True)
-    assert path.parent.is_dir()
-    shutil.rmtree(path.parent)  # as it says
+    path.unlink()  # as it says
     assert train(checkpoint_dir=tmp_path).step == 12
+
+
+def test_dropout_goes_on_as_it_would_have(tmp_path):
+    def noisy():
+        network = build_denoiser(TINY, num_classes=3, sample_size=4, num_channels=1)
+        network.transformer_blocks[0].attn1.to_out[1].p = 0.5
+        return network
+
+    options = {"checkpoint_dir": tmp_path, "resume": True, "max_minutes": 0.0, "log_every": 5}
+    undisturbed = train(denoiser=noisy())
+    slices = [train(denoiser=noisy(), **options) for _ in range(3)]
+    assert slices[-1].finished and torch.equal(weights(undisturbed), weights(slices[-1]))
+    assert not torch.equal(weights(undisturbed), weights(train()))
 
 
 def test_a_checkpoint_is_not_overwritten_nor_mixed_with_another_run(tmp_path):
     train(checkpoint_dir=tmp_path)
-    with pytest.raises(FileExistsError, match="step-00000012.*resume=True"):
+    with pytest.raises(FileExistsError, match="checkpoint.safetensors.*resume=True"):
         train(checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match="another run: learning_rate: 0.01 there, 0.02 now"):
+    with pytest.raises(ValueError, match="another run \\(learning_rate: 0.01 there, 0.02 now"):
         train(dataclasses.replace(TINY, learning_rate=0.02), checkpoint_dir=tmp_path, resume=True)
     pixels, labels = problem()
-    with pytest.raises(ValueError, match="belongs to another run: data"):
+    with pytest.raises(ValueError, match="belongs to another run .data"):
         train(data=(pixels + 0.1, labels), checkpoint_dir=tmp_path, resume=True)
 
 
@@ -244,7 +241,7 @@ def test_time_slices_add_up_to_one_run(tmp_path):
         result = train(checkpoint_dir=tmp_path, resume=True, max_minutes=0.0, log_every=5)
         finished, slices = result.finished, slices + 1
     assert slices == 3 and torch.equal(weights(result), weights(train(log_every=5)))
-    assert json.loads((tmp_path / "step-00000012" / "progress.json").read_text())["progress"]["step"] == 12
+    assert kept(tmp_path)["step"] == 12
     with pytest.raises(ValueError, match="needs a `checkpoint_dir`"):
         train(max_minutes=1.0)
 
@@ -259,7 +256,8 @@ def test_nan_loss_names_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(generator_training, "draw_batch", spoils_step_seven)
     with pytest.raises(FloatingPointError, match="The loss is nan at step 7 .*smaller `learning_rate`"):
         train(checkpoint_dir=tmp_path, checkpoint_every=5)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]  # the last one from before
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+    assert kept(tmp_path)["step"] == 5  # the last one from before
 
 
 def test_nan_pixels_are_refused_before_training():

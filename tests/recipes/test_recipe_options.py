@@ -145,13 +145,13 @@ def test_another_run_in_the_folder_names_the_option_with_both_values(name, tmp_p
         ]
         given += ["--architecture" if name == "train_classifier" else "--architectures", "convnet-2"]
         given += [] if name == "train_classifier" else ["--seeds", "1"]
-        saved = train_evaluation.write_checkpoint
+        saved = train_evaluation.Checkpoint.save
 
         def cut(*arguments, **options):
             saved(*arguments, **options)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(train_evaluation, "write_checkpoint", cut)
+        monkeypatch.setattr(train_evaluation.Checkpoint, "save", cut)
 
     def run(*more):
         try:
