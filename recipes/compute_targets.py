@@ -37,7 +37,7 @@ class TargetsRecipe(DtypeOptions, MatchOptions, OutputOptions):
 
     Attributes:
         embedding_dim, bandwidth, second_moment, seed: see `MatchingTargets.from_dataset`; another choice of them needs
-            no new pass as long as the work folder is there (`keep_work`). The "ridge" objective needs `second_moment`.
+            no new pass as long as the work folder is there (`keep_work`). Only "rkhs" does without `second_moment`.
         batch_size: images at a time.
         streaming: read the dataset row by row, without downloading or converting the whole.
         decode_threads: threads of a process that decode images; its share of the cores if none.
@@ -49,7 +49,7 @@ class TargetsRecipe(DtypeOptions, MatchOptions, OutputOptions):
     generator: str = field()
     embedding_dim: int = 2048
     bandwidth: float | None = None
-    second_moment: bool = False
+    second_moment: bool = True
     seed: int = 0
     batch_size: int = 256
     streaming: bool = False

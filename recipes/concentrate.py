@@ -27,13 +27,14 @@ from dsco_hf.concentration.records import library_versions, record_parameters
 from dsco_hf.concentration.runs import RunResult, concentrate_to_folder
 from dsco_hf.hub.folder import to_json
 from dsco_hf.hub.remake import compared, load_recorded, read_concentration, recorded_rows, save_run
+from dsco_hf.matching.kept import kept_targets, pipeline_identity
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.flat import SamplingOptions
 from dsco_hf.sampling.nopt import NOpt
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.sampling.released import QuantileTargets, Released
 from dsco_hf.studies.generator_check import GeneratorCheck
-from dsco_hf.studies.kept import kept_check, kept_targets, pipeline_identity
+from dsco_hf.studies.kept import kept_check
 from dsco_hf.studies.options import MatchOptions, OutputOptions, PreviewOptions
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_atomically

@@ -16,7 +16,6 @@ Sets do not depend on how evaluators are trained: give two runs the same `--sets
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dsco_hf.data.datasets import check_classes
 from dsco_hf.evaluators import load_image_set
 from dsco_hf.hub.folder import save_study_folder
 from dsco_hf.studies.options import PipelineOptions, RealOptions, TrainingOptions
-from dsco_hf.studies.plans import PlannedSets, StudyPlan, untrained_network
+from dsco_hf.studies.plans import PlannedSets, StudyPlan
 from dsco_hf.studies.study import FULL, Study, real_baselines
 from dsco_hf.studies.tables import write_results
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
@@ -41,8 +40,6 @@ class ExperimentRecipe(StudyPlan, RealOptions, PipelineOptions, TrainingOptions)
 
     Attributes:
         classifier, classifier_revision: herds real images, and is the teacher of soft labels.
-        feature_architecture, feature_options: of the untrained network, if it should not be the evaluators'; options
-            as JSON. With both of them, sets do not depend on the evaluators' architecture.
         training_seeds: repetitions of the trainings on each set.
         architecture: the evaluator, see `dsco_hf.evaluators.build_evaluator`.
         full: also train on all real images.
@@ -53,8 +50,6 @@ class ExperimentRecipe(StudyPlan, RealOptions, PipelineOptions, TrainingOptions)
     dataset: str = field()
     generator: str = "outputs/generator"
     classifier: str = "outputs/classifier"
-    feature_architecture: str | None = None
-    feature_options: str | None = None
     training_seeds: int = 3
     architecture: str = "convnet-3"
     full: bool = False
@@ -103,12 +98,6 @@ class Experiment:
         self.clock.say(f"{len(real)} training, {len(self.test.labels)} test images: {self.splits['test_split']}")
         self.recipe = recipe = recipe.for_classes(int(self.train.labels.bincount().min()))
         check_classes(self.train.labels, self.train.names, images_per_class=max(recipe.sizes))
-        if recipe.features != "trained":
-            pipe.register_modules(classifier_2=untrained_network(
-                pipe, list(pipe.classifier.config.id2label.values()),
-                recipe.feature_architecture or recipe.architecture,
-                **json.loads(recipe.feature_options or recipe.model_options),
-            ))  # fmt: skip
         self.made = PlannedSets(
             recipe, pipe, real, recipe.sets_dir or self.output / "work", clock=self.clock, columns=recipe.columns,
             students={"protocol": self.protocol, "architecture": recipe.architecture}, images=self.train.digest,

@@ -164,7 +164,8 @@ def pipe(_pixel_pipe):
 
 @pytest.fixture(scope="session")
 def _targets(_pixel_pipe, real_images):
-    return MatchingTargets.from_dataset(real_images, copy.deepcopy(_pixel_pipe), embedding_dim=256, progress=False)
+    pipe = copy.deepcopy(_pixel_pipe)
+    return MatchingTargets.from_dataset(real_images, pipe, features={}, embedding_dim=256, progress=False)
 
 
 @pytest.fixture

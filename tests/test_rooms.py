@@ -22,7 +22,7 @@ ORDER = {
     ],
     "matching": [
         *["files", "kernels", "features", "feature_spec"],
-        *["population", "targets", "objectives", "discrepancy"],
+        *["population", "targets", "kept", "objectives", "discrepancy"],
     ],
     "sampling": ["models", "loading", "noise", "call", "nopt", "released", "flat", "checks", "pipeline"],
     "concentration": [

@@ -357,7 +357,7 @@ def test_an_objective_or_a_method_of_ones_own_does_all_that_a_built_in_does(pipe
         changed = {"objective": NOpt(EachNearest(0.2), start=0.0), "method": Toned(tone=0.5)}[kind]
         concentrate_to_folder(pipe, targets, 2, tmp_path / "run", method=changed, **options)
     sizes = {"block_size": 1, "images_per_call": 4}
-    counted = calls(sum((passes for _, passes in Rehearsal(pipe, sampling).run(3, 2, **sizes)), Counter()))
+    counted = calls(sum((passes for _, passes in Rehearsal(pipe, sampling, {}).run(3, 2, **sizes)), Counter()))
     spent = {name: getattr(run.report, name) for name in counted}
     assert spent == counted and spent["denoiser_calls"] == {"objective": 6 * (4 + 3), "method": 6 * 2 * 3}[kind]
     save_dataset_folder(small, tmp_path / "set", targets=targets)

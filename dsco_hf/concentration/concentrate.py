@@ -7,10 +7,12 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import PIL.Image
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from tqdm.auto import tqdm
 
@@ -18,9 +20,10 @@ from ..data.images import images_from_pixels, pixels_from_images
 from ..data.schema import image_seed
 from ..generators.failures import NonFiniteError
 from ..matching.discrepancy import PreviousBlocks, measure_discrepancy, random_discrepancy
+from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.objectives import Objective
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Sampling, SamplingMethod
+from ..sampling.call import Sampling, SamplingMethod, is_population
 from ..sampling.checks import check_targets
 from ..sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
 from ..sampling.released import Targets
@@ -259,7 +262,7 @@ def concentrate(
         method ([`SamplingMethod`], *optional*): what steers the sampling, an object or a name, such as "plain";
             [`NOpt`] if None. Or a [`Sampling`], which has all that can be chosen (`eta`, `batch_size`).
         objective ([`Objective`], *optional*): short for `method=NOpt(objective=...)`; an object or a name, such as
-            "ridge".
+            "rkhs"; [`Ridge`] if None.
         num_inference_steps (`int`, *optional*): see [`Sampling`].
         guidance_scale (`float`, *optional*): likewise.
         seed (`int`): of the run.
@@ -360,6 +363,32 @@ def concentrate_and_report(
     method = sampler.sampling.method.label(matched)
     record = drawn_record(pipe, matched, method=method, seed=seed, parameters=parameters, cost=cost)
     return with_record(to_dataset(finished, sampler.class_names), record), report
+
+
+def targets_in(
+    pipe: DsCoPipeline,
+    given: Given,
+    sampling: Sampling,
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    seed: int,
+    progress: bool,
+) -> Any:
+    """The targets that are given, or made of what is given and kept in a folder, where a later session finds them."""
+
+    def make(**shared: Any) -> Any:
+        return sampling.make_targets(pipe, given, seed=seed, progress=progress, **shared)
+
+    if not (is_population(given) and sampling.method.keeps_targets):
+        return make()
+    real = given if isinstance(given, Dataset | IterableDataset) else None
+    made_with: dict[str, Any] = {"second_moment": sampling.method.second_moment}
+    if real is None:
+        drawn = ("num_inference_steps", "guidance_scale", "eta")
+        made_with |= {"population": given, "seed": seed} | {name: getattr(sampling, name) for name in drawn}
+    made_with = pipeline_identity(pipe, real, draws=real is None, **made_with)
+    return kept_targets(folder, made_with, make, accelerator=accelerator)
 
 
 def _classes(

@@ -22,7 +22,6 @@ from ..matching.discrepancy import PreviousBlocks, random_discrepancy
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import Targets
 from ..utils.configs import make_accelerator
 from ..utils.origins import model_sha256, targets_sha256, versions
 from ..utils.processes import RunError, Team
@@ -32,12 +31,14 @@ from .concentrate import (
     COSTS,
     IMAGES_PER_CALL,
     ConcentrationReport,
+    Given,
     Unit,
     UnitSampler,
     divide,
     peak_memory_bytes,
     plan_units,
     row_features,
+    targets_in,
     to_dataset,
 )
 from .run_folder import RunFolder, RunProgress, unit_name
@@ -116,7 +117,7 @@ class RunResult:
 @plain_arguments(images_per_class=1, block_size=1, images_per_call=1, cpu_threads=1, max_hours=0)
 def concentrate_to_folder(
     pipe: DsCoPipeline,
-    targets: Targets | None,
+    targets: Given,
     images_per_class: int,
     folder: str | Path,
     *,
@@ -141,7 +142,8 @@ def concentrate_to_folder(
 
     Args:
         pipe (`DsCoPipeline`): the generator and the classifier, on this process's device.
-        targets (`MatchingTargets`, `QuantileTargets` or None): see [`concentrate`].
+        targets: see [`concentrate`]. Those that are made of a dataset or of classes are kept in `folder/targets`, so
+            that the run goes on with them, without another pass.
         images_per_class (`int`): at least 1. A finished run grows by whole blocks when it is run again with more.
         folder (`str` or `Path`): the run's folder, on a file system that all processes see.
         seed (`int`): with the class and the index it fixes an image's noise.
@@ -168,14 +170,17 @@ def concentrate_to_folder(
         TypeError, ValueError: for arguments that cannot work, or settings other than those the folder was started
             with.
     """
-    sampler = UnitSampler(pipe, targets, Sampling.of(**options), seed=seed, class_labels=class_labels)
-    judge = measure_by or (targets if isinstance(targets, MatchingTargets) else None)
+    accelerator, sampling = accelerator or make_accelerator(), Sampling.of(**options)
+    shared: dict[str, Any] = {"accelerator": accelerator, "seed": seed, "progress": progress}
+    matched = targets_in(pipe, targets, sampling, Path(folder) / "targets", **shared)
+    sampler = UnitSampler(pipe, matched, sampling, seed=seed, class_labels=class_labels)
+    judge = measure_by or (matched if isinstance(matched, MatchingTargets) else None)
     numbers = {
         "images_per_class": images_per_class, "block_size": block_size, "images_per_call": images_per_call,
         "num_classes": len(sampler.class_names), "seed": seed,
     }  # fmt: skip
     units = _units(numbers)
-    team = Team(accelerator or make_accelerator())
+    team = Team(accelerator)
     run = _Run(RunFolder(folder), team, sampler, units, judge, max_hours, progress)
     with team, contextlib.ExitStack() as held, _threads(pipe.device, cpu_threads):
         settings = team.from_main(

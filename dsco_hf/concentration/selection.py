@@ -42,6 +42,7 @@ from ..evaluators.evaluation import ImageSet, evaluator_builder
 from ..evaluators.protocols import Protocol, get_protocol, protocol_from_dict, protocol_to_dict
 from ..evaluators.training import train_evaluator
 from ..matching.discrepancy import embed_pixels
+from ..matching.feature_spec import POOLED
 from ..matching.features import features_and_logits
 from ..matching.kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
 from ..matching.objectives import class_margin
@@ -140,7 +141,7 @@ class Herding(Selection):
 
     Attributes:
         targets (`MatchingTargets`, *optional*): whose embedding and class means count; by default those made of the
-            pool with the pipeline.
+            pool with what the pipeline's classifier sees.
         features (`PreTrainedModel` or "pixels", *optional*): in place of targets: the pooled features of a classifier
             in eval mode, or the pixels themselves, in random Fourier features by the seed. Needs no pipeline.
     """
@@ -183,7 +184,7 @@ class Herding(Selection):
                 "such as `Herding(features='pixels')`."
             )
         targets = self.targets or MatchingTargets.from_dataset(
-            pool.dataset, pipe, **pool.columns, progress=pool.progress
+            pool.dataset, pipe, features=POOLED, second_moment=False, progress=pool.progress, **pool.columns
         )
         targets.check_pipeline(pipe)
         columns = class_columns([pool.names[row] for row in rows], targets.class_names, what="the targets")

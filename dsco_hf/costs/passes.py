@@ -22,7 +22,7 @@ from ..concentration.concentrate import BLOCK_SIZE, IMAGES_PER_CALL, Unit, divid
 from ..evaluators.configurations import ConvNetConfig
 from ..evaluators.models import ConvNetForImageClassification
 from ..generators.denoisers import GeneratorTrainingConfig, build_denoiser
-from ..matching.feature_spec import Features, FeatureSource, feature_specs
+from ..matching.feature_spec import Features, FeatureSource, features_of
 from ..matching.kernels import draw_frequencies
 from ..matching.targets import MatchingTargets
 from ..sampling.call import KINDS as CALL_KINDS
@@ -69,11 +69,11 @@ class Rehearsal:
     Args:
         pipe (`DsCoPipeline`): which components it has, and its scheduler, are taken over.
         sampling ([`Sampling`]): how images are drawn.
-        features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
+        features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.features_of`].
     """
 
     def __init__(self, pipe: DsCoPipeline, sampling: Sampling, features: Features = None) -> None:
-        self.pipe, self.sampling, self.features = pipe, sampling, feature_specs(features)
+        self.pipe, self.sampling, self.features = pipe, sampling, features_of(pipe, features)
         # layers and poolings make no pass more or less
         bare = (dataclasses.replace(spec, layers=("pooled",), pooling="average") for spec in self.features)
         self._specs = list(dict.fromkeys(bare))
@@ -188,21 +188,22 @@ def stand_in_targets(
     Args:
         pipe (`DsCoPipeline`): its networks give the features.
         method ([`SamplingMethod`], *optional*): that takes them; [`NOpt`] with its default objective if None.
-        features (*optional*): what they match, see [`dsco_hf.matching.feature_spec.feature_specs`].
+        features (*optional*): what they match, see [`dsco_hf.matching.feature_spec.features_of`].
         embedding_dim (`int`): D.
 
     Returns:
         [`MatchingTargets`]; [`QuantileTargets`] of one image a class for [`Released`]; None where nothing is matched.
     """
+    method = method or Sampling().method
     classes, generator = range(pipe.num_classes), torch.Generator().manual_seed(0)
     names = [pipe.id2label.get(index, str(index)) for index in classes]
     if isinstance(method, Released):
         return QuantileTargets(
             names, list(classes), [torch.randn(1, *pipe.latent_shape, generator=generator)] * len(classes)
         )
-    if method is not None and method.without_targets() == method:
+    if method.without_targets() == method:
         return None
-    specs = feature_specs(features)
+    specs = features_of(pipe, features)
     probe = torch.cat(FeatureSource(pipe, specs).probe(), dim=1)
     size = probe.shape[1]
     return MatchingTargets(
@@ -216,7 +217,7 @@ def stand_in_targets(
         bandwidth=1.0,
         probe=probe,
         features=specs,
-        second_moment=torch.eye(embedding_dim) if method is not None and method.second_moment else None,
+        second_moment=torch.eye(embedding_dim) if method.second_moment else None,
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..matching.feature_spec import Features, FeatureSource, feature_specs
+from ..matching.feature_spec import Features, FeatureSource, features_of
 from ..sampling.pipeline import DsCoPipeline
 from ..sampling.released import RandomExtractor
 from ..utils.values import plain_arguments
@@ -110,7 +110,7 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
 
     Args:
         pipe (`DsCoPipeline`): on any device, also on "meta".
-        features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.feature_specs`].
+        features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.features_of`].
         extractor (`bool`): also those of the random network of `Released`.
     """
     denoiser, latent = pipe.denoiser, (1, *pipe.latent_shape)
@@ -127,7 +127,7 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
     if pipe.preview_vae is not None:
         costs["preview"] = trace(lambda x: pipe.decode_latents(x, preview=True), latent)
     if pipe.classifier is not None:
-        source = FeatureSource(pipe, feature_specs(features))
+        source = FeatureSource(pipe, features_of(pipe, features))
         look = looker(source)
         seen = pixel if source.needs_pixels else latent
         costs["embedding"], backward = trace(look, seen), trace(look, seen, backward=True)

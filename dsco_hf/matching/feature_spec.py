@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,14 +18,16 @@ from transformers import PreTrainedModel
 
 from ..data.labels import class_mapping
 from ..data.schema import nearest
+from ..evaluators.models import build_evaluator, is_own_architecture
 from ..evaluators.preprocessing import preprocess
 from ..utils.values import plain_fields
-from .features import POOLINGS, Observation, check_layer, observe_layers
+from .features import POOLINGS, SEEDING, Observation, RandomExtractor, check_layer, observe_layers
 
 
 logger = logging.getLogger(__name__)
 
-NETWORKS = ("classifier", "classifier_2", "random")
+NETWORKS = ("classifier", "classifier_2", "untrained", "random")
+TRAINED = NETWORKS[:2]  # components of the pipeline; the others are made of their seed
 SPACES = ("pixels", "latents")
 
 
@@ -40,11 +41,16 @@ class FeatureSpec:
         pooling (`str`): what is kept of the positions of such a layer: "average", "grid2" (averages of the four
             quarters), "mean_std" or "cls" (the class token of a vision transformer). "pooled" and "logits" are vectors
             already, and stay as they are.
-        network (`str`): "classifier" or "classifier_2", the pipeline's components, or "random": the untrained network
-            of the objective that the DsCo authors released.
+        network (`str`): "classifier" or "classifier_2", the pipeline's components; "untrained", a network as
+            evaluators are before their training (as in distribution matching, arXiv 2110.04181), made for the
+            generator's images; or "random": the untrained network of the objective that the DsCo authors released.
         space (`str`): "pixels", or "latents": the predicted latents as the denoiser sees them, with no decoder in
-            between. The network must take as many channels as they have; a random one does.
-        seed (`int`): of the random network's weights.
+            between. The network must take as many channels as they have; an untrained or random one does.
+        seed (`int`): of an untrained or random network's weights; one that no evaluator of the architecture has.
+        architecture (`str`, *optional*): of the untrained network, see [`~dsco_hf.build_evaluator`]; if None a ConvNet
+            of three blocks, or of as many as bring larger images to 4x4 positions.
+        width (`int`, *optional*): of the untrained network, if it is one of dsco_hf; 256 channels for a ConvNet and
+            the architecture's own otherwise if None.
 
     Raises:
         ValueError: for a value that is not allowed, or a pooling with nothing to pool.
@@ -55,9 +61,11 @@ class FeatureSpec:
     network: str = "classifier"
     space: str = "pixels"
     seed: int = 0
+    architecture: str | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
-        plain_fields(self)
+        plain_fields(self, width=1)
         several = isinstance(self.layers, list | tuple)
         layers = tuple(self.layers) if several else (self.layers,)
         object.__setattr__(self, "layers", layers)
@@ -77,27 +85,73 @@ class FeatureSpec:
             )
         if self.network == "random" and layers != ("pooled",):
             raise ValueError(f"The random network has one layer, 'pooled'; got {list(layers)}.")
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
+        """Refuses an architecture or a width that does not exist, or of a network that has its own."""
+        given = [name for name in ("architecture", "width") if getattr(self, name) is not None]
+        if self.network != "untrained" and given:
+            raise ValueError(
+                f"`{given[0]}` is of an untrained network, and this is {self.network!r}: leave it out, or choose "
+                "network='untrained'."
+            )
+        if self.architecture is not None:
+            own = is_own_architecture(self.architecture)
+            if self.width is not None and not own:
+                raise ValueError(
+                    f"{self.architecture!r} has no `width`: leave it out, or choose a ConvNet, such as 'convnet-3'."
+                )
+
+    def as_record(self) -> dict[str, Any]:
+        """All fields that say something, as plain JSON values: earlier versions had no untrained networks."""
+        fields = dataclasses.asdict(self) | {"layers": list(self.layers)}
+        return {name: fields[name] for name in fields if self.network == "untrained" or name not in _OF_UNTRAINED}
+
+    def made_for(self, image_size: int) -> FeatureSpec:
+        """The same with nothing left open, for images of this height and width in pixels."""
+        if self.network != "untrained":
+            return self
+        depth = max(3, round(math.log2(image_size)) - 2)
+        architecture = self.architecture or f"convnet-{depth}"
+        width = CONVNET_WIDTH if self.width is None and architecture.startswith("convnet") else self.width
+        return dataclasses.replace(self, architecture=architecture, width=width)
 
 
-DEFAULT_FEATURES = (FeatureSpec(),)
+_OF_UNTRAINED = ("architecture", "width")
+CONVNET_WIDTH = 256  # as wide as the networks that the recorded benchmarks matched
+POOLED = (FeatureSpec(),)  # what targets match that say nothing of it: those of earlier versions
+UNTRAINED = FeatureSpec(network="untrained", seed=1000)  # no evaluator's seed
+
 
 Features: TypeAlias = FeatureSpec | Mapping[str, Any] | Sequence[FeatureSpec | Mapping[str, Any]] | str | None
-"""What a `features` argument takes, see [`feature_specs`]."""
+"""What a `features` argument takes, see [`features_of`]."""
+
+
+def features_of(pipe: DiffusionPipeline, features: Features = None) -> tuple[FeatureSpec, ...]:
+    """What targets match that are made with a pipeline.
+
+    Args:
+        pipe (`DsCoPipeline`): the size of its images decides what a spec leaves open.
+        features (*optional*): see [`feature_specs`]; if None what the classifier's head reads and what an untrained
+            network sees, the latter alone in a pipeline without a classifier.
+    """
+    if features is None:
+        features = (UNTRAINED,) if pipe.classifier is None else (*POOLED, UNTRAINED)
+    sizes = {"pixels": pipe.image_size, "latents": pipe.latent_shape[1]}
+    return tuple(spec.made_for(sizes[spec.space]) for spec in feature_specs(features))
 
 
 def feature_specs(features: Features) -> tuple[FeatureSpec, ...]:
-    """Any form of a `features` argument as a tuple of specs.
+    """Any form of a `features` argument but None as a tuple of specs.
 
     Args:
-        features (*optional*): a [`FeatureSpec`] or a `dict` of its fields; several of them in a list; the same as a
-            YAML (or JSON) string; None for the classifier's pooled features.
+        features: a [`FeatureSpec`] or a `dict` of its fields; several of them in a list; the same as a YAML (or JSON)
+            string.
 
     Raises:
         ValueError: for an unknown field (the nearest is suggested), a value that is not allowed, or the same features
             twice.
     """
-    if features is None:
-        return DEFAULT_FEATURES
     if isinstance(features, str):
         try:
             features = yaml.safe_load(features)
@@ -153,8 +207,10 @@ class FeatureSource:
         self.needs_pixels = any(spec.space == "pixels" for spec in specs)
         self.needs_latents = any(spec.space == "latents" for spec in specs)
         # the classifier of pixels first: its logits are those of an observation
-        order = sorted({_group(spec) for spec in specs}, key=lambda key: (key[1] == "latents", NETWORKS.index(key[0])))
-        self._groups = {key: self._network(*key) for key in order}
+        order = sorted(
+            dict.fromkeys(map(_group, specs)), key=lambda key: (key.space == "latents", NETWORKS.index(key.network))
+        )
+        self._groups = {key: self._network(key) for key in order}
         for spec in self.specs:
             network = self._groups[_group(spec)]
             if not isinstance(network, RandomExtractor):
@@ -169,12 +225,12 @@ class FeatureSource:
     @property
     def predicts(self) -> bool:
         """Whether the logits of an observation are those of the pipeline's classifier."""
-        return ("classifier", "pixels", 0) in self._groups
+        return POOLED[0] in self._groups
 
     def warn_of_other_classes(self, names: Sequence[str]) -> None:
         """Logs a warning for a classifier that was trained on other classes than these."""
-        for (name, *_), network in self._groups.items():
-            if isinstance(network, RandomExtractor):
+        for key, network in self._groups.items():
+            if key.network not in TRAINED:
                 continue
             try:
                 class_mapping(names, network.config.id2label, network.config.num_labels)
@@ -182,7 +238,7 @@ class FeatureSource:
                 logger.warning(
                     "The pipeline's `%s` was trained on other classes than %s%s: its features are matched, but "
                     "its predictions mean nothing here (no soft labels, no clarity doping, weighting='none').",
-                    name,
+                    key.network,
                     list(names[:3]),
                     " …" if len(names) > 3 else "",
                 )
@@ -235,7 +291,7 @@ class FeatureSource:
         noise = {}
         for key, network in self._groups.items():
             generator = torch.Generator().manual_seed(0)
-            if key[1] == "latents":
+            if key.space == "latents":
                 noise[key] = torch.randn(2, *self.latent_shape, generator=generator).to(self.device)
             else:
                 channels = getattr(getattr(network, "config", None), "num_channels", None) or self.pipe.num_channels
@@ -257,43 +313,46 @@ class FeatureSource:
         found: dict[tuple, torch.Tensor] = {}
         logits, seen = [], []
         for key, network in self._groups.items():
-            given = latents if key[1] == "latents" else pixels
+            given = latents if key.space == "latents" else pixels
             inputs = given[key] if isinstance(given, dict) else given
             if inputs is None:
-                raise ValueError(f"These features are taken from {key[1]}, and none were given.")
+                raise ValueError(f"These features are taken from {key.space}, and none were given.")
             if isinstance(network, RandomExtractor):
                 features = network(inputs.to(next(network.parameters()).dtype)).float()
-                found[*key, "pooled", "average"] = features
+                found[key, "pooled", "average"] = features
                 seen.append(features.new_zeros(len(features), 0, 2))
                 continue
-            layers = [part[3:] for spec in self.specs if _group(spec) == key for part in _parts(spec)]
-            if key[1] == "pixels":  # resized in float32: on CPU there is no antialiased resizing in half precision
+            layers = [part[1:] for spec in self.specs if _group(spec) == key for part in _parts(spec)]
+            if key.space == "pixels":  # resized in float32: on CPU there is no antialiased resizing in half precision
                 half = inputs.dtype in (torch.float16, torch.bfloat16)
                 inputs = preprocess(inputs.float() if half else inputs, network)
             blocks, mine, statistics = observe_layers(network, inputs.to(network.dtype), layers, moments=moments)
-            found |= {(*key, *layer): block for layer, block in zip(layers, blocks, strict=True)}
-            logits.append(mine)
+            found |= {(key, *layer): block for layer, block in zip(layers, blocks, strict=True)}
             seen.append(statistics)
+            if key.network in TRAINED:
+                logits.append(mine)
         return [found[part] for spec in self.specs for part in _parts(spec)], logits, seen
 
-    def _network(self, name: str, space: str, seed: int) -> Any:
+    def _network(self, key: FeatureSpec) -> Any:
+        name, space = key.network, key.space
         if space == "latents" and self.pipe.vae is None:
             raise ValueError(
                 "The generator draws pixels and has no latents: use FeatureSpec(space='pixels'), as cheap here."
             )
-        if name == "random":
+        if name not in TRAINED:
             shape = self.latent_shape if space == "latents" else (self.pipe.num_channels, self.pipe.image_size)
-            if shape[-1] < 8:
+            if name == "random" and shape[-1] < 8:
                 raise ValueError(
                     f"The random network halves its input three times and needs at least 8 positions a side, the "
                     f"{space} have {shape[-1]}: use a classifier's features."
                 )
-            return _random_network(shape[0], seed, self.pipe._execution_device, self.pipe.denoiser.dtype)
+            return _made_network(key, shape[0], shape[1], self.pipe._execution_device, self.pipe.denoiser.dtype)
         network: PreTrainedModel | None = getattr(self.pipe, name, None)
         if network is None:
             raise ValueError(
                 f"Matching needs the features of a classifier, and the pipeline has none: pass `{name}=` to "
-                "`DsCoPipeline.from_pretrained`, for example `AutoModelForImageClassification.from_pretrained(...)`."
+                "`DsCoPipeline.from_pretrained`, for example `AutoModelForImageClassification.from_pretrained(...)`, "
+                "or match FeatureSpec(network='untrained')."
             )
         if network.training:
             raise ValueError(
@@ -316,91 +375,29 @@ class FeatureSource:
             )
 
 
-def check_probe(found: Sequence[torch.Tensor], expected: torch.Tensor, made_with: str) -> None:
-    """Refuses networks other than those that targets were made with.
-
-    Args:
-        found (sequence of `torch.Tensor` of shape `(2, d_l)`): the probe layer by layer, see [`FeatureSource.probe`].
-        expected (`torch.Tensor` of shape `(2, d)`): that of the targets.
-        made_with (`str`): what they were made with, for the error.
-
-    Raises:
-        ValueError: if the feature sizes differ, or the features seen in the probe images.
-    """
-    size = sum(block.shape[1] for block in found)
-    if size != expected.shape[1]:
-        raise ValueError(
-            f"The pipeline's classifier gives {size} features, the targets are for {expected.shape[1]}: they were "
-            f"made with another classifier ({made_with}). Load that one or make new targets."
-        )
-    for block, wanted in zip(found, expected.cpu().split([block.shape[1] for block in found], dim=1), strict=True):
-        # bfloat16 features differ by about 1 %; another training of the same architecture by far more than 10 %
-        if not (block - wanted).norm() <= 0.1 * wanted.norm() + 1e-6:
-            raise ValueError(
-                "The pipeline's classifier is not the one that the targets were made with: it has the same feature "
-                f"size but sees other features. They were made with {made_with}. Load that one or make new targets."
-            )
-
-
-def check_finite(features: torch.Tensor, where: str) -> None:
-    """Raises ValueError for features `(B, d)` that are not finite; `where` says which images they are of."""
-    bad = (~features.isfinite()).any(dim=1).nonzero()[:, 0]
-    if len(bad):
-        raise ValueError(
-            f"The classifier's features are not finite for {len(bad)} of {len(features)} images ({where}; the first "
-            f"is number {int(bad[0])} of the batch). Check its weights, or load it with `dtype=torch.float32`."
-        )
-
-
-_SEEDING = threading.Lock()  # weights are drawn with the random state that all threads share
-
-
-class RandomExtractor(nn.Module):
-    """The random, untrained, frozen network of the released objective: latents `(B, C, H, W)` → features `(B, 2048)`.
-
-    Conv 3x3 to 256 channels, then three grouped (16) 4x4 convolutions of stride 2 to 512, 1024 and 2048 channels,
-    LeakyReLU in between, averaged over space.
-
-    Args:
-        in_channels (`int`): C.
-        seed (`int`): of the weights; the global random state is left as it is.
-    """
-
-    def __init__(self, in_channels: int, *, seed: int = 0) -> None:
-        super().__init__()
-        with _SEEDING, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.layers = nn.Sequential(
-                nn.Conv2d(in_channels, 256, 3, padding=1),
-                nn.LeakyReLU(),
-                nn.Conv2d(256, 512, 4, stride=2, padding=1, groups=16),
-                nn.LeakyReLU(),
-                nn.Conv2d(512, 1024, 4, stride=2, padding=1, groups=16),
-                nn.LeakyReLU(),
-                nn.Conv2d(1024, 2048, 4, stride=2, padding=1, groups=16),
-            )
-        self.requires_grad_(False)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Features `(B, 2048)` of latents `(B, C, H, W)` with H and W of at least 8."""
-        return self.layers(latents).mean(dim=(-2, -1))
-
-
 @functools.lru_cache(maxsize=4)
-def _random_network(channels: int, seed: int, device: torch.device, dtype: torch.dtype) -> RandomExtractor:
-    extractor = RandomExtractor(channels, seed=seed).to(device, dtype)
-    # faster, on a CPU by a third
-    return extractor.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _made_network(key: FeatureSpec, channels: int, size: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The random or untrained network of a spec, frozen, for inputs of so many channels and positions a side."""
+    if key.network == "random":
+        extractor = RandomExtractor(channels, seed=key.seed).to(device, dtype)
+        # faster, on a CPU by a third
+        return extractor.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shape: dict[str, Any] = {"image_size": size, "num_channels": channels}
+    width = {} if key.width is None else {"width": key.width}
+    with SEEDING:  # what the head tells apart is not seen
+        network = build_evaluator(str(key.architecture), class_names="01", seed=key.seed, **shape, **width)
+    return network.eval().requires_grad_(False).to(device, dtype)
 
 
-def _group(spec: FeatureSpec) -> tuple[str, str, int]:
-    """What one pass through a network serves."""
-    return spec.network, spec.space, spec.seed if spec.network == "random" else 0
+def _group(spec: FeatureSpec) -> FeatureSpec:
+    """What one pass through a network serves: that network's first features."""
+    seed = 0 if spec.network in TRAINED else spec.seed
+    return dataclasses.replace(spec, layers=("pooled",), pooling="average", seed=seed)
 
 
-def _parts(spec: FeatureSpec) -> list[tuple]:
+def _parts(spec: FeatureSpec) -> list[tuple[FeatureSpec, str, str]]:
     """Every layer of a spec, told from all others."""
-    return [(*_group(spec), layer, spec.pooling) for layer in spec.layers]
+    return [(_group(spec), layer, spec.pooling) for layer in spec.layers]
 
 
 def name_of(model: Any) -> str | None:

@@ -22,6 +22,7 @@ POOLINGS = ("average", "grid2", "mean_std", "cls")
 DEFAULT_LAYERS = (("pooled", "average"),)
 
 _HIDDEN = re.compile(r"hidden_\d+")
+SEEDING = threading.Lock()  # weights are drawn with the random state that all threads share
 _PASSES = threading.Lock()  # a pass is seen through hooks of the network, which would see another thread's pass, too
 
 
@@ -271,3 +272,70 @@ def probe_features(classifier: PreTrainedModel) -> torch.Tensor:
     channels = getattr(classifier.config, "num_channels", 3)
     pixels = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return features_and_logits(classifier, pixels.to(parameter.device))[0].cpu()
+
+
+def check_probe(found: Sequence[torch.Tensor], expected: torch.Tensor, made_with: str) -> None:
+    """Refuses networks other than those that targets were made with.
+
+    Args:
+        found (sequence of `torch.Tensor` of shape `(2, d_l)`): the probe layer by layer, see [`FeatureSource.probe`].
+        expected (`torch.Tensor` of shape `(2, d)`): that of the targets.
+        made_with (`str`): what they were made with, for the error.
+
+    Raises:
+        ValueError: if the feature sizes differ, or the features seen in the probe images.
+    """
+    size = sum(block.shape[1] for block in found)
+    if size != expected.shape[1]:
+        raise ValueError(
+            f"The pipeline's classifier gives {size} features, the targets are for {expected.shape[1]}: they were "
+            f"made with another classifier ({made_with}). Load that one or make new targets."
+        )
+    for block, wanted in zip(found, expected.cpu().split([block.shape[1] for block in found], dim=1), strict=True):
+        # bfloat16 features differ by about 1 %; another training of the same architecture by far more than 10 %
+        if not (block - wanted).norm() <= 0.1 * wanted.norm() + 1e-6:
+            raise ValueError(
+                "The pipeline's classifier is not the one that the targets were made with: it has the same feature "
+                f"size but sees other features. They were made with {made_with}. Load that one or make new targets."
+            )
+
+
+def check_finite(features: torch.Tensor, where: str) -> None:
+    """Raises ValueError for features `(B, d)` that are not finite; `where` says which images they are of."""
+    bad = (~features.isfinite()).any(dim=1).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(
+            f"The classifier's features are not finite for {len(bad)} of {len(features)} images ({where}; the first "
+            f"is number {int(bad[0])} of the batch). Check its weights, or load it with `dtype=torch.float32`."
+        )
+
+
+class RandomExtractor(nn.Module):
+    """The random, untrained, frozen network of the released objective: latents `(B, C, H, W)` → features `(B, 2048)`.
+
+    Conv 3x3 to 256 channels, then three grouped (16) 4x4 convolutions of stride 2 to 512, 1024 and 2048 channels,
+    LeakyReLU in between, averaged over space.
+
+    Args:
+        in_channels (`int`): C.
+        seed (`int`): of the weights; the global random state is left as it is.
+    """
+
+    def __init__(self, in_channels: int, *, seed: int = 0) -> None:
+        super().__init__()
+        with SEEDING, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Conv2d(in_channels, 256, 3, padding=1),
+                nn.LeakyReLU(),
+                nn.Conv2d(256, 512, 4, stride=2, padding=1, groups=16),
+                nn.LeakyReLU(),
+                nn.Conv2d(512, 1024, 4, stride=2, padding=1, groups=16),
+                nn.LeakyReLU(),
+                nn.Conv2d(1024, 2048, 4, stride=2, padding=1, groups=16),
+            )
+        self.requires_grad_(False)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Features `(B, 2048)` of latents `(B, C, H, W)` with H and W of at least 8."""
+        return self.layers(latents).mean(dim=(-2, -1))

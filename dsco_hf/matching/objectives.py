@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..utils.values import Choice, check_real
-from .feature_spec import DEFAULT_FEATURES, FeatureSource
+from .feature_spec import POOLED, FeatureSource
 from .features import Observation, batchnorm_layers
 from .kernels import mmd2, regression_errors
 from .targets import MatchingTargets
@@ -58,7 +58,7 @@ class Objective(Choice):
         if self.needs == "second_moment" and targets.second_moment is None:
             raise ValueError(
                 f"objective={self.name!r} takes targets with a second moment, and these have none: make them with "
-                "`MatchingTargets.from_dataset(dataset, pipe, second_moment=True)`."
+                "`MatchingTargets.from_dataset(dataset, pipe)`, or choose objective='rkhs'."
             )
 
     def bind(
@@ -78,7 +78,7 @@ class Objective(Choice):
         """
         device = pipe._execution_device
         if targets is None:
-            return Bound(self, pipe, FeatureSource(pipe, DEFAULT_FEATURES), torch.tensor(ids, device=device))
+            return Bound(self, pipe, FeatureSource(pipe, POOLED), torch.tensor(ids, device=device))
         rows = targets.rows_of(ids).to(device)
         return Bound(self, pipe, FeatureSource(pipe, targets.features), rows, targets.to(device), previous)
 

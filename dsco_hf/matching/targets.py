@@ -13,7 +13,6 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..data.datasets import class_names, dataset_fingerprint, present_classes
 from ..data.labels import Mapped, class_mapping, label_set_classes, label_set_named
@@ -22,16 +21,15 @@ from ..data.schema import image_seed
 from ..utils.origins import components_of, fingerprint, versions
 from ..utils.values import plain_arguments
 from .feature_spec import (
-    DEFAULT_FEATURES,
+    POOLED,
     Features,
     FeatureSource,
     FeatureSpec,
-    check_finite,
-    check_probe,
     feature_specs,
+    features_of,
     name_of,
 )
-from .features import features_and_logits, probe_features
+from .features import check_finite, check_probe, features_and_logits
 from .files import check_shapes, find_targets, read_config, read_tensors, write_targets
 from .kernels import fourier_embedding
 from .population import Population, Weighting, rows_of_labels, shared_batches, template_units
@@ -48,8 +46,8 @@ class MatchingTargets:
     """Mean embeddings μ_c of every class of a population, and all that is needed to embed other images the same way.
 
     Made by [`MatchingTargets.from_dataset`] (with the data) or [`MatchingTargets.from_generator`] (data-free).
-    Embedding: ψ(φ(x)) with φ the classifier's pooled features, standardised per dimension over the whole population,
-    and ψ random Fourier features of a Gaussian kernel; see `dsco_hf.matching.kernels`.
+    Embedding: ψ(φ(x)) with φ the networks' features, standardised per dimension over the whole population, and ψ
+    random Fourier features of a Gaussian kernel; see `dsco_hf.matching.kernels`.
 
     Attributes:
         class_names (`list[str]`): names of the C classes; row c of `embeddings` belongs to `class_names[c]`.
@@ -78,7 +76,7 @@ class MatchingTargets:
     bandwidth: float
     probe: torch.Tensor
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    features: tuple[FeatureSpec, ...] = DEFAULT_FEATURES
+    features: tuple[FeatureSpec, ...] = POOLED
     second_moment: torch.Tensor | None = None
 
     @property
@@ -125,31 +123,19 @@ class MatchingTargets:
         """
         return rows_of_labels(self.class_labels, generator_labels).to(self.embeddings.device)
 
-    def check_classifier(self, classifier: PreTrainedModel | None) -> None:
-        """Refuses a classifier other than the one the targets were made with.
-
-        Raises:
-            ValueError: if there is none, its feature size differs, or it sees other features in the probe images.
-        """
-        made_with = self.provenance.get("classifier") or "a classifier whose name was not recorded"
-        if classifier is None:
-            raise ValueError(
-                "Matching needs the classifier that the targets were made with, and the pipeline has none: pass "
-                f"`classifier=` to `DsCoPipeline.from_pretrained`. They were made with {made_with}."
-            )
-        check_probe([probe_features(classifier)], self.probe, made_with)
-
     def check_pipeline(self, pipe: DiffusionPipeline) -> FeatureSource:
         """The networks of a pipeline that see what these targets match; refuses others than they were made with.
 
         Raises:
             ValueError: if the pipeline lacks one, or it sees other features in the probe images.
         """
-        if self.features == DEFAULT_FEATURES:
-            self.check_classifier(pipe.classifier)
-            return FeatureSource(pipe, self.features)
-        source = FeatureSource(pipe, self.features)
         made_with = self.provenance.get("classifier") or "networks whose names were not recorded"
+        if pipe.classifier is None and any(spec.network == "classifier" for spec in self.features):
+            raise ValueError(
+                "Matching needs the classifier that the targets were made with, and the pipeline has none: pass "
+                f"`classifier=` to `DsCoPipeline.from_pretrained`. They were made with {made_with}."
+            )
+        source = FeatureSource(pipe, self.features)
         check_probe(source.probe(), self.probe, made_with)
         return source
 
@@ -166,7 +152,7 @@ class MatchingTargets:
         label_column: str | None = None,
         embedding_dim: int = 2048,
         bandwidth: float | None = None,
-        second_moment: bool = False,
+        second_moment: bool = True,
         batch_size: int = 256,
         seed: int = 0,
         on_error: str = "raise",
@@ -187,8 +173,9 @@ class MatchingTargets:
             pipe (`DsCoPipeline`): gives the classifier, the image size and the generator's classes.
             mapping (*optional*): where names do not settle it: a `dict` from dataset class name to generator class,
                 the name of a label set ("imagenette"), or a YAML file; see [`~dsco_hf.data.labels.class_mapping`].
-            features ([`FeatureSpec`], `dict` or list of them, *optional*): what to match; the classifier's pooled
-                features if None. See [`~dsco_hf.matching.feature_spec.feature_specs`].
+            features ([`FeatureSpec`], `dict` or list of them, *optional*): what to match; what the
+                classifier's head reads and what an untrained network sees if None. See
+                [`~dsco_hf.matching.feature_spec.features_of`].
             image_column (`str`, *optional*): where there are several of the kind.
             label_column (`str`, *optional*): where there are several of the kind.
             embedding_dim (`int`): D.
@@ -214,7 +201,7 @@ class MatchingTargets:
                 not know, an unreadable image or features that are not finite; for a `work_dir` of another pass.
             RunError: if another run is at work on `work_dir`, or it cannot be written to.
         """
-        specs = feature_specs(features)
+        specs = features_of(pipe, features)
         source = FeatureSource(pipe, specs)
         names = present_classes(dataset, label_column=label_column)
         known = class_names(dataset, label_column=label_column)
@@ -274,7 +261,7 @@ class MatchingTargets:
         eta: float = 1.0,
         embedding_dim: int = 2048,
         bandwidth: float | None = None,
-        second_moment: bool = False,
+        second_moment: bool = True,
         batch_size: int = 200,
         seed: int = 0,
         accelerator: Accelerator | PartialState | None = None,
@@ -314,7 +301,7 @@ class MatchingTargets:
                 or a `work_dir` of another pass.
             RunError: if another run is at work on `work_dir`, or it cannot be written to.
         """
-        specs = feature_specs(features)
+        specs = features_of(pipe, features)
         source = FeatureSource(pipe, specs)
         if preset := label_set_named(class_labels):
             names, labels = label_set_classes(preset, pipe.id2label, pipe.num_classes)
@@ -370,7 +357,7 @@ class MatchingTargets:
             "class_labels": self.class_labels,
             "bandwidth": self.bandwidth,
             "provenance": self.provenance,
-            "features": [dataclasses.asdict(spec) for spec in self.features],
+            "features": [spec.as_record() for spec in self.features],
         }
         write_targets(Path(folder), config, self._tensors())
 
@@ -396,8 +383,8 @@ class MatchingTargets:
         fields = read_config(config, ("class_names", "class_labels", "bandwidth", "provenance"))
         tensors = read_tensors(weights, _TENSORS, _OPTIONAL_TENSORS)
         check_shapes(fields, tensors, config.parent)
-        specs = feature_specs(read_config(config, ("features",), optional=True).get("features"))
-        return cls(**fields, **tensors, features=specs)
+        features = read_config(config, ("features",), optional=True).get("features")
+        return cls(**fields, **tensors, features=POOLED if features is None else feature_specs(features))
 
 
 def _population(
@@ -412,7 +399,7 @@ def _population(
     known = {
         **identity,
         "class_names": list(names),
-        "features": [dataclasses.asdict(spec) for spec in source.specs],
+        "features": [spec.as_record() for spec in source.specs],
         "networks": {} if work_dir is None else _digests(parts),
         "versions": versions(),
     }

@@ -51,10 +51,12 @@ class SamplingMethod(Choice):
     Attributes:
         candidates (`int`): images drawn for each one that stays, see `choose`.
         sentence (`str`): what cards say was done.
+        keeps_targets (`bool`): whether what `make_targets` makes are [`MatchingTargets`], which folders keep.
     """
 
     argument: ClassVar[str] = "method"
     candidates = 1  # a subclass may have it as a field
+    keeps_targets: ClassVar[bool] = True
     sentence: ClassVar[str] = "The sampling of a frozen class-conditional diffusion model was steered."
 
     @property
@@ -87,7 +89,14 @@ class SamplingMethod(Choice):
         """Raises ValueError for targets, or parts of a pipeline, that do not fit."""
 
     def make_targets(
-        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, seed: int = 0, progress: bool = True
+        self,
+        pipe: DiffusionPipeline,
+        given: Any,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        progress: bool = True,
+        **shared: Any,
     ) -> Any:
         """Targets of what is given in their place.
 
@@ -97,11 +106,12 @@ class SamplingMethod(Choice):
             sampling ([`Sampling`]): as the set is drawn, so are the samples that stand for the generator's classes.
             seed (`int`): of those samples.
             progress (`bool`): show a progress bar.
+            shared: `accelerator` and `work_dir` of [`MatchingTargets.from_dataset`].
 
         Raises:
             ValueError: for what targets cannot be made of.
         """
-        options: dict[str, Any] = {"second_moment": self.second_moment, "progress": progress}
+        options: dict[str, Any] = {"second_moment": self.second_moment, "progress": progress, **shared}
         if isinstance(given, Dataset | IterableDataset):
             return MatchingTargets.from_dataset(given, pipe, **options)
         drawn = {name: getattr(sampling, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
@@ -204,8 +214,10 @@ class Sampling:
         """The same, or plain sampling where the method needs targets and there are none."""
         return self if targets is not None else dataclasses.replace(self, method=self.method.without_targets())
 
-    def make_targets(self, pipe: DiffusionPipeline, given: Any, *, seed: int = 0, progress: bool = True) -> Any:
+    def make_targets(self, pipe: DiffusionPipeline, given: Any, **options: Any) -> Any:
         """The targets that are given, or those of a dataset, a label set's name or a list of classes.
+
+        Options are those of [`SamplingMethod.make_targets`].
 
         Raises:
             TypeError: for anything else; see [`SamplingMethod.make_targets`] for other errors.
@@ -214,14 +226,17 @@ class Sampling:
             raise TypeError(
                 f"Got all splits, {list(given)}; choose one, for example `dataset[{next(iter(given))!r}]`."
             )
-        if not isinstance(given, Dataset | IterableDataset | str | list | tuple):
-            return given
-        return self.method.make_targets(pipe, given, self, seed=seed, progress=progress)
+        return self.method.make_targets(pipe, given, self, **options) if is_population(given) else given
 
     def as_record(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**fields, "method": self.method.as_record()}
+
+
+def is_population(given: Any) -> bool:
+    """Whether targets are to be made of this: real images, a label set's name or a list of classes."""
+    return isinstance(given, Dataset | IterableDataset | str | list | tuple)
 
 
 class Call:

@@ -64,6 +64,28 @@ def check_targets(targets: Any) -> None:
         )
 
 
+_NEEDED = {  # by component: what it must have, of its config or of itself, and what that is
+    "scheduler": ("set_timesteps", "a DDIMScheduler of diffusers"),
+    "vae": ("decode", "an AutoencoderKL of diffusers"),
+    "preview_vae": ("decode", "an AutoencoderTiny of diffusers"),
+    "classifier": ("num_labels", "an image classifier of transformers"),
+    "classifier_2": ("num_labels", "an image classifier of transformers"),
+}
+
+
+def check_kinds(**components: Any) -> None:
+    """Raises TypeError for a component that is something else than its place says, by position for example."""
+
+    def fits(component: Any, place: str) -> bool:
+        return any(hasattr(part, _NEEDED[place][0]) for part in (component, getattr(component, "config", None)))
+
+    for name, component in components.items():
+        if component is not None and not fits(component, name):
+            others = [place for place in _NEEDED if fits(component, place)]
+            advice = f"pass it by name, `{others[0]}=...`" if others else "pass components by name"
+            raise TypeError(f"`{name}` must be {_NEEDED[name][1]}, got {type(component).__name__}: {advice}.")
+
+
 def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
     """Raises ValueError for components that cannot work, or would give other images each time."""
     if not isinstance(pipe.scheduler, DDIMScheduler):

@@ -35,6 +35,7 @@ def from_flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method(given: Mapping[str, Any]) -> SamplingMethod:
+    # what it was when records left it out
     kind, iterations = given.get("objective", "rkhs"), given.get("optimization_steps")
     if iterations == 0:
         return Plain()
@@ -66,7 +67,7 @@ class SamplingOptions:
         images_per_call: of several classes, at most; smaller calls occupy more processes.
     """
 
-    objective: str = "rkhs"
+    objective: str = "ridge"
     guidance_scale: float = 4.0
     num_inference_steps: int = 50
     eta: float = 1.0

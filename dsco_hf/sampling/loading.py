@@ -24,7 +24,7 @@ from ..generators.base import FAMILIES
 from ..generators.denoisers import SLOTS, as_components
 from ..utils.files import check_path, read_json
 from ..utils.safety import explained, hub_error, is_pickle
-from .models import check_folder, check_own_weights, check_weights, listed_files, variants_of
+from .models import check_folder, check_own_weights, check_weights, listed_files, load_classifier, variants_of
 
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,9 @@ class StoredPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): a folder, or the id of a repository.
-            kwargs: components to use in place of the stored ones (`classifier=...`), `revision`, `token`, `cache_dir`,
-                `local_files_only`, `dtype`, `variant`, ...
+            kwargs: components to use in place of the stored ones (`classifier=...`, an object, or the folder or id of
+                an image classifier of transformers, then with `classifier_revision`), `revision`, `token`,
+                `cache_dir`, `local_files_only`, `dtype`, `variant`, ...
 
         Raises:
             ValueError: if there are only pickled weights, which can run code when loaded.
@@ -80,6 +81,7 @@ class StoredPipeline(DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
+        kwargs |= named_classifier(kwargs.get("classifier"), kwargs.pop("classifier_revision", None), kwargs)
         if Path(name).is_dir():
             return cls._load(name, Path(name), kwargs)
         check_path(
@@ -289,15 +291,42 @@ def load_own(kind: type[PreTrainedModel], name: str, component: str, kwargs: dic
         patterns = [f"{component}/*.json", f"{component}/*.safetensors"]
         options = {key: kwargs[key] for key in DOWNLOAD_OPTIONS if key in kwargs}
         folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
-    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-    if isinstance(dtype, dict):
-        dtype = dtype.get(component, dtype.get("default"))
+    dtype = _dtype_of(component, kwargs)
     variant = kwargs.get("variant")
     if not list((folder / component).glob(f"*.{variant}*.safetensors")):
         variant = None
     model = kind.from_pretrained(folder / component, dtype=dtype, variant=variant, use_safetensors=True).eval()
     device = kwargs.get("device_map")
     return model.to(device) if isinstance(device, str) and device != "balanced" else model
+
+
+def named_classifier(
+    classifier: PreTrainedModel | str | Path | None, revision: str | None, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The classifier of a folder or an id as a component, with the pipeline's precision and token; none of an object.
+
+    Raises:
+        ValueError: for a revision without an id; see [`~dsco_hf.sampling.models.load_model`] for other errors.
+    """
+    if not isinstance(classifier, str | Path):
+        if revision is not None:
+            raise ValueError(
+                f"`classifier_revision={revision!r}` is of a classifier that is named: pass its id as well, "
+                "`classifier='user/name'`."
+            )
+        return {}
+    names = ("token", "cache_dir", "local_files_only", "force_download", "use_safetensors")
+    options = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
+    return {
+        "classifier": load_classifier(
+            str(classifier), revision=revision, dtype=_dtype_of("classifier", kwargs), **options
+        )
+    }
+
+
+def _dtype_of(component: str, kwargs: Mapping[str, Any]) -> torch.dtype | None:
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+    return dtype.get(component, dtype.get("default")) if isinstance(dtype, dict) else dtype
 
 
 def check_components(name: str, folder: Path, components: Sequence[str], options: Mapping[str, Any]) -> None:

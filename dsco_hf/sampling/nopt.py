@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from ..generators.failures import refuse_nonfinite
 from ..matching.features import Observation
-from ..matching.objectives import RKHS, Bound, Objective
+from ..matching.objectives import Bound, Objective, Ridge
 from ..utils.values import check_choice, check_real, plain_fields
 from .call import Call, Plain, Sampling, SamplingMethod
 from .noise import joint_gradient, shell_step
@@ -38,7 +38,7 @@ class NOpt(SamplingMethod):
             guidance, "guided" with, "none" reuses its last answer, at no cost.
     """
 
-    objective: Objective = RKHS()
+    objective: Objective = Ridge()
     start: float = 0.6
     stop: float = 1.0
     iterations: int = 1
@@ -89,15 +89,13 @@ class NOpt(SamplingMethod):
         """As the objective says."""
         self.objective.check(pipe, targets)
 
-    def make_targets(
-        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, seed: int = 0, progress: bool = True
-    ) -> Any:
+    def make_targets(self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, **options: Any) -> Any:
         """As all methods do; ValueError for an objective that matches nothing."""
         if self.objective.needs is None:
             raise ValueError(
                 f"The {self.objective.name!r} objective matches nothing: pass None, and classes as `class_labels=`."
             )
-        return super().make_targets(pipe, given, sampling, seed=seed, progress=progress)
+        return super().make_targets(pipe, given, sampling, **options)
 
     def steps(self, num_steps: int) -> range:
         """Indices of the steps whose noise is optimised."""

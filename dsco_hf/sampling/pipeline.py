@@ -23,7 +23,7 @@ from ..generators.latents import decode, encode, to_output
 from ..matching.objectives import Objective
 from ..utils.values import LARGEST_SEED, check_whole
 from .call import Call, Sampling, SamplingMethod, calls
-from .checks import check_call
+from .checks import check_call, check_kinds
 from .loading import StoredPipeline
 from .nopt import NOpt as NOpt  # methods are known by name once they are imported
 from .released import Released as Released
@@ -113,10 +113,9 @@ class DsCoPipeline(StoredPipeline):
                 "The pipeline has no scheduler: pass `scheduler=DDIMScheduler(...)` with the noise levels of the "
                 "training."
             )
-        self.register_modules(
-            **components, scheduler=scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae,
-            classifier_2=classifier_2,
-        )  # fmt: skip
+        others = {"vae": vae, "classifier": classifier, "preview_vae": preview_vae, "classifier_2": classifier_2}
+        check_kinds(scheduler=scheduler, **others)
+        self.register_modules(**components, scheduler=scheduler, **others)
         self.register_to_config(id2label={str(key): value for key, value in (id2label or {}).items()})
         self.id2label = {int(key): value for key, value in (id2label or {}).items()}
         self.labels = {
@@ -334,9 +333,9 @@ class DsCoPipeline(StoredPipeline):
             method ([`SamplingMethod`], *optional*): what steers the sampling, an object or a name: [`NOpt`] if None,
                 [`Plain`], [`Released`], or one of your own. Also a [`Sampling`], of which the next arguments change
                 what they name.
-            objective ([`Objective`], *optional*): short for `method=NOpt(objective=...)`; object or name: [`RKHS`]
-                (kernel mean matching) if None, [`Ridge`] (what a ridge regression learns from the images, for a few
-                images of several classes), [`ClassifierEvidence`] (without targets), or one of your own.
+            objective ([`Objective`], *optional*): short for `method=NOpt(objective=...)`; object or name: [`Ridge`]
+                (what a ridge regression learns from the images) if None, [`RKHS`] (kernel mean matching, as the paper
+                words it), [`ClassifierEvidence`] (without targets), or one of your own.
             num_inference_steps (`int`, *optional*): see [`Sampling`], whose defaults stand for None.
             guidance_scale (`float`, *optional*): likewise.
             eta (`float`, *optional*): likewise.

@@ -18,7 +18,7 @@ from torch import nn
 from ..data.datasets import class_names, iterate_pixels, present_classes
 from ..data.labels import Mapped, class_mapping
 from ..data.schema import image_seed
-from ..matching.feature_spec import RandomExtractor as RandomExtractor
+from ..matching.features import RandomExtractor as RandomExtractor
 from ..matching.objectives import check_kind
 from ..matching.population import refuse_empty_classes, rows_of_labels
 from ..matching.targets import MatchingTargets
@@ -184,6 +184,7 @@ class Released(SamplingMethod):
     sentence: ClassVar[str] = (
         f"{NOISE} at every step the features of the latents have the quantiles of those of real images."
     )
+    keeps_targets: ClassVar[bool] = False
     iterations: int = 200
     start: float = 0.0
     stop: float = 1.0
@@ -206,7 +207,7 @@ class Released(SamplingMethod):
         check_kind(f"method={self.name!r}", QuantileTargets, targets)
 
     def make_targets(
-        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, seed: int = 0, progress: bool = True
+        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, progress: bool = True, **_: Any
     ) -> QuantileTargets:
         """Of real images only."""
         if not isinstance(given, Dataset | IterableDataset):

@@ -202,11 +202,10 @@ class PipelineOptions(ClassifierOptions):
 
     def load_pipeline(self, **parts: Any) -> DsCoPipeline:
         """The pipeline, on the CPU; `parts` take the place of its own."""
-        dtype = self.torch_dtype
-        if (classifier := self.load_classifier(dtype)) is not None:
-            parts = {"classifier": classifier, **parts}
+        named = {"classifier": self.classifier, "classifier_revision": self.classifier_revision}
+        parts = {**(named if self.classifier else {}), **parts}
         return DsCoPipeline.from_pretrained(
-            str(self.generator), revision=self.generator_revision, dtype=dtype, **parts
+            str(self.generator), revision=self.generator_revision, dtype=self.torch_dtype, **parts
         )
 
     @property

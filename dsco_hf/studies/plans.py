@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..concentration.concentrate import concentrate_and_report
 from ..concentration.doping import dope, select
@@ -20,7 +19,8 @@ from ..concentration.selection import Clearest, Selection, find_selection
 from ..data.datasets import Pool
 from ..data.schema import nearest
 from ..data.shards import file_sha256
-from ..evaluators import build_evaluator
+from ..matching.feature_spec import feature_specs
+from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.objectives import ClassifierEvidence, Objective
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Plain
@@ -33,17 +33,11 @@ from ..utils.origins import fingerprint, identity
 from ..utils.progress import Clock
 from ..utils.values import check_choice
 from .generator_check import GeneratorCheck
-from .kept import DRAW_AGAIN, KeptSets, kept_check, kept_targets, pipeline_identity
+from .kept import DRAW_AGAIN, KeptSets, kept_check
 
 
 METHODS = ("plain", "nopt-classifier-only", "nopt", "nopt-data-free", "nopt-quantile")
 PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset
-FEATURE_SEED = 1000  # of the untrained network whose features are matched: no evaluator's
-FEATURES: dict[str, Any] = {
-    "trained": {},
-    "untrained": {"network": "classifier_2"},
-    "both": [{}, {"network": "classifier_2"}],
-}
 DEFAULT_BUDGETS = (1, 10, 50)
 # What all sets of a study depend on beside models and images; the rest is about single sets.
 SHARED = (
@@ -74,9 +68,8 @@ class StudyPlan:
     """The small sets of a study.
 
     Attributes:
-        features: what is matched: those of the "trained" classifier; of an "untrained" network of the evaluators'
-            architecture, whose seed no evaluator has (as in distribution matching, https://arxiv.org/abs/2110.04181);
-            or of "both".
+        features: what is matched, as YAML or JSON; see `dsco_hf.matching.feature_spec`. An untrained network's seed is
+            one that no evaluator has.
         methods: of "plain", "nopt", "nopt-data-free", "nopt-classifier-only" (matches nothing: the classifier's
             evidence alone) and "nopt-quantile" (the released objective, which takes long).
         budgets: images per class; if none, those of 1, 10 and 50 that every class has.
@@ -88,7 +81,7 @@ class StudyPlan:
             value, or one for each of the budgets. Fewer images can only show clearer ones.
         step_size, optimize_from, optimize_until: of NOpt. With a weak generator, steps of less than 1 stay closer to
             the images it knows.
-        objective: of NOpt, "rkhs" or "ridge"; one, or one for each of the budgets.
+        objective: of NOpt, "ridge" or "rkhs"; one, or one for each of the budgets.
         contrast, regularization: of NOpt with "rkhs" and with "ridge"; one value, or one for each of the budgets.
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
@@ -108,7 +101,7 @@ class StudyPlan:
         ValueError: for something that does not exist, or values that do not go together.
     """
 
-    features: str = "trained"
+    features: str | None = None
     methods: list[str] = field(default_factory=lambda: ["plain", "nopt", "nopt-data-free"])
     budgets: list[int] = field(default_factory=list)
     synthesis_seeds: int = 2
@@ -119,7 +112,7 @@ class StudyPlan:
     step_size: float = 1.0
     optimize_from: float = 0.6
     optimize_until: float = 1.0
-    objective: list[str] = field(default_factory=lambda: ["rkhs"])
+    objective: list[str] = field(default_factory=lambda: ["ridge"])
     contrast: list[float] = field(default_factory=lambda: [0.0])
     regularization: list[float] = field(default_factory=lambda: [2.0])
     block_size: int = 10
@@ -136,10 +129,8 @@ class StudyPlan:
 
     def __post_init__(self) -> None:
         """Refuses what does not exist, or does not go together."""
-        if self.features not in FEATURES:
-            raise ValueError(
-                f"`features` must be one of {list(FEATURES)}, got {self.features!r}.{nearest(self.features, FEATURES)}"
-            )
+        if self.features is not None:
+            feature_specs(self.features)
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
@@ -191,7 +182,7 @@ class StudyPlan:
     @property
     def matched(self) -> dict[str, Any]:
         """What targets are made for, as options of `MatchingTargets`."""
-        return {"features": FEATURES[self.features], "second_moment": self.second_moment}
+        return {"features": self.features, "second_moment": self.second_moment}
 
     @property
     def templates(self) -> dict[str, Any]:
@@ -267,32 +258,12 @@ class StudyPlan:
         return "real" if share == 1 else clear_name(share), options
 
 
-def untrained_network(
-    pipe: DsCoPipeline, class_names: Sequence[str], architecture: str, *, seed: int = FEATURE_SEED, **overrides: Any
-) -> PreTrainedModel:
-    """A network as evaluators are before their training, whose features are matched (as in arXiv 2110.04181).
-
-    Args:
-        pipe (`DsCoPipeline`): gives the size and the channels of images, and the device.
-        class_names (sequence of `str`): of the dataset.
-        architecture (`str`): see [`~dsco_hf.evaluators.build_evaluator`], like `overrides`.
-        seed (`int`): of its weights; one that no evaluator has.
-        **overrides: values of the network's configuration.
-
-    Returns:
-        `PreTrainedModel`: frozen, in eval mode.
-    """
-    size = {"image_size": pipe.image_size, "num_channels": pipe.num_channels}
-    network = build_evaluator(architecture, class_names=class_names, seed=seed, **{**size, **overrides})
-    return network.eval().requires_grad_(False).to(pipe.device)
-
-
 class PlannedSets:
     """The sets of a plan and the targets that they match: each is made once, and kept beside all that decided it.
 
     Args:
         plan ([`StudyPlan`]): with budgets.
-        pipe (`DsCoPipeline`): draws; with `classifier_2` where the plan matches an untrained network's features.
+        pipe (`DsCoPipeline`): draws, with the networks that the plan's features name.
         real (`Dataset`): the real images to match and to choose from.
         folder (`str` or `Path`): on a file system that all processes see; sets of other models, images or settings
             lie beside these.

@@ -230,7 +230,12 @@ def _update(digest: Any, name: str, value: Any) -> None:
         digest.update(f"\0{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     else:
-        digest.update(f"\0{name} {json.dumps(value, sort_keys=True, default=dataclasses.asdict)}".encode())
+        digest.update(f"\0{name} {json.dumps(value, sort_keys=True, default=_as_record)}".encode())
+
+
+def _as_record(value: Any) -> Any:
+    """A dataclass as JSON values; by its own account if it has one, which stays the same when it gets a new field."""
+    return value.as_record() if hasattr(value, "as_record") else dataclasses.asdict(value)
 
 
 def _take(digest: Any, value: Any) -> None:

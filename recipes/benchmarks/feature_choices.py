@@ -9,7 +9,7 @@ pipeline that is given must have been trained on the same 80 % (`train_test_spli
 one a short training makes a weaker generator, which shifts all accuracies alike.
 
 Prints one JSON object as its last line. `rows`: per choice of features and images per class, mean and standard
-deviation of the accuracy (%) of a ConvNet-2 over synthesis and training seeds, and the discrepancy in the default
+deviation of the accuracy (%) of a ConvNet-2 over synthesis and training seeds, and the discrepancy in the pooled
 features, which is the same measure for all; `features`: the specs behind the names; `best`: name of the best choice
 by images per class; `classifiers`: the accuracies of the two. Two rows weigh the layers otherwise than the package,
 where each counts alike: "by size" leaves every dimension its weight, "kernel each" gives every layer a kernel of its
@@ -45,14 +45,14 @@ from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.generators.training import train_generator
 from dsco_hf.matching.discrepancy import measure_discrepancy
-from dsco_hf.matching.feature_spec import FeatureSource, feature_specs, layer_weights
+from dsco_hf.matching.feature_spec import FeatureSource, FeatureSpec, feature_specs, layer_weights
 from dsco_hf.matching.kernels import draw_frequencies, fourier_embedding, median_bandwidth
 
 
 FIRST, LAST = "convnet.blocks.3", "convnet.blocks.7"  # what leaves the two blocks: 4x4 and 2x2 positions
-DEFAULT = "pooled (default)"
+DEFAULT = "pooled (default)"  # of versions before ridge with both
 CHOICES: dict[str, Any] = {
-    DEFAULT: None,
+    DEFAULT: {},
     "last block, average": {"layers": [LAST]},
     "last block, mean and std": {"layers": [LAST], "pooling": "mean_std"},
     "first block, grid": {"layers": [FIRST], "pooling": "grid2"},
@@ -74,12 +74,12 @@ CONTRASTS = {
     f"{DEFAULT}, contrast {contrast:g}": {"objective": RKHS(contrast)} for contrast in (0.5, 1.0, 2.0, 4.0, 8.0)
 }
 CLEAR = {f"{DEFAULT}, clearest fifth": {}, f"{DEFAULT}, clearest fifth, contrast 2": {"objective": RKHS(2.0)}}
+UNTRAINED = FeatureSpec(network="untrained", architecture="convnet-2", width=256, seed=1000)  # no evaluator's seed
 RIDGE: dict[str, Any] = {
-    "ridge, pooled": None,
-    "ridge, untrained": {"network": "classifier_2"},
-    "ridge, pooled + untrained": [{}, {"network": "classifier_2"}],
+    "ridge, pooled": {},
+    "ridge, untrained": UNTRAINED,
+    "ridge, pooled + untrained": [{}, UNTRAINED],
 }
-UNTRAINED = {"image_size": 8, "num_channels": 1, "width": 256, "seed": 1000}  # no evaluator's seed
 OTHERWISE = (f"{WEIGHED}, by size", f"{WEIGHED}, kernel each")
 SAMPLING = {"guidance_scale": 1.0, "num_inference_steps": 20, "progress": False}
 
@@ -99,25 +99,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     if WEIGHED in targets:
         targets |= {name: weighed_otherwise(targets[WEIGHED], train, pipe, name) for name in OTHERWISE}
-    judge = MatchingTargets.from_dataset(train, pipe, progress=False)
-    variants: dict[str, tuple[DsCoPipeline, MatchingTargets | None, dict[str, Any]]] = {"plain": (pipe, None, {})}
-    variants |= {name: (pipe, value, {}) for name, value in targets.items()}
+    judge = MatchingTargets.from_dataset(train, pipe, features={}, progress=False)
+    matched: dict[str, Any] = {"objective": RKHS()}
+    variants: dict[str, tuple[MatchingTargets | None, dict[str, Any]]] = {"plain": (None, {"method": "plain"})}
+    variants |= {name: (value, matched) for name, value in targets.items()}
     if DEFAULT in targets:
         chosen = select(train, "clearest", pipe=pipe, progress=False)
-        clear = MatchingTargets.from_dataset(chosen, pipe, progress=False)
-        variants |= {name: (pipe, targets[DEFAULT], changes) for name, changes in CONTRASTS.items()}
-        variants |= {name: (pipe, clear, changes) for name, changes in CLEAR.items()}
-        untrained = build_evaluator("convnet-2", class_names=list(pipe.id2label.values()), **UNTRAINED).eval()
-        other = DsCoPipeline(**{**pipe.components, "classifier_2": untrained}, id2label=pipe.id2label)
+        clear = MatchingTargets.from_dataset(chosen, pipe, features={}, progress=False)
+        variants |= {name: (targets[DEFAULT], changes) for name, changes in CONTRASTS.items()}
+        variants |= {name: (clear, matched | changes) for name, changes in CLEAR.items()}
         for name, spec in RIDGE.items():
-            regressed = MatchingTargets.from_dataset(train, other, features=spec, second_moment=True, progress=False)
-            variants[name] = (other, regressed, {"objective": "ridge"})
+            variants[name] = (MatchingTargets.from_dataset(train, pipe, features=spec, progress=False), {})
     sets: dict[tuple[str, int, int], Dataset] = {}
     for budget in options.budgets:
         for seed in range(options.synthesis_seeds):
             sets["random real", budget, seed] = select(train, "random", images_per_class=budget, seed=seed)
-            for name, (drawing, chosen, changes) in variants.items():
-                sets[name, budget, seed] = concentrate(drawing, chosen, budget, seed=seed, **changes, **SAMPLING)
+            for name, (chosen, changes) in variants.items():
+                sets[name, budget, seed] = concentrate(pipe, chosen, budget, seed=seed, **changes, **SAMPLING)
     rows = evaluate(sets, options)
     for row in rows:
         row["discrepancy"] = round(mean_discrepancy(sets, row, pipe, judge), 5)
@@ -129,9 +127,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             )["features"]
             for budget in options.budgets
         },
-        "features": {
-            name: [dataclasses.asdict(spec) for spec in feature_specs(value)] for name, value in choices.items()
-        },
+        "features": {name: [spec.as_record() for spec in feature_specs(value)] for name, value in choices.items()},
         "feature_dims": {name: value.feature_dim for name, value in targets.items()},
         "classifiers": accuracies,
         "held_out_images": len(held_out),

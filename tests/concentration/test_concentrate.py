@@ -26,7 +26,7 @@ from dsco_hf.matching.kernels import mmd2
 from dsco_hf.matching.objectives import ridge
 
 
-NOPT = NOpt(step_size=0.1, start=0.5)
+NOPT = NOpt("rkhs", step_size=0.1, start=0.5)
 OPTIONS = {"num_inference_steps": 5, "guidance_scale": 1.0, "method": NOPT, "progress": False}
 
 
@@ -99,8 +99,8 @@ def test_what_cannot_stand_for_targets(pipe, given, objective, message):
 def test_all_splits_and_targets_of_a_run(pipe, real_images, tmp_path):
     with pytest.raises(TypeError, match=r"Got all splits, \['train'\]; choose one, for example `dataset\['train'\]`"):
         concentrate(pipe, DatasetDict(train=real_images), 1, **OPTIONS)
-    with pytest.raises(TypeError, match="must be targets or None, got Dataset. Make them of real images with"):
-        concentrate_to_folder(pipe, real_images, 1, tmp_path / "run", **OPTIONS)
+    with pytest.raises(TypeError, match="must be targets or None, got dict. Make them of real images with"):
+        concentrate_to_folder(pipe, {}, 1, tmp_path / "run", **OPTIONS)
 
 
 @pytest.mark.parametrize("images_per_call", [1, 2, 4, 100])
@@ -151,7 +151,11 @@ def test_optimised_images_are_nearer_than_plain_ones(pipe, targets):
     options = {**OPTIONS, "num_inference_steps": 10}
     _, plain = concentrate_and_report(pipe, None, 3, measure_by=targets, **options)
     _, optimised = concentrate_and_report(
-        pipe, targets, 3, measure_by=None, **{**options, "method": NOpt(step_size=0.1, start=0.0, iterations=3)}
+        pipe,
+        targets,
+        3,
+        measure_by=None,
+        **{**options, "method": NOpt("rkhs", step_size=0.1, start=0.0, iterations=3)},
     )
     assert set(plain.discrepancy_by_class) == set(optimised.discrepancy_by_class) == {"circle", "square", "triangle"}
     assert all(optimised.discrepancy_by_class[k] < plain.discrepancy_by_class[k] for k in plain.discrepancy_by_class)

@@ -85,7 +85,7 @@ def test_the_card_tells_of_each_config_by_its_name(one, two, real_images, target
     assert "| parameter: images\\_per\\_class | 1 |" in told["ipc1"]
     assert "| parameter: images\\_per\\_class | 2 |" in told["ipc2"]
     assert "Real images were added at random." in told["doped"] and "| doping: seed | 7 |" in told["doped"]
-    assert "match the features of the whole class" in told["ipc2"] and "added" not in told["ipc2"]
+    assert "a ridge regression trained on the few images" in told["ipc2"] and "added" not in told["ipc2"]
     assert "is not recorded" in told["other"] and "| seed |" not in told["other"]
     assert config_record(record, "other") == {"config": "other"}
     assert "| `ipc2`: images | 6 |" in card and "| `ipc1`: images | 3 |" in card

@@ -186,7 +186,7 @@ def test_bad_input(mix, small, real_images, pipe, targets, make):
 
 
 def test_targets_are_made_of_the_real_images(mix, real_images, pipe):
-    made = MatchingTargets.from_dataset(real_images, pipe, progress=False)
+    made = MatchingTargets.from_dataset(real_images, pipe, features={}, progress=False)
     given = mix(strategy=Herding(made), images_per_class=4)
     assert list(given["real_index"]) == list(mix(strategy="herding", images_per_class=4)["real_index"])
 

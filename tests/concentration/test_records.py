@@ -12,7 +12,7 @@ def test_every_parameter_is_recorded_with_its_default():
     assert found == {
         "images_per_class": 3, "class_labels": None, "block_size": 10, "images_per_call": 128,
         "num_inference_steps": 50, "guidance_scale": 1.0, "eta": 1.0, "batch_size": None,
-        "method": {"name": "nopt", "objective": {"name": "rkhs", "contrast": 0.0}, "start": 0.6, "stop": 1.0,
+        "method": {"name": "nopt", "objective": {"name": "ridge", "regularization": 2.0}, "start": 0.6, "stop": 1.0,
                    "iterations": 1, "step_size": 1.0, "step_decay": 0.25, "lookahead": "conditional"},
     }  # fmt: skip
 

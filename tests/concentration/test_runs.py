@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dsco_hf import (
-    RKHS,
     DsCoPipeline,
     MatchingTargets,
     NOpt,
@@ -40,6 +39,26 @@ def same_rows(one, other):
     values = [dataset.remove_columns("image").to_dict() for dataset in (one, other)]
     pixels = [[np.asarray(image).tobytes() for image in dataset["image"]] for dataset in (one, other)]
     return values[0] == values[1] and pixels[0] == pixels[1]
+
+
+def test_targets_are_made_once_and_kept_in_the_folder(pipe, real_images, make, tmp_path, monkeypatch):
+    options = {**OPTIONS, "images_per_call": 6, "seed": 3}
+    kept = concentrate_to_folder(pipe, real_images, 2, tmp_path / "run", **options)
+    targets = MatchingTargets.from_pretrained(tmp_path / "run" / "targets")
+    assert targets.second_moment is not None and not list((tmp_path / "run").glob("targets-work*"))
+    assert same_rows(kept.dataset(), concentrate(pipe, real_images, 2, **options))
+    classes = ["square", "circle"]
+    free = {**options, "method": NOpt("rkhs")}
+    drawn = concentrate_to_folder(pipe, classes, 1, tmp_path / "free", **free)
+    assert drawn.class_names == classes and drawn.record["method"] == "nopt-data-free"
+    for name in ("from_dataset", "from_generator"):
+        monkeypatch.setattr(MatchingTargets, name, None)  # nothing is made again
+    more = concentrate_to_folder(pipe, real_images, 4, tmp_path / "run", **options)
+    assert more.session["images"] == 6 and more.settings["targets"] == kept.settings["targets"]
+    assert concentrate_to_folder(pipe, classes, 1, tmp_path / "free", **free).session["images"] == 0
+    for other, what in ((make.images((5, 7, 9)), "real"), (classes, "population")):
+        with pytest.raises(ValueError, match=f"holds targets that were made otherwise.*{what}.*Remove it, or choose"):
+            concentrate_to_folder(pipe, other, 2, tmp_path / "run", **options)
 
 
 def log_of(folder, event, process=0):
@@ -151,7 +170,7 @@ def test_other_settings_are_refused_by_name(pipe, targets, make, tmp_path):
 
 def test_options_that_say_the_same_are_the_same(pipe, targets, tmp_path):
     concentrate_to_folder(pipe, targets, 2, tmp_path, **OPTIONS)
-    spelled_out = {**OPTIONS, "method": NOpt(RKHS(0.0), 0.0, lookahead="conditional"), "eta": 1.0, "objective": "rkhs"}
+    spelled_out = {**OPTIONS, "method": NOpt(Ridge(2), 0.0, lookahead="conditional"), "eta": 1.0, "objective": "ridge"}
     assert concentrate_to_folder(pipe, targets, 2, tmp_path, **spelled_out).session["images"] == 0
 
 
@@ -321,7 +340,7 @@ from dsco_hf import MatchingTargets, NOpt
 from dsco_hf.concentration.runs import concentrate_to_folder
 
 pipe = pixel_pipeline(classifier=tiny_convnet())
-targets = MatchingTargets.from_dataset(striped_images(), pipe, embedding_dim=256, progress=False)
+targets = MatchingTargets.from_dataset(striped_images(), pipe, features={}, embedding_dim=256, progress=False)
 if sys.argv[3] != "none":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 result = concentrate_to_folder(

@@ -45,7 +45,7 @@ def test_a_set_says_what_it_was_drawn_with(small, targets):
     assert (record["method"], record["seed"]) == ("nopt", 5)
     told = record["parameters"]
     assert (told["guidance_scale"], told["num_inference_steps"], told["images_per_class"]) == (1.0, 3, 2)
-    assert told["method"]["objective"]["name"] == "rkhs" and told["block_size"] == 2 and record["cost"]["images"] == 6
+    assert told["method"]["objective"]["name"] == "ridge" and told["block_size"] == 2 and record["cost"]["images"] == 6
     assert record["synthetic"] == rows_record(small) and record["synthetic"]["rows_sha256"] == rows_sha256(small)
     assert record["source"]["rows"] == targets.provenance["images"]
 
@@ -101,7 +101,7 @@ def test_nobody_types_it_again(small, real_images, pipe, targets, tmp_path):
     assert drawn["parameters"]["guidance_scale"] == doped["parameters"]["guidance_scale"] == 1.0
     assert doped["doping"]["strategy"] == {"name": "random"} and "doping" not in drawn
     card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
-    assert "together match the features of the whole class" in card and "Real images were added at random." in card
+    assert "a ridge regression trained on the few images" in card and "Real images were added at random." in card
     verify(tmp_path / "set")
     assert load_dataset(str(tmp_path / "set"), "ipc2", split="train").num_rows == 6
 
@@ -186,7 +186,7 @@ def test_origins_that_are_published(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"parameters": {"method": NOpt().as_record()}}, "match the features of the whole class"),
+        ({"parameters": {"method": NOpt("rkhs").as_record()}}, "match the features of the whole class"),
         ({"parameters": {"method": NOpt("ridge").as_record()}}, "a ridge regression trained on the few images"),
         ({"parameters": {"method": {"name": "mine:Method"}}}, "sampling of a frozen .* model was steered"),
         (

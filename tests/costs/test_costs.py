@@ -115,7 +115,7 @@ def test_calls_of_the_released_objective(pipe, real_images, make):
 def test_calls_of_a_run_are_those_of_its_report(pipe, targets, images_per_class):
     sizes, sampling = {"block_size": 2, "images_per_call": 4}, Sampling(4, batch_size=3)
     _, report = concentrate_and_report(pipe, targets, images_per_class, progress=False, method=sampling, **sizes)
-    passes = of_run(Rehearsal(pipe, sampling), images_per_class, **sizes)
+    passes = of_run(Rehearsal(pipe, sampling, {}), images_per_class, **sizes)
     assert calls(passes) == measured(report)
     assert passes["embedding"] == 3 * {2: 0, 5: 4}[images_per_class]
     plain = of_run(Rehearsal(pipe, Sampling(4, method="plain")), images_per_class, **sizes)
@@ -157,7 +157,7 @@ def test_flops_are_those_of_the_layers(pipe):
         denoiser, counted = counted, 0
         observe(pipe.classifier, torch.zeros(1, 1, 8, 8))
     classifier, tokens, width = counted, 16, 16
-    costs = pass_costs(pipe, extractor=True)
+    costs = pass_costs(pipe, features={}, extractor=True)
     assert costs["denoiser"].flops == denoiser + 4 * tokens**2 * width  # attention
     assert costs["classifier"].flops == costs["embedding"].flops == classifier
     assert 1.9 < costs["classifier_backward"].flops / classifier <= 2
@@ -243,7 +243,7 @@ def test_seconds_are_told_apart_by_steps():
 
 
 def test_stand_in_targets_are_targets(pipe, targets):
-    found = stand_in_targets(pipe, embedding_dim=targets.embedding_dim)
+    found = stand_in_targets(pipe, features={}, embedding_dim=targets.embedding_dim)
     assert isinstance(found, MatchingTargets)
     for field in dataclasses.fields(MatchingTargets):
         mine, real = getattr(found, field.name), getattr(targets, field.name)

@@ -62,7 +62,9 @@ def damaged(w, remove=None):
 
 
 def fewer(w):
-    return MatchingTargets.from_dataset(w.real.select(range(9)), w.pipe, embedding_dim=256, progress=False)
+    return MatchingTargets.from_dataset(
+        w.real.select(range(9)), w.pipe, features={}, embedding_dim=256, progress=False
+    )
 
 
 def plain(w):

@@ -44,7 +44,7 @@ def test_others_load_it_with_our_class_and_draw_the_same(stranger, published):
     from hub.tiny import draw
     pipe = DsCoPipeline.from_pretrained("ann/pipe")
     targets = MatchingTargets.from_pretrained("ann/pipe")
-    targets.check_classifier(pipe.classifier)
+    targets.check_pipeline(pipe)
     return [draw(pipe), targets.class_names]
     """
     assert stranger.run(code) == [published["pixels"], ["cat", "dog"]]
@@ -84,7 +84,7 @@ from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.matching.targets import MatchingTargets
 from hub.tiny import draw
 pipe = DsCoPipeline.from_pretrained("ann/own", **options)
-MatchingTargets.from_pretrained("ann/own").check_classifier(pipe.classifier)
+MatchingTargets.from_pretrained("ann/own").check_pipeline(pipe)
 return [type(pipe.classifier).__name__, pipe.classifier.training, draw(pipe)]
 """
 
@@ -98,6 +98,24 @@ def test_a_pipeline_with_our_own_classifier_needs_no_trust(hub, stranger, own):
     assert not hub.requests("GET", r"classifier/.*\.py", log=log)
     assert not stranger.run("import sys\nreturn [name for name in sys.modules if 'diffusers_modules' in name]")
     assert stranger.run(LOAD_OWN, options={"revision": own["commit"], "local_files_only": True})[2] == own["pixels"]
+
+
+def test_a_classifier_is_named_by_its_id_and_recorded_with_its_commit(hub, ann, stranger, own):
+    classifier = hub.files("ann/own", kind="models")
+    files = {
+        name.removeprefix("classifier/"): classifier[name] for name in classifier if name.startswith("classifier/")
+    }
+    hub.put("ann/convnet", {name: files[name] for name in files if not name.endswith(".py")}, kind="models")
+    code = """
+    from dsco_hf import DsCoPipeline
+    from dsco_hf.concentration.set_records import drawn_record
+    pipe = DsCoPipeline.from_pretrained("ann/own", classifier="ann/convnet", classifier_revision="main")
+    record = drawn_record(pipe, None, method="plain", seed=0, parameters={})
+    return [type(pipe.classifier).__name__, pipe.classifier.training, record["classifier"]]
+    """
+    name, training, told = stranger.run(code)
+    assert (name, training, told["id"]) == ("ConvNetForImageClassification", False, "ann/convnet")
+    assert len(told["revision"]) == 40 and len(told["sha256"]) == 64
 
 
 def test_diffusers_alone_finds_our_own_classes_too(hub, tmp_path, own):

@@ -55,7 +55,7 @@ def tiny_targets(pipe: Any) -> Any:
     from dsco_hf.matching.targets import MatchingTargets
 
     dataset = tiny_dataset(4, NAMES).select_columns(["image", "label"])
-    return MatchingTargets.from_dataset(dataset, pipe, embedding_dim=16, progress=False)
+    return MatchingTargets.from_dataset(dataset, pipe, features={}, embedding_dim=16, progress=False)
 
 
 def draw(pipe: Any) -> list[str]:

@@ -21,7 +21,7 @@ from dsco_hf import DsCoPipeline, Herding, MatchingTargets, NOpt, concentrate, d
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.evaluators.preprocessing import preprocess
 from dsco_hf.matching.discrepancy import measure_discrepancy
-from dsco_hf.matching.feature_spec import DEFAULT_FEATURES, FeatureSource, FeatureSpec, feature_specs, layer_weights
+from dsco_hf.matching.feature_spec import POOLED, FeatureSource, FeatureSpec, feature_specs, layer_weights
 from dsco_hf.matching.features import features_and_logits, observe, pool
 from dsco_hf.sampling.released import RandomExtractor
 
@@ -127,14 +127,14 @@ def test_own_models_are_read_by_module(make):
     assert torch.equal(seen.features[:, 6:], features_and_logits(convnet, x)[0])
 
 
-def test_default_features_are_what_they_always_were_bit_for_bit(pipe, real_images, targets):
-    default = MatchingTargets.from_dataset(real_images, pipe, **SMALL)
+def test_pooled_features_are_what_they_always_were_bit_for_bit(pipe, real_images, targets):
+    default = MatchingTargets.from_dataset(real_images, pipe, features={}, **SMALL)
     named = MatchingTargets.from_dataset(real_images, pipe, features=FeatureSpec(), **SMALL)
-    assert default.features == named.features == DEFAULT_FEATURES
+    assert default.features == named.features == POOLED
     for name in ("embeddings", "feature_mean", "feature_std", "frequencies", "probe"):
         assert torch.equal(getattr(default, name), getattr(named, name))
     x = load_pixels(real_images)[0]
-    seen = FeatureSource(pipe, DEFAULT_FEATURES)(x)
+    seen = FeatureSource(pipe, POOLED)(x)
     assert all(torch.equal(a, b) for a, b in zip(seen, observe(pipe.classifier, x), strict=True))
     torch.testing.assert_close(default.feature_mean, seen.features.mean(dim=0))
 
@@ -168,7 +168,6 @@ def test_specs_in_any_form():
     assert feature_specs("{layers: [pooled, hidden_3], pooling: grid2}") == (spec,)
     assert feature_specs([spec, {"network": "random"}]) == (spec, FeatureSpec(network="random"))
     assert FeatureSpec("hidden_3").layers == ("hidden_3",)
-    assert feature_specs(None) == (FeatureSpec(),)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +233,7 @@ def test_targets_of_two_layers(pipe, real_images, tmp_path):
     config = json.loads((tmp_path / "targets.json").read_text())
     del config["features"]  # as files were before there was a choice
     (tmp_path / "targets.json").write_text(json.dumps(config))
-    assert MatchingTargets.from_pretrained(tmp_path).features == DEFAULT_FEATURES
+    assert MatchingTargets.from_pretrained(tmp_path).features == POOLED
 
 
 @pytest.mark.parametrize(
@@ -250,7 +249,7 @@ def test_noise_is_optimised_for_any_features(colour_pipe, build, real_images, fe
     pipe = colour_pipe(classifier_2=build("resnet"))
     targets = MatchingTargets.from_dataset(real_images, pipe, features=features, **SMALL)
     assert targets.features == feature_specs(features)
-    options = {"seeds": range(6), "guidance_scale": 1.0, "num_inference_steps": 6, "method": NOpt(start=0.0)}
+    options = {"seeds": range(6), "guidance_scale": 1.0, "num_inference_steps": 6, "method": NOpt("rkhs", start=0.0)}
     ids = [0, 0, 1, 1, 2, 2]
     plain, matched = (pipe.sample(ids, chosen, **options).images * 2 - 1 for chosen in (None, targets))
     rows = torch.tensor(ids)
@@ -269,7 +268,7 @@ def test_calls_are_counted_for_each_network(colour_pipe, build, real_images):
     pipe = colour_pipe(classifier_2=build("resnet"))
     both = [FeatureSpec(), FeatureSpec(network="classifier_2")]
     calls = []
-    for features in (None, both):
+    for features in ({}, both):
         targets = MatchingTargets.from_dataset(real_images, pipe, features=features, **SMALL)
         calls.append(pipe.sample([0, 1], targets, seeds=[0, 1], num_inference_steps=5).classifier_calls)
     assert calls[1] == 2 * calls[0] > 0

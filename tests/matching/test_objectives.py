@@ -90,7 +90,7 @@ def test_previous_images_count_as_if_they_were_drawn_along(targets):
 
 @pytest.fixture
 def ridge_targets(pipe, real_images):
-    return MatchingTargets.from_dataset(real_images, pipe, embedding_dim=64, second_moment=True, progress=False)
+    return MatchingTargets.from_dataset(real_images, pipe, features={}, embedding_dim=64, progress=False)
 
 
 def test_ridge_is_the_error_of_a_regression_on_the_population(pipe, real_images, ridge_targets):

@@ -17,7 +17,7 @@ from dsco_hf.utils.origins import targets_sha256
 
 
 TENSORS = ("embeddings", "counts", "feature_mean", "feature_std", "frequencies", "probe")
-SMALL = {"embedding_dim": 64, "progress": False}
+SMALL = {"features": {}, "embedding_dim": 64, "progress": False}
 DRAWN = {"num_inference_steps": 3, "guidance_scale": 1.0, **SMALL}
 
 
@@ -211,16 +211,17 @@ def test_round_trip(targets, tmp_path):
     assert_same(loaded, targets)
 
 
-def test_the_second_moment_is_kept_if_it_was_asked_for(pipe, targets, real_images, tmp_path):
-    assert targets.second_moment is None
-    with_moment = MatchingTargets.from_dataset(real_images, pipe, second_moment=True, **SMALL)
-    assert_same(with_moment, MatchingTargets.from_dataset(real_images, pipe, **SMALL))
+def test_the_second_moment_is_kept_unless_it_is_not_wanted(pipe, real_images, tmp_path):
+    with_moment = MatchingTargets.from_dataset(real_images, pipe, **SMALL)
+    without = MatchingTargets.from_dataset(real_images, pipe, second_moment=False, **SMALL)
+    assert without.second_moment is None
+    assert_same(with_moment, without)
     assert with_moment.second_moment.shape == (64, 64) and with_moment.second_moment.trace() == pytest.approx(1.0)
     assert with_moment.to("cpu").second_moment is not None
     with_moment.save_pretrained(tmp_path)
     loaded = MatchingTargets.from_pretrained(tmp_path)
     assert torch.equal(loaded.second_moment, with_moment.second_moment)
-    drawn = MatchingTargets.from_generator(pipe, samples_per_class=3, second_moment=True, **DRAWN)
+    drawn = MatchingTargets.from_generator(pipe, samples_per_class=3, **DRAWN)
     assert drawn.second_moment.trace() == pytest.approx(1.0)
     # targets without one have the digest of the time before there was such a field
     without = dataclasses.replace(with_moment, second_moment=None)
@@ -305,13 +306,13 @@ def test_saving_again_replaces(pipe, targets, tmp_path, real_images):
 
 
 def test_the_classifier_must_be_the_same(pipe, targets, make):
-    targets.check_classifier(pipe.classifier)
+    targets.check_pipeline(pipe)
     with pytest.raises(ValueError, match="the pipeline has none: pass `classifier=`"):
-        targets.check_classifier(None)
+        targets.check_pipeline(make.pipe())
     with pytest.raises(ValueError, match="is not the one that the targets were made with"):
-        targets.check_classifier(make.convnet(seed=9))
+        targets.check_pipeline(make.pipe(classifier=make.convnet(seed=9)))
     with pytest.raises(ValueError, match=rf"gives 32 features, the targets are for {targets.feature_dim}"):
-        targets.check_classifier(make.convnet(width=8))
+        targets.check_pipeline(make.pipe(classifier=make.convnet(width=8)))
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
@@ -320,16 +321,16 @@ def test_a_bfloat16_copy_of_the_classifier_is_the_same(make, real_images, norm):
     targets = MatchingTargets.from_dataset(real_images, pipe, **SMALL)
     low = copy.deepcopy(pipe.classifier).to(torch.bfloat16)
     assert not torch.equal(probe_features(low), targets.probe)
-    targets.check_classifier(low)
+    targets.check_pipeline(make.pipe(classifier=low))
 
 
 def test_a_classifier_that_sees_nan_is_not_the_same(pipe, targets):
     pipe.classifier.classifier.weight.data.zero_()  # the head does not matter: features come before it
-    targets.check_classifier(pipe.classifier)
+    targets.check_pipeline(pipe)
     for parameter in pipe.classifier.convnet.parameters():
         parameter.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="sees other features"):
-        targets.check_classifier(pipe.classifier)
+        targets.check_pipeline(pipe)
 
 
 def test_features_of_another_size_are_refused(targets):

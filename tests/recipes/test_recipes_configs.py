@@ -40,6 +40,7 @@ RECIPES = {
     "targets": (compute_targets, compute_targets.TargetsRecipe),
 }
 INPUTS = ("generator", "classifier", "finetune_from")  # folders that other commands make
+SPECS = '[{}, {"network": "untrained", "architecture": "convnet-2", "width": 4}]'
 HUB = ("uoft-cs/cifar10", "frgfm/imagenette")
 IMAGENETTE = ("tench", "chain saw")
 SMALL = {
@@ -131,10 +132,8 @@ def arguments(path, folder):
             '{"width": 4}',
             "--architecture",
             "convnet-2",
-            "--feature_architecture",
-            "convnet-2",
         ]
-        given += ["--feature_options", '{"width": 4}', "--images_per_call", "4", "--batch_size", "4"]
+        given += ["--features", SPECS, "--images_per_call", "4", "--batch_size", "4"]
     if kind == "classifier" and values["architecture"] == "resnet-18":
         given += ["--model_options", '{"width": 4}']
     return given

@@ -13,11 +13,10 @@ from diffusers import DDIMScheduler
 from transformers import AutoModelForImageClassification
 
 from conftest import NAMES, striped_images
-from dsco_hf import RKHS, DsCoPipeline, NOpt, Ridge, build_evaluator, concentrate, measure_discrepancy
+from dsco_hf import RKHS, DsCoPipeline, NOpt, Ridge, concentrate, measure_discrepancy
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.targets import MatchingTargets
-from dsco_hf.studies.plans import FEATURE_SEED, FEATURES
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment
 from recipes import concentrate as concentrate_recipe
@@ -58,10 +57,8 @@ def test_unknown_methods_are_named():
 
 
 def test_unknown_features_are_named():
-    with pytest.raises(
-        ValueError, match=r"one of \['trained', 'untrained', 'both'\], got 'untraind'. Nearest: 'untrained'"
-    ):
-        experiment.ExperimentRecipe(dataset="a", features="untraind")
+    with pytest.raises(ValueError, match=r"`network` must be one of .*, got 'untraind'. Nearest: 'untrained'"):
+        experiment.ExperimentRecipe(dataset="a", features='{"network": "untraind"}')
 
 
 def test_matched_features_are_of_the_chosen_networks(work):
@@ -72,14 +69,15 @@ def test_matched_features_are_of_the_chosen_networks(work):
     )
     options = ["--config", str(work / "tiny.yaml"), "--sets_dir", str(work / "sets")]
     networks, pixels = {}, {}
-    for features in FEATURES:
-        experiment.main([*options, "--features", features, "--output_dir", str(work / features)])
+    narrow = '{"network": "untrained", "architecture": "convnet-2", "width": 4}'
+    for name, features in {"trained": "{}", "untrained": narrow, "both": f"[{{}}, {narrow}]"}.items():
+        experiment.main([*options, "--features", features, "--output_dir", str(work / name)])
         AcceleratorState._reset_state(), PartialState._reset_state()
         (new,) = set((work / "sets").iterdir()) - set(networks)  # sets of other features are kept apart
         networks[new] = [spec.network for spec in MatchingTargets.from_pretrained(new / "targets-real").features]
         rows = Dataset.from_parquet(str(new / "sets" / "nopt-ipc1-seed0.parquet"), keep_in_memory=True)
-        pixels[features] = [image.tobytes() for image in rows["image"]]
-    assert list(networks.values()) == [["classifier"], ["classifier_2"], ["classifier", "classifier_2"]]
+        pixels[name] = [image.tobytes() for image in rows["image"]]
+    assert list(networks.values()) == [["classifier"], ["untrained"], ["classifier", "untrained"]]
     assert len({tuple(images) for images in pixels.values()}) == 3
 
 
@@ -99,7 +97,7 @@ def test_contrast_and_the_clearest_images_by_budget(work):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\nmethods: [nopt]\n"
         "budgets: [1, 2]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\nnum_inference_steps: 3\n"
-        "contrast: [6, 3]\nclearest_share: [1, 0.5]\noptimize_from: 0.4\narchitecture: convnet-2\n"
+        "objective: [rkhs]\ncontrast: [6, 3]\nclearest_share: [1, 0.5]\noptimize_from: 0.4\narchitecture: convnet-2\n"
         "model_options: '{\"width\": 4}'\n"
     )
     experiment.main(["--config", str(work / "tiny.yaml"), "--output_dir", str(work / "out")])
@@ -133,21 +131,17 @@ def test_contrast_and_the_clearest_images_by_budget(work):
     assert first["images_per_class"] == 1
 
 
-def test_objectives_by_budget_and_wider_features(work):
+def test_objectives_by_budget(work):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\n"
         "methods: [nopt, nopt-data-free]\nbudgets: [1, 2]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\n"
         "num_inference_steps: 3\nsamples_per_class: 3\nobjective: [ridge, rkhs]\nregularization: [0.5]\n"
-        "optimize_from: 0.4\nfeatures: both\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\n"
-        "feature_options: '{\"width\": 5}'\n"
+        "optimize_from: 0.4\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\n"
     )
     experiment.main(["--config", str(work / "tiny.yaml"), "--output_dir", str(work / "out")])
     (folder,) = (work / "out" / "work").iterdir()
-    wider = build_evaluator(
-        "convnet-2", class_names=NAMES, image_size=8, num_channels=1, seed=FEATURE_SEED, width=5
-    ).eval()
     classifier = AutoModelForImageClassification.from_pretrained(work / "classifier").eval()
-    pipe = DsCoPipeline.from_pretrained(work / "pipe", classifier=classifier, classifier_2=wider)
+    pipe = DsCoPipeline.from_pretrained(work / "pipe", classifier=classifier)
     options = {"guidance_scale": 1.0, "num_inference_steps": 3, "progress": False}
     for method, population in (("nopt", "real"), ("nopt-data-free", "nopt-data-free")):
         targets = MatchingTargets.from_pretrained(folder / f"targets-{population}")
@@ -166,7 +160,7 @@ def test_objectives_by_budget_and_wider_features(work):
 def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\n"
-        "methods: [plain, nopt, nopt-data-free, nopt-quantile]\n"
+        "methods: [plain, nopt, nopt-data-free, nopt-quantile]\nobjective: [rkhs]\n"
         "budgets: [1, 2]\nsynthesis_seeds: 2\ntraining_seeds: 1\nnum_inference_steps: 3\nsamples_per_class: 6\n"
         "quantile_iterations: 2\nsteps: 3\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\nfull: true\n"
     )
@@ -208,7 +202,7 @@ def test_two_processes_make_the_table_of_one(work):
         "generator: pipe\nclassifier: classifier\ndataset: data\n"
         "methods: [plain, nopt, nopt-data-free, nopt-quantile]\nbudgets: [1, 2]\ntraining_seeds: 2\nsteps: 3\n"
         "num_inference_steps: 3\nsamples_per_class: 5\nquantile_iterations: 2\narchitecture: convnet-2\n"
-        "model_options: '{\"width\": 4}'\nfeatures: both\n"
+        "model_options: '{\"width\": 4}'\n"
     )
     tables = []
     for processes in (1, 2):
@@ -340,10 +334,10 @@ def test_the_folder_of_targets_and_sets_is_named_by_all_that_decides_them(change
         model.config.image_mean = [0.3]
         model.save_pretrained(work / "classifier")
     elif changed == "versions":
-        monkeypatch.setattr("dsco_hf.studies.kept.versions", lambda: {"torch": "0.0"})
+        monkeypatch.setattr("dsco_hf.matching.kept.versions", lambda: {"torch": "0.0"})
     elif changed != "nothing":
         options = {
-            "features": {"features": "untrained"}, "steps": {"num_inference_steps": 3},
-            "regularised": {"objective": ["ridge"]},
+            "features": {"features": "{}"}, "steps": {"num_inference_steps": 3},
+            "regularised": {"objective": ["rkhs"]},
         }[changed]  # fmt: skip
     assert (folder(**options) == base) == (changed in ("nothing", "test images", "evaluators"))

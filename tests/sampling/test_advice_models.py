@@ -157,10 +157,13 @@ CHECKS = {
         is_of(2),
     ),
     "no second moment": (
-        lambda w: ridge(w, w.targets),
-        r"make them with `MatchingTargets.from_dataset\(dataset, pipe, second_moment=True\)`",
-        lambda w: ridge(w, MatchingTargets.from_dataset(w.real, w.pipe, second_moment=True)),
-        is_of(2),
+        lambda w: ridge(w, targets_of(w, second_moment=False)),
+        r"make them with `MatchingTargets.from_dataset\(dataset, pipe\)`, or choose objective='rkhs'",
+        lambda w: [
+            *ridge(w, MatchingTargets.from_dataset(w.real, w.pipe)),
+            *ridge(w, targets_of(w, second_moment=False), objective="rkhs"),
+        ],
+        is_of(4),
     ),
     "an objective of a method that has none": (
         lambda w: w.pipe([0], method="plain", objective="ridge", **FAST),
@@ -312,6 +315,52 @@ FEATURES = {
             ).num_classes
         ),
         3,
+    ),
+    "a classifier that is missing": (
+        lambda w: targets_of(w, {}, w.without),
+        r"has none: pass `classifier=` .*or match FeatureSpec\(network='untrained'\)",
+        lambda w: targets_of(w, FeatureSpec(network="untrained"), w.without).num_classes,
+        3,
+    ),
+    "the architecture of a trained network": (
+        lambda w: FeatureSpec(architecture="convnet-2"),
+        "leave it out, or choose network='untrained'",
+        lambda w: (
+            FeatureSpec().architecture,
+            FeatureSpec(network="untrained", architecture="convnet-2").architecture,
+        ),
+        (None, "convnet-2"),
+    ),
+    "the width of a network that has its own": (
+        lambda w: FeatureSpec(network="untrained", architecture="vit", width=8),
+        "leave it out, or choose a ConvNet, such as 'convnet-3'",
+        lambda w: [
+            FeatureSpec(network="untrained", architecture=name, width=width).width
+            for name, width in (("vit", None), ("convnet-3", 8))
+        ],
+        [None, 8],
+    ),
+    "a component in the place of another": (
+        lambda w: DsCoPipeline(w.make.transformer(), DDIMScheduler(), w.make.convnet()),
+        "`vae` must be an AutoencoderKL of diffusers, got ConvNet.*: pass it by name, `classifier=...`",
+        lambda w: DsCoPipeline(w.make.transformer(), DDIMScheduler(), classifier=w.make.convnet()).vae,
+        None,
+    ),
+    "a component in no place": (
+        lambda w: DsCoPipeline(w.make.transformer(), DDIMScheduler(), None, w.make.transformer()),
+        "`classifier` must be an image classifier of transformers, got DiT.*: pass components by name",
+        lambda w: DsCoPipeline(denoiser=w.make.transformer(), scheduler=DDIMScheduler()).classifier,
+        None,
+    ),
+    "the revision of no classifier": (
+        lambda w: DsCoPipeline.from_pretrained(w.saved("plain"), classifier_revision="main"),
+        "pass its id as well, `classifier='user/name'`",
+        lambda w: (
+            DsCoPipeline.from_pretrained(
+                w.saved("plain"), classifier=w.saved("full", w.pipe) + "/classifier", classifier_revision="main"
+            ).classifier.training
+        ),
+        False,
     ),
     "a classifier in train mode": (
         lambda w: targets_of(w, pipe=trained_classifier(w, True)),

@@ -38,7 +38,7 @@ def draw(pipe, make, labels=LABELS, targets=None, *, seeds=SEEDS, **options):
 @pytest.fixture
 def latent_targets(latent_pipe, make):
     images = make.images((4, 4, 4), names=("tench", "goldfish", "chainsaw"))
-    return MatchingTargets.from_dataset(images, latent_pipe, embedding_dim=128, progress=False)
+    return MatchingTargets.from_dataset(images, latent_pipe, features={}, embedding_dim=128, progress=False)
 
 
 def test_plain_sampling_is_ancestral_ddim(pipe, make):
@@ -256,7 +256,7 @@ def test_calls_are_counted(latent_pipe, latent_targets, make, scale, lookahead, 
             with_kwargs=True,
         )
     options = {"optimization_steps": updates, "lookahead": lookahead, "guidance_scale": scale}
-    latent_targets.check_classifier(latent_pipe.classifier)
+    latent_targets.check_pipeline(latent_pipe)
     probes = len(seen["classifier"])  # passes of the check that the classifier is the right one
     assert probes > 0
     seen["classifier"].clear()
@@ -571,7 +571,7 @@ def test_classifier_registered_later_gets_its_preprocessing(make, real_images, t
         delattr(resnet.config, name)
     resnet.config.name_or_path = resnet.name_or_path = str(tmp_path)
     pipe.register_modules(classifier=resnet)
-    targets = MatchingTargets.from_dataset(real_images, pipe, embedding_dim=16, progress=False)
+    targets = MatchingTargets.from_dataset(real_images, pipe, features={}, embedding_dim=16, progress=False)
     assert resnet.config.image_size == 224 and targets.feature_dim == 6
 
 

@@ -50,7 +50,7 @@ def test_a_compiled_denoiser_draws_the_same_images(pipe, targets, make, way, tmp
 def test_offloading_keeps_the_images_and_the_classifier(latent_pipe, make):
     """accelerate's own hooks, with the CPU as the device that models are moved to."""
     images = make.images((3, 3, 3), names=("tench", "goldfish", "chainsaw"))
-    targets = MatchingTargets.from_dataset(images, latent_pipe, embedding_dim=32, progress=False)
+    targets = MatchingTargets.from_dataset(images, latent_pipe, features={}, embedding_dim=32, progress=False)
     plain, optimised = draw(latent_pipe, make).images, draw(latent_pipe, make, targets).images
     latent_pipe.enable_model_cpu_offload(device="cpu")
     assert latent_pipe._execution_device.type == "cpu"

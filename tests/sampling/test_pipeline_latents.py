@@ -33,7 +33,7 @@ def tiny_preview(seed=4, **options):
 @pytest.fixture
 def latent_targets(latent_pipe, make):
     images = make.images((4, 4, 4), names=("tench", "goldfish", "chainsaw"))
-    return MatchingTargets.from_dataset(images, latent_pipe, embedding_dim=128, progress=False)
+    return MatchingTargets.from_dataset(images, latent_pipe, features={}, embedding_dim=128, progress=False)
 
 
 @pytest.mark.parametrize(

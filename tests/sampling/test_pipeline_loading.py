@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from dsco_hf import DsCoPipeline
 from dsco_hf.sampling.loading import own_class
@@ -30,6 +30,24 @@ def test_our_own_classifier_comes_back_without_trust(pipe, folder):
     for name, tensor in pipe.classifier.state_dict().items():
         assert torch.equal(loaded.classifier.state_dict()[name], tensor)
     assert DsCoPipeline.from_pretrained(folder, classifier=None).classifier is None
+
+
+def test_a_classifier_is_named_by_its_folder(make, folder, tmp_path):
+    make.resnet(channels=1, image_size=8).save_pretrained(tmp_path / "resnet")
+    named = DsCoPipeline.from_pretrained(folder, classifier=tmp_path / "resnet", dtype={"classifier": torch.float16})
+    assert type(named.classifier).__name__ == "ResNetForImageClassification" and not named.classifier.training
+    assert named.classifier.dtype == torch.float16 and named.denoiser.dtype == torch.float32
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        DsCoPipeline.from_pretrained(folder, classifier=str(tmp_path / "nowhere"))
+    (tmp_path / "resnet" / "model.safetensors").rename(tmp_path / "resnet" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickles can run code"):
+        DsCoPipeline.from_pretrained(folder, classifier=str(tmp_path / "resnet"))
+
+
+@pytest.mark.parametrize("place", ["vae", "preview_vae", "classifier", "classifier_2", "scheduler"])
+def test_a_component_in_the_place_of_another_is_refused(make, place):
+    with pytest.raises(TypeError, match=f"`{place}` must be an? .*, got UNet2DModel: pass components by name"):
+        DsCoPipeline(make.transformer(), **{"scheduler": DDIMScheduler(), place: make.unet()})
 
 
 def test_files_of_code_follow_the_components(pipe, make, folder):

@@ -35,7 +35,7 @@ def guided_pipe(make):
 
 @pytest.fixture
 def unet_targets(guided_pipe, real_images):
-    return MatchingTargets.from_dataset(real_images, guided_pipe, embedding_dim=64, progress=False)
+    return MatchingTargets.from_dataset(real_images, guided_pipe, features={}, embedding_dim=64, progress=False)
 
 
 def draw(pipe, make, targets=None, labels=(0, 0, 1, 2), *, scale=2.0, **options):

@@ -24,12 +24,13 @@ from dsco_hf import (
 from dsco_hf.data.datasets import dataset_fingerprint
 from dsco_hf.evaluators import Execution, job_identity, load_image_set, run_job, train_job
 from dsco_hf.generators.data import TrainingData
-from dsco_hf.studies.kept import KeptSets, kept_check, kept_targets, pipeline_identity
+from dsco_hf.matching.kept import kept_targets, pipeline_identity
+from dsco_hf.studies.kept import KeptSets, kept_check
 
 
 QUICK = get_protocol("quick", epochs=2, image_size=8)
 OTHER_VERSIONS = {"torch": "0.0"}
-MODULES = ("evaluators.training", "evaluators.evaluation", "studies.kept", "concentration.runs", "matching.targets",
+MODULES = ("evaluators.training", "evaluators.evaluation", "matching.kept", "concentration.runs", "matching.targets",
            "generators.training")  # fmt: skip
 SAMPLING = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
