@@ -1,6 +1,10 @@
 """Tiny real components: generators of three classes in pixel and latent space, classifiers, and 8x8 images."""
 
 import copy
+import functools
+import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -11,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
 
+import launches
 from advice import World
 from dsco_hf import ConvNetConfig, ConvNetForImageClassification, DsCoPipeline, MatchingTargets
 from hub import Client, LoopbackHub
@@ -202,6 +207,27 @@ def latent_pipe(dit_folder):
     pipe = DsCoPipeline.from_pretrained(dit_folder, classifier=tiny_resnet(names=IMAGENET_NAMES))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Python processes that something starts are forked from one that has imported the libraries; see `launches`."""
+    start = subprocess.run
+
+    def run(command, *, check=False, env=None, **options):
+        if command[0] != sys.executable:
+            return start(command, check=check, env=env, **options)
+        done = launches.run(command, env=env)
+        if check:
+            done.check_returncode()
+        return done
+
+    launches.serve()
+    monkeypatch.setattr(subprocess, "run", run)
+    spawn = functools.partial(torch.multiprocessing.start_processes, start_method=launches.METHOD)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    for module in (multiprocessing, torch.multiprocessing):
+        monkeypatch.setattr(module, "get_context", lambda method: launches.CONTEXT)
 
 
 @pytest.fixture(scope="module")

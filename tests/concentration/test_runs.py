@@ -26,6 +26,7 @@ from dsco_hf.concentration.run_folder import RunFolder
 from dsco_hf.concentration.runs import concentrate_to_folder
 from dsco_hf.utils.origins import model_sha256, targets_sha256
 from dsco_hf.utils.processes import RunError
+from launches import run
 
 
 ROOT = Path(__file__).parents[2]
@@ -338,23 +339,24 @@ sys.path.insert(0, sys.argv[2])
 from conftest import pixel_pipeline, striped_images, tiny_convnet
 from dsco_hf import MatchingTargets, NOpt
 from dsco_hf.concentration.runs import concentrate_to_folder
+from dsco_hf.utils.processes import RunError
 
 pipe = pixel_pipeline(classifier=tiny_convnet())
 targets = MatchingTargets.from_dataset(striped_images(), pipe, features={}, embedding_dim=256, progress=False)
 if sys.argv[3] != "none":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-result = concentrate_to_folder(
-    pipe, targets, 4, sys.argv[1], num_inference_steps=4, guidance_scale=1.0, method=NOpt(start=0.0), block_size=2,
-    images_per_call=2, progress=False,
-)
-print(result.message)
+try:
+    concentrate_to_folder(
+        pipe, targets, 4, sys.argv[1], num_inference_steps=4, guidance_scale=1.0, method=NOpt(start=0.0),
+        block_size=2, images_per_call=2, progress=False,
+    )
+except RunError as error:  # a whole traceback is longer than a file may be
+    sys.exit(f"RunError: {error}")
 """
 
 
 def run_apart(folder, limit="none"):
-    command = [sys.executable, "-c", FAIL, str(folder), str(ROOT / "tests"), str(limit)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    return run([sys.executable, "-c", FAIL, str(folder), str(ROOT / "tests"), str(limit)])
 
 
 @pytest.fixture

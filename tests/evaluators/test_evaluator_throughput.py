@@ -32,7 +32,7 @@ def test_conventional_images_are_augmented_one_by_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_figures(tmp_path, capsys):
+def test_figures(forked, tmp_path, capsys):
     out = tmp_path / "figures.json"
     options = ["--architecture", "convnet-1", "--image_size", "8", "--images_per_class", "2", "--seconds", "0.2"]
     results = benchmark.main([*options, "--settings", "fp32", "--cores", "1", "--out", str(out)])

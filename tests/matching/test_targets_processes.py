@@ -1,9 +1,6 @@
 """Targets in several processes, and passes that are killed and continued."""
 
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +12,8 @@ from dsco_hf import MatchingTargets
 from dsco_hf.matching.files import PASS_NAME
 from dsco_hf.utils.files import locked
 from dsco_hf.utils.processes import RunError
+from launches import LAUNCHER, launch_environment
+from launches import run as run_command
 from targets_worker import CASES, DRAWN, SMALL, made_from_dataset, sorted_images
 
 
@@ -31,18 +30,9 @@ def assert_same(a, b, tolerance=1e-6):
 
 def run(*arguments, processes=1):
     """Runs the worker as a process of its own, or as several of them that `accelerate launch` connects."""
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-        command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port)]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*LAUNCHER, "--multi_gpu", "--num_processes", str(processes)] if processes > 1 else [sys.executable]
     command += [str(TESTS / "targets_worker.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return run_command(command, env=launch_environment())
 
 
 class CountedCalls:

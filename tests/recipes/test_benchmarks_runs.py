@@ -26,7 +26,7 @@ def test_one_kill(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes(capsys):
+def test_two_processes(forked, capsys):
     figures = two_processes.main(["--rounds", "1", "--images_per_class", "2", "--num_inference_steps", "2"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     assert figures["identical"] == 1 and figures["speedup"] > 0 and figures["measured"][0]["command_1"] > 0

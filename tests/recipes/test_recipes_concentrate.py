@@ -1,7 +1,6 @@
 """The recipe as users launch it: finished, extended, refused, failing, made again; alone and by two processes."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from dsco_hf.concentration.run_folder import RunFolder
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.flat import FLAT
 from dsco_hf.utils.configs import parse_config
-from launches import launch_command, launch_environment
+from launches import launch_command, launch_environment, run
 from recipes.concentrate import ConcentrateRecipe, check_recipe, main
 
 
@@ -42,11 +41,8 @@ def work(tmp_path_factory, _pixel_pipe, _targets):
 
 
 def launch(folder, *options, processes=1, fails=False):
-    done = subprocess.run(
-        launch_command("concentrate", "--config", "run.yaml", *options, processes=processes), cwd=folder,
-        env=launch_environment(),
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = launch_command("concentrate", "--config", "run.yaml", *options, processes=processes)
+    done = run(command, cwd=folder, env=launch_environment())
     if bool(done.returncode) != fails:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from dsco_hf.data.datasets import load_image_dataset
 from dsco_hf.studies.metrics import paired_difference
 from dsco_hf.studies.tables import comparison_table, latex_table
 from dsco_hf.utils.configs import parse_config
-from launches import launch_command, launch_environment
+from launches import Launch, launch_command, launch_environment
 from recipes import compare, train_classifier, train_evaluator
 
 
@@ -51,18 +48,12 @@ def launch(script, *options, processes=1, wait=True):
     environment = launch_environment()
     if not torch.accelerator.is_available():  # then the recipes connect their processes by themselves
         del environment["ACCELERATE_USE_CPU"]
-    process = subprocess.Popen(
-        launch_command(script, *options, processes=processes),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = Launch(launch_command(script, *options, processes=processes), env=environment)
     if not wait:
         return process
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    status = process.wait(300)
+    output = "".join(process.output())
+    assert status == 0, output
     return output
 
 
@@ -341,15 +332,14 @@ def test_two_processes_share_the_seeds_and_change_nothing(small, tmp_path):
 @pytest.mark.slow
 def test_a_killed_evaluation_resumes_to_the_same_accuracies(small, tmp_path):
     options = ["--dataset", str(small / "small2.parquet"), "--test_dataset", "digits", "--seeds", "2", *TINY]
-    options += ["--architectures", "convnet-2", "--steps", "400", "--checkpoint_seconds", "0"]
+    options += ["--architectures", "convnet-2", "--steps", "150", "--checkpoint_seconds", "0"]
     train_evaluator.main([*options, "--output_dir", str(tmp_path / "whole")])
     process = launch("train_evaluator", *options, "--output_dir", str(tmp_path / "killed"), wait=False)
     checkpoint = tmp_path / "killed" / "jobs" / "small-convnet-2-run1.safetensors"  # the first seed has ended
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
     assert checkpoint.exists() and not (tmp_path / "killed" / "results.json").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
     train_evaluator.main([*options, "--output_dir", str(tmp_path / "killed")])
@@ -369,15 +359,14 @@ def test_two_processes_train_one_classifier(tmp_path):
 @pytest.mark.slow
 def test_a_killed_classifier_resumes_to_the_same_weights(tmp_path):
     options = ["--architecture", "convnet-2", "--num_channels", "1", "--model_options", '{"width": 4}']
-    options += ["--epochs", "60", "--checkpoint_seconds", "0"]
+    options += ["--epochs", "20", "--checkpoint_seconds", "0"]
     launch("train_classifier", *options, "--output_dir", str(tmp_path / "whole"))
     process = launch("train_classifier", *options, "--output_dir", str(tmp_path / "killed"), wait=False)
     checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
     assert checkpoint.exists() and not (tmp_path / "killed" / "results.json").exists()
     launch("train_classifier", *options, "--output_dir", str(tmp_path / "killed"), "--resume")
     whole, killed = (AutoModelForImageClassification.from_pretrained(tmp_path / name) for name in ("whole", "killed"))

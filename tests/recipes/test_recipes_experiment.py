@@ -1,7 +1,6 @@
 import json
 import shutil
 import statistics
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.utils.configs import parse_config
-from launches import launch_command, launch_environment
+from launches import launch_command, launch_environment, run
 from recipes import concentrate as concentrate_recipe
 from recipes import experiment
 
@@ -207,9 +206,7 @@ def test_two_processes_make_the_table_of_one(work):
     tables = []
     for processes in (1, 2):
         command = launch_command("experiment", "--config", "tiny.yaml", "--output_dir", processes, processes=processes)
-        done = subprocess.run(
-            command, cwd=work, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False
-        )
+        done = run(command, cwd=work, env=launch_environment())
         assert done.returncode == 0, done.stderr[-4000:]
         rows = json.loads((work / str(processes) / "results.json").read_text())["rows"]
         tables.append([{key: value for key, value in row.items() if key not in TIMES} for row in rows])

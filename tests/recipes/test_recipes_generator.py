@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.utils.configs import parse_config
-from launches import launch_command, launch_environment
+from launches import launch_command, launch_environment, run
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +33,7 @@ def launch(folder, *options, processes=1):
     """Runs the recipe as a user does."""
     (folder / "tiny.yaml").write_text(TINY)
     command = launch_command("train_generator", "--config", "tiny.yaml", *options, processes=processes)
-    done = subprocess.run(
-        command, cwd=folder, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run(command, cwd=folder, env=launch_environment())
     if done.returncode:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -140,12 +136,5 @@ def test_options_that_contradict_each_other_are_refused(options, message):
 
 
 def test_unknown_options_are_named():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "train_generator.py"), "--train_step", "3"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run([sys.executable, str(ROOT / "recipes" / "train_generator.py"), "--train_step", "3"])
     assert done.returncode and "Unknown option '--train_step'. Nearest: 'train_steps'" in done.stderr

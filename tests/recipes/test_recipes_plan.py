@@ -137,7 +137,7 @@ def test_the_benchmark_of_cost_at_tiny_size(cost, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_method_runs_in_a_process_of_its_own(cost, tmp_path, capsys):
+def test_a_method_runs_in_a_process_of_its_own(forked, cost, tmp_path, capsys):
     options = cost.parse(["--tiny", "--num_inference_steps", "2"])
     found = cost.run_worker("plain", options, tmp_path / "plain.json")
     assert found["denoiser_calls"] == 4 and found["peak_memory_gib"] > 0.05

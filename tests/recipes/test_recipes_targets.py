@@ -1,8 +1,6 @@
+import importlib
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -94,15 +92,10 @@ def test_what_to_match_is_asked_for(folder):
         ),
     ],
 )
-def test_benchmarks_run_and_report(tmp_path, script, options, figures):
-    path = ROOT / "recipes" / "benchmarks" / f"{script}.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(
-        [sys.executable, str(path), *options, "--out", str(tmp_path / "out.json")],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+def test_benchmarks_run_and_report(forked, tmp_path, capsys, script, options, figures):
+    main = importlib.import_module(f"recipes.benchmarks.{script}").main
+    main([*options, "--out", str(tmp_path / "out.json")])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results == json.loads((tmp_path / "out.json").read_text())
     for name, (low, high) in figures.items():
         assert low < results[name] < high

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from matplotlib.transforms import Bbox
 from dsco_hf.concentration import methods
 from dsco_hf.studies import feature_figures, figures
 from dsco_hf.studies import tables as report
+from launches import run
 from recipes import readme_table
 
 
@@ -251,7 +251,7 @@ def test_figures_leave_pyplot_alone(tmp_path, results):
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     (tmp_path / "r.json").write_text(json.dumps(results))
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert run([sys.executable, "-c", code]).returncode == 0
 
 
 # --- tables

@@ -1,13 +1,13 @@
 import ctypes
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass, field
 
 import pytest
 
 from dsco_hf.utils.configs import check_made, parse_config
+from launches import run
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,8 @@ print(during.hblkhd - before.hblkhd, after.arena - before.arena + before.keepcos
 @pytest.mark.parametrize(("kind", "kept"), [("recipe", True), ("told", False)])
 def test_what_a_step_frees_is_there_for_the_next(kind, kept):
     environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "GLIBC_TUNABLES")}
-    done = subprocess.run(
-        [sys.executable, "-c", HEAP, kind], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+    done = run([sys.executable, "-c", HEAP, kind], env=environment)
+    assert done.returncode == 0, done.stderr
     mapped, kept_bytes = map(int, done.stdout.split()[-2:])
     # Large blocks either come from the heap, which keeps them, or are mapped for this use only.
     assert (mapped, kept_bytes >= 40_000_000) == (0, True) if kept else mapped >= 40_000_000 > kept_bytes

@@ -7,6 +7,7 @@ from accelerate import PartialState
 
 from dsco_hf.utils.configs import make_accelerator
 from dsco_hf.utils.processes import RunError, Team
+from launches import METHOD
 
 
 def fail():
@@ -45,4 +46,4 @@ def test_two_processes_learn_of_one_anothers_errors():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    mp.start_processes(together, args=(port,), nprocs=2, start_method="spawn")
+    mp.start_processes(together, args=(port,), nprocs=2, start_method=METHOD)
