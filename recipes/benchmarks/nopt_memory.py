@@ -83,6 +83,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         settings["images_per_class"],
         block_size=settings["block"],
         method=Sampling(batch_size=settings["batch_size"]),
+        objective="rkhs",  # there is one class only
         images_per_call=1,  # one class a call
         num_inference_steps=settings["num_inference_steps"],
         guidance_scale=1.5,

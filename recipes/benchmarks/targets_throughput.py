@@ -187,6 +187,8 @@ def make_targets(pipe: DsCoPipeline, dataset: Dataset, settings: dict[str, Any])
     MatchingTargets.from_dataset(
         dataset,
         pipe,
+        features={},  # the pass is held against the classifier's own throughput
+        second_moment=False,
         batch_size=settings["batch_size"],
         decode_threads=settings["decode_threads"],
         progress=False,
