@@ -4,7 +4,25 @@ from .concentration.concentrate import ConcentrationReport, concentrate, concent
 from .concentration.doping import dope, recorded_doping, select
 from .concentration.records import concentration_record
 from .concentration.runs import concentrate_to_folder
-from .concentration.selection import Clarity, Clearest, Herding, Random, Selection
+from .concentration.selection import (
+    AUM,
+    CCS,
+    D2,
+    DUAL,
+    EL2N,
+    Clarity,
+    Clearest,
+    DynUnc,
+    Forgetting,
+    Herding,
+    KCenter,
+    Moderate,
+    Random,
+    RidgeRule,
+    Selection,
+    TrainingLog,
+    log_training,
+)
 from .data.datasets import Pool, load_digits_dataset, load_image_dataset
 from .evaluators import (
     ConvNetConfig,
@@ -99,4 +117,16 @@ __all__ = [
     "select",
     "train_evaluator",
     "verify",
+    "CCS",
+    "D2",
+    "KCenter",
+    "Moderate",
+    "AUM",
+    "DUAL",
+    "EL2N",
+    "DynUnc",
+    "Forgetting",
+    "TrainingLog",
+    "log_training",
+    "RidgeRule",
 ]

@@ -88,15 +88,14 @@ def dope(
     whole = Pool.of(real, image_column=image_column, label_column=label_column, progress=progress)
     pool, mine = whole.of_classes(names), Pool(small, progress=progress)
     class_wise = total is None if class_wise is None else class_wise
-    budget = None
+    wanted: Sequence[int] | int
     if rule.across_classes and not class_wise:
         size = total if total is not None else (images_per_class or 0) * len(names)
-        budget = _check_budget(size, len(small), len(pool.labels))
-        wanted = [min(budget, count) for count in pool.counts]
+        wanted = _check_budget(size, len(small), len(pool.labels))
     else:
         held, available = torch.tensor(mine.counts), torch.tensor(pool.counts)
         wanted = _per_class(names, held, available, images_per_class, total)
-    chosen = choose(rule, pool, mine, wanted, pipe, seed, budget=budget)
+    chosen = choose(rule, pool, mine, wanted, pipe, seed)
     classifier = None if pipe is None else pipe.classifier
     doping = {
         **{"strategy": rule.record(names, pipe), "images_per_class": images_per_class, "total": total},
@@ -145,6 +144,7 @@ def select(
     strategy: str | Selection,
     *,
     images_per_class: int | None = None,
+    total: int | None = None,
     pipe: DsCoPipeline | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -156,8 +156,10 @@ def select(
     Args:
         real (`Dataset`, `ImageSet` or [`Pool`]): the images; a pool keeps what was read for the next selection.
         strategy (`str` or [`Selection`]): a rule, or the name of one with its defaults.
-        images_per_class (`int`, *optional*): at least 1; a smaller choice is part of a larger one. Only rules that
-            say themselves how many, such as [`Clearest`], need none.
+        images_per_class (`int`, *optional*): at least 1; a smaller choice is part of a larger one, unless the rule
+            is not `nested`. Only rules that say themselves how many, such as [`Clearest`], need no number.
+        total (`int`, *optional*): in its place, of all classes together: rules `across_classes` take the best of all,
+            the others spread it evenly over the classes, as far as these have images.
         pipe (`DsCoPipeline`, *optional*): for rules that ask its models.
         image_column (`str`, *optional*): where there are several of the kind.
         label_column (`str`, *optional*): likewise.
@@ -165,14 +167,14 @@ def select(
         progress (`bool`): show progress bars.
 
     Returns:
-        `Dataset` or `ImageSet`, as `real` is: class by class, best first; in the order of `real` without
-            `images_per_class`.
+        `Dataset` or `ImageSet`, as `real` is: best first, class by class unless the best of all were taken; in the
+            order of `real` without a number.
 
     Raises:
         ValueError: where a class that has images has fewer than wanted, or a rule misses what it needs.
     """
     pool = Pool.of(real, image_column=image_column, label_column=label_column, progress=progress)
-    rows = selected_rows(pool, strategy, images_per_class=images_per_class, pipe=pipe, seed=seed)
+    rows = selected_rows(pool, strategy, images_per_class=images_per_class, total=total, pipe=pipe, seed=seed)
     return pool.real.select(rows.tolist())
 
 
@@ -181,6 +183,7 @@ def selected_rows(
     strategy: str | Selection,
     *,
     images_per_class: int | None = None,
+    total: int | None = None,
     pipe: DsCoPipeline | None = None,
     seed: int = 0,
 ) -> torch.Tensor:
@@ -188,10 +191,20 @@ def selected_rows(
     rule = Selection.of(strategy)
     if not len(pool.labels):
         raise ValueError("No image to choose from: the dataset is empty.")
+    if total is not None:
+        if images_per_class is not None:
+            raise ValueError(
+                "Pass either `images_per_class` or `total`, the number of images of all classes together."
+            )
+        if not 1 <= check_whole("total", total, 1) <= len(pool.labels):
+            raise ValueError(f"`total` must be from 1 to {len(pool.labels)}, the images there are; got {total}.")
+        have = torch.tensor(pool.counts)
+        spread = total if rule.across_classes else _per_class(pool.names, 0 * have, have, None, total)
+        return pool.rows[choose(rule, pool, None, spread, pipe, seed)]
     if images_per_class is None:
         if not rule.picks:
             raise ValueError(f"`images_per_class` is missing: {rule.name!r} ranks all images there are.")
-        return pool.rows[choose(rule, pool, None, pool.counts, pipe, seed, budget=len(pool.labels)).sort().values]
+        return pool.rows[choose(rule, pool, None, len(pool.labels), pipe, seed).sort().values]
     count = check_whole("images_per_class", images_per_class, 1)
     present = [(name, have) for name, have in zip(pool.names, pool.counts, strict=True) if have]
     if lacking := [f"{name!r} has {have}" for name, have in present if have < count]:
@@ -206,11 +219,9 @@ def choose(
     rule: Selection,
     pool: Pool,
     small: Pool | None,
-    wanted: Sequence[int],
+    wanted: Sequence[int] | int,
     pipe: DsCoPipeline | None,
     seed: int,
-    *,
-    budget: int | None = None,
 ) -> torch.Tensor:
     """Places in the pool, `(n,)`: the first of every class by a rule's ranking, or the first of all.
 
@@ -218,10 +229,9 @@ def choose(
         rule ([`Selection`]): which ranks.
         pool ([`Pool`]): real images.
         small ([`Pool`], *optional*): what they are added to.
-        wanted (sequence of `int`): of each class.
+        wanted (sequence of `int`, or `int`): of each class; or up to so many of all classes together.
         pipe (`DsCoPipeline`, *optional*): for the rule.
         seed (`int`): for the rule.
-        budget (`int`, *optional*): up to so many of all classes together, in place of `wanted`.
 
     Raises:
         ValueError: for what is no ranking of the pool, or one with too few images of a class.
@@ -235,8 +245,8 @@ def choose(
         )
     if len(order.unique()) < len(order):
         raise ValueError(f"`rank` of {name!r} returned a place twice: each image can be chosen once.")
-    if budget is not None:
-        return order[:budget]
+    if isinstance(wanted, int):
+        return order[:wanted]
     parts = [order[pool.labels[order] == row][:count] for row, count in enumerate(wanted)]
     for class_name, part, count in zip(pool.names, parts, wanted, strict=True):
         if len(part) < count:

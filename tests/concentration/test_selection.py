@@ -126,7 +126,10 @@ def test_a_rule_by_its_name_takes_the_options_that_it_has():
     offered = {"num_students": 4, "protocol": SHORT, "targets": None}
     assert find_selection("clarity", **offered) == Clarity(num_students=4, protocol=SHORT)
     assert [find_selection(name, **offered) for name in ("herding", "random")] == [Herding(), Random()]
-    assert [name for name in Selection.kinds if ":" not in name] == ["random", "herding", "clarity", "clearest"]
+    assert [name for name in Selection.kinds if ":" not in name] == [
+        *["random", "herding", "clarity", "clearest", "el2n", "forgetting", "aum", "dyn_unc", "dual"],
+        *["ccs", "moderate", "k_center", "d2", "ridge_rule"],
+    ]
 
 
 # Clarity.

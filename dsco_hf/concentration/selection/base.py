@@ -13,10 +13,10 @@ anywhere and pass it; nothing has to be told of it elsewhere:
     mixed = dope(small, real, strategy=Darkest(), images_per_class=50)
     few = select(real, Darkest(power=2.0), images_per_class=10)
 
-Of a ranking the first images of every class are taken, so that choices are nested by construction. The record of a
-doped set names the rule, one's own by its import path, with its fields; `recorded_doping` makes it again. A rule
-that compares images of different classes says `across_classes = True`, one that says itself how many are chosen
-`picks = True`.
+Of a ranking the first images of every class are taken, so that choices are nested by construction, unless the rule
+says `nested = False`. The record of a doped set names the rule, one's own by its import path, with its fields;
+`recorded_doping` makes it again. A rule that compares images of different classes says `across_classes = True`, one
+that says itself how many are chosen `picks = True`. More rules are in the files beside this one.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.datasets import Pool
-from ..data.labels import class_mapping
-from ..data.schema import image_seed
-from ..evaluators import predict_logits
-from ..evaluators.batches import class_columns, model_classes
-from ..evaluators.evaluation import ImageSet, evaluator_builder
-from ..evaluators.protocols import Protocol, get_protocol, protocol_from_dict, protocol_to_dict
-from ..evaluators.training import train_evaluator
-from ..matching.discrepancy import embed_pixels
-from ..matching.feature_spec import POOLED
-from ..matching.features import features_and_logits
-from ..matching.kernels import draw_frequencies, fourier_embedding, herd, median_bandwidth
-from ..matching.objectives import class_margin
-from ..matching.targets import MatchingTargets
-from ..sampling.pipeline import DsCoPipeline
-from ..utils.names import find_classes
-from ..utils.origins import model_sha256, targets_sha256
-from ..utils.values import Choice, check_choice, check_real, plain, plain_fields
+from ...data.datasets import Pool
+from ...data.labels import class_mapping
+from ...data.schema import image_seed
+from ...evaluators import predict_logits
+from ...evaluators.batches import class_columns, model_classes
+from ...evaluators.evaluation import ImageSet, evaluator_builder
+from ...evaluators.protocols import Protocol, get_protocol, protocol_from_dict, protocol_to_dict
+from ...evaluators.training import train_evaluator
+from ...matching.discrepancy import embed_pixels
+from ...matching.feature_spec import POOLED
+from ...matching.kernels import herd
+from ...matching.objectives import class_margin
+from ...matching.targets import MatchingTargets
+from ...sampling.pipeline import DsCoPipeline
+from ...utils.names import find_classes
+from ...utils.origins import model_sha256, targets_sha256
+from ...utils.values import Choice, check_choice, check_real, plain, plain_fields
+from .features import fourier_features, image_features
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Selection(Choice):
         across_classes (`bool`): its ranking compares images of different classes: the first of all of them may be
             chosen. Otherwise every class is filled by itself.
         picks (`bool`): it ranks only those that should be chosen, so that their number need not be said.
+        nested (`bool`): its ranking does not depend on how many are wanted, so that a small choice is part of a large
+            one.
         sentence (`str`): what cards say was done; by its name if empty.
     """
 
@@ -71,17 +73,19 @@ class Selection(Choice):
     sentence: ClassVar[str] = ""
     across_classes: ClassVar[bool] = False
     picks: ClassVar[bool] = False
+    nested: ClassVar[bool] = True
 
     @abc.abstractmethod
     def rank(
-        self, pool: Pool, small: Pool | None, wanted: Sequence[int], pipe: DsCoPipeline | None, seed: int
+        self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
         """Images of the pool in the order in which they should be chosen.
 
         Args:
             pool ([`Pool`]): N real images.
             small ([`Pool`], *optional*): the set that they are added to, its classes numbered as in the pool.
-            wanted (sequence of `int`): how many of each class will be taken at most; more need not be ranked.
+            wanted (sequence of `int`, or `int`): how many of each class will be taken; more need not be ranked.
+                One number for all classes together, only to rules that say `across_classes` or `picks`.
             pipe (`DsCoPipeline`, *optional*): its models may be asked.
             seed (`int`): of all that is random.
 
@@ -90,7 +94,7 @@ class Selection(Choice):
         """
 
     def as_record(self) -> dict[str, Any]:
-        """`name`, and the fields as plain values; of models and targets their SHA-256."""
+        """`name`, and the fields as plain values; of models, targets and logs their SHA-256."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"name": self.name, **{key: _told(value) for key, value in fields.items()}}
 
@@ -114,7 +118,7 @@ class Random(Selection):
     sentence: ClassVar[str] = "Real images were added at random."
 
     def rank(
-        self, pool: Pool, small: Pool | None, wanted: Sequence[int], pipe: DsCoPipeline | None, seed: int
+        self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
         """Every class in an order that depends on the seed and, alone, on that class only."""
         generator, parts = torch.Generator().manual_seed(seed), []
@@ -159,9 +163,10 @@ class Herding(Selection):
             raise ValueError("Herding goes by `targets` or by `features`, not by both: leave one of them out.")
 
     def rank(
-        self, pool: Pool, small: Pool | None, wanted: Sequence[int], pipe: DsCoPipeline | None, seed: int
+        self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
         """As many of each class as are wanted, as every further one depends on all before."""
+        assert not isinstance(wanted, int)  # it goes class by class
         rows = [row for row, count in enumerate(wanted) if count]
         if self.features is None:
             space = self._of_targets(pool, small, rows, pipe)
@@ -202,31 +207,16 @@ class Herding(Selection):
         return space
 
     def _of_features(self, pool: Pool, small: Pool | None, seed: int) -> Space:
-        features = self._features(pool)
-        mean, std = features.mean(0), features.std(0, correction=0)
-        std = torch.where(std > 0, std, 1.0)
-        features = (features - mean) / std
-        generator = torch.Generator().manual_seed(seed)
-        sample = features[torch.randperm(len(features), generator=generator)[:1000]]
-        frequencies = draw_frequencies(features.shape[1], 2048, median_bandwidth(sample), generator=generator)
-        have = None if small is None else (self._features(small) - mean) / std
+        features = image_features(pool, self.features)
+        embed = fourier_features(features, seed)
+        have = None if small is None else image_features(small, self.features)
 
         def space(row: int, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-            psi = fourier_embedding(features[members], frequencies)
-            mine = None if small is None or have is None else fourier_embedding(have[small.labels == row], frequencies)
+            psi = embed(features[members])
+            mine = None if small is None or have is None else embed(have[small.labels == row])
             return psi, psi.mean(0), mine
 
         return space
-
-    def _features(self, images: Pool) -> torch.Tensor:
-        """φ(x) `(N, d)`."""
-        model = self.features
-        if not isinstance(model, PreTrainedModel):
-            return images.pixels().flatten(1)
-        config = model.config
-        pixels = images.pixels(getattr(config, "image_size", None), getattr(config, "num_channels", None))
-        with torch.no_grad():
-            return torch.cat([features_and_logits(model, b.to(model.device))[0] for b in pixels.split(128)]).cpu()
 
 
 @dataclass(frozen=True)
@@ -260,7 +250,7 @@ class Clarity(Selection):
             object.__setattr__(self, "protocol", protocol_from_dict(self.protocol))
 
     def rank(
-        self, pool: Pool, small: Pool | None, wanted: Sequence[int], pipe: DsCoPipeline | None, seed: int
+        self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
         """All images, the least clear one first."""
         return self.scores(pool, small, pipe, seed).argsort(stable=True)
@@ -337,7 +327,7 @@ class Clearest(Selection):
         object.__setattr__(self, "share", check_real("share", self.share, 0, 1, open_low=True))
 
     def rank(
-        self, pool: Pool, small: Pool | None, wanted: Sequence[int], pipe: DsCoPipeline | None, seed: int
+        self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
         """The share of every class, the surest first.
 
@@ -431,9 +421,10 @@ def recorded_selection(told: Mapping[str, Any], **given: Any) -> Selection:
 
 
 def _told(value: Any) -> Any:
-    """A field of a rule as plain values; of a model its type and SHA-256, of targets their SHA-256."""
+    """A field of a rule as plain values; of a model its type and SHA-256, of targets and logs their SHA-256."""
     if isinstance(value, torch.nn.Module):
         return {"architecture": type(value).__name__, "sha256": model_sha256(value)}
-    if hasattr(value, "provenance"):
-        return {"sha256": targets_sha256(value)}
+    digest = targets_sha256(value) if hasattr(value, "provenance") else getattr(value, "sha256", None)
+    if isinstance(digest, str):
+        return {"sha256": digest}
     return protocol_to_dict(value) if isinstance(value, Protocol) else plain(value)
