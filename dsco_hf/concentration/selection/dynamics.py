@@ -179,6 +179,7 @@ def log_training(
         build = evaluator_builder(architecture, images, protocol)
         options: dict[str, Any] = {"teacher": teacher, "execution": execution, "progress": progress}
         checkpoint = folder / "training.safetensors"
+        team.from_main(lambda: logged.check(checkpoint), f"reading {folder}")
         train_evaluator(
             lambda: logged.follow(build()), images, protocol=protocol, seed=seed, checkpoint=checkpoint,
             on_epoch=logged.add, **options,
@@ -233,6 +234,14 @@ class _Logged:
         if self.team.rank == 0:
             with whole(self.path(self.epochs)) as partial:
                 save_file({"values": values}, partial)
+
+    def check(self, checkpoint: Path) -> None:
+        """Lets a training begin anew that was killed between a checkpoint and the log of its epoch."""
+        if checkpoint.exists():
+            with reading(checkpoint, "Delete it to start anew."), safe_open(checkpoint, framework="pt") as file:
+                epochs = json.loads(file.metadata()["progress"])["epoch"]
+            if not all(self.path(epoch).exists() for epoch in range(1, epochs + 1)):
+                checkpoint.unlink()
 
     def path(self, epoch: int) -> Path:
         """Of an epoch's part, counted from 1."""
