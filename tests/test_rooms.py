@@ -32,13 +32,14 @@ ORDER = {
     "costs": ["tracing", "passes", "probe", "plan"],
     "studies": [
         *["options", "figures", "generator_check", "metrics", "feature_figures"],
-        *["kept", "plans", "tables", "study"],
+        *["kept", "plans", "tables", "study", "lossless"],
     ],
     "hub": ["cards", "push", "given", "model_cards", "folder", "models", "remake", "verification", "publish"],
 }
 # A folder of a room counts as one file there, and has its own order.
 FOLDERS = {
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
+    "studies.lossless": ["curves", "noninferiority", "search", "find", "report"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = list(ORDER)

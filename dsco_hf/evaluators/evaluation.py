@@ -6,6 +6,7 @@ those that had begun at their last checkpoint, and ends with the same numbers.
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import platform
@@ -205,7 +206,8 @@ def train_job(
     """Trains and tests one network; arguments as for `train_evaluator`.
 
     Returns:
-        `dict`: what `summarise` collects: accuracy (of the last epoch), accuracy_best, loss, seconds and speed.
+        `dict`: what `summarise` collects: accuracy (of the last epoch), accuracy_best, loss, seconds and speed;
+        and which test images are right, see [`unpacked`].
     """
     result = train_evaluator(
         evaluator_builder(architecture, train, protocol, **(overrides or {})),
@@ -232,7 +234,18 @@ def train_job(
         "steps": result.steps,
         "seconds": round(result.seconds, 3),
         "images_per_second": round(result.images_per_second, 1),
+        "correct": None if result.correct is None else packed(result.correct.numpy()),
     }
+
+
+def packed(correct: np.ndarray) -> str:
+    """Which test images are right `(M,)`, as text: bits in base64."""
+    return base64.b64encode(np.packbits(correct).tobytes()).decode("ascii")
+
+
+def unpacked(text: str, images: int) -> np.ndarray:
+    """What [`packed`] wrote for so many images."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=images).astype(bool)
 
 
 def save_network(model: PreTrainedModel, folder: Path) -> None:

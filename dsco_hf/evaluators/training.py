@@ -62,6 +62,7 @@ class TrainingResult:
         steps (`int`): optimiser steps taken, those before a resume included.
         seconds (`float`): time spent training, before a resume included; evaluation and checkpoints are not.
         images_per_second (`float`): training images by `seconds`.
+        correct (`torch.Tensor` of shape `(M,)`, *optional*): which test images are right, for tests by image.
     """
 
     model: PreTrainedModel
@@ -71,6 +72,7 @@ class TrainingResult:
     steps: int
     seconds: float
     images_per_second: float
+    correct: torch.Tensor | None = None
 
 
 class TrainingDivergedError(RuntimeError):
@@ -255,16 +257,17 @@ class _Run:
                 "learning rate."
             )
 
-    def evaluate(self, test: ImageSet) -> float:
-        """Accuracy on the test images, shared out over the processes where they train one model together."""
-        part, answers = (t.tensor_split(self.world)[self.rank].to(self.device) for t in (test.pixels, test.labels))
-        correct = torch.zeros((), device=self.device)
-        if len(part):
+    def evaluate(self, test: ImageSet) -> torch.Tensor:
+        """Which test images are right `(M,)`, shared out over the processes where they train one model together."""
+        correct = torch.zeros(len(test.labels), device=self.device)
+        rows = torch.arange(len(correct)).tensor_split(self.world)[self.rank]
+        if len(rows):
             with self.accelerator.autocast():
-                correct += (predict_logits(self.model, part).argmax(1) == answers).sum()
+                found = predict_logits(self.model, test.pixels[rows].to(self.device)).argmax(1)
+            correct[rows.to(self.device)] = (found == test.labels[rows].to(self.device)).float()
         if self.world > 1:
             correct = self.accelerator.reduce(correct, reduction="sum")
-        return correct.item() / len(test.labels)
+        return correct.cpu() > 0
 
     def evaluation_due(self) -> bool:
         """Whether a source that chooses its best epoch looks at the test set after this one."""
@@ -367,10 +370,17 @@ def train_evaluator(
         loss = _train(run, test if track_best else None, path, checkpoint_seconds, on_epoch, progress)
     if run.world > 1:
         accelerator.unwrap_model(run.network, keep_fp32_wrapper=False)
-    final = None if test is None else run.evaluate(test)
+    correct = None if test is None else run.evaluate(test)
+    final = None if correct is None else share_of(correct)
     best = max(final, run.accuracy_best or 0.0) if final is not None and track_best else None
     model.to(memory_format=torch.contiguous_format)
-    return TrainingResult(model.eval(), final, best, loss, run.steps, run.seconds, run.images / max(run.seconds, 1e-9))
+    speed = run.images / max(run.seconds, 1e-9)
+    return TrainingResult(model.eval(), final, best, loss, run.steps, run.seconds, speed, correct)
+
+
+def share_of(correct: torch.Tensor) -> float:
+    """Accuracy, of which images `(M,)` are right."""
+    return int(correct.sum()) / len(correct)
 
 
 def stored_labels(images: ImageSet, protocol: Protocol) -> torch.Tensor | None:
@@ -409,7 +419,7 @@ def _train(
             checked = run.steps
         metrics: dict[str, float] = {"epoch": run.epoch}
         if test is not None and not last and run.evaluation_due():
-            metrics["accuracy"] = run.evaluate(test)
+            metrics["accuracy"] = share_of(run.evaluate(test))
             run.accuracy_best = max(metrics["accuracy"], run.accuracy_best or 0.0)
         if file is not None and due:
             run.check_weights(file.path)
