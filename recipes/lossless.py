@@ -33,7 +33,7 @@ class LosslessRecipe(RealOptions, NetworkOptions):
         strategy: by which rule real images come first: "random", or the name of another that needs no model.
         length: "same steps" as all data, or "same epochs".
         margin: by how much accuracy, in (0, 1), fewer images may fall behind all.
-        confidence: in (0.5, 1).
+        confidence: in [0.5, 0.9999].
         trainings: at most, beyond those on all images.
         reference_seeds: trainings on all images.
         architecture: of the network, see `dsco_hf.evaluators.build_evaluator`.

@@ -63,7 +63,7 @@ def fit_curves(images: NDArray[np.int64], accuracy: Floats, std: Floats) -> Curv
         better = error < least
         least[better] = error[better]
         best[:, better] = np.stack([top, slope, np.full(len(top), exponent)])[:, better]
-    return Curves(*best, int(images.max()))
+    return Curves(best[0], best[1], best[2], int(images.max()))
 
 
 def bootstrap_curves(

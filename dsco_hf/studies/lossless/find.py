@@ -122,7 +122,7 @@ def check_plan(plan: SearchPlan, synthetic: int, real: int) -> SearchPlan:
         ValueError: for a margin or confidence out of range, too few trainings, or as many synthetic images as real.
     """
     check_real("margin", plan.margin, 0, 0.5, open_low=True)
-    check_real("confidence", plan.confidence, 0.5, 1, open_low=True, open_high=True)
+    check_real("confidence", plan.confidence, 0.5, 0.9999)
     check_whole("reference_seeds", plan.reference_seeds, 2)
     check_whole("trainings", plan.trainings, len(plan.first_shares) + 2)
     check_whole("looks", plan.looks, 1, 2)
@@ -205,7 +205,7 @@ def nested_order(pool: Pool, small: Pool | None, rule: Selection, pipe: DsCoPipe
                 f"{rule.name!r} chooses other images of class {names[label]!r} for a smaller set: sets do not nest. "
                 "Use a rule whose choice of few is part of that of many, such as 'random' or 'herding'."
             )
-        position[own] = (torch.arange(count) + 0.5) / count
+        position[own] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return position.argsort(stable=True)
 
 

@@ -26,8 +26,8 @@ def claim(found: Mapping[str, Any]) -> str:
             f"confidence {how}."
         )
     return (
-        f"Within {found['trainings']} trainings no smaller set, chosen by {rule!r}, was shown to be less than {points} "
-        f"points below all {all_images} images with {confidence} confidence {how}."
+        f"Within {found['trainings']} trainings no smaller set, chosen by {rule!r}, was shown to be less than "
+        f"{points} points below all {all_images} images with {confidence} confidence {how}."
     )
 
 
@@ -57,24 +57,22 @@ def draw_search(found: Mapping[str, Any], path: str | Path) -> Path:
     """
     figure = Figure(figsize=(5.2, 3.6), dpi=200, facecolor="white", layout="constrained")
     axes, curve, full = figure.add_subplot(), found["curve"], found["reference"]["accuracy_mean"]
-    axes.fill_between(curve["images"], *([100 * v for v in curve[key]] for key in ("low", "high")),
-                      color=FAINT, label="fitted curve, 90 % band")  # fmt: skip
-    axes.plot(curve["images"], [100 * v for v in curve["middle"]], color=INK, linewidth=1)
+    low, middle, high = ([100 * value for value in curve[key]] for key in ("low", "middle", "high"))
+    axes.fill_between(curve["images"], low, high, color=FAINT, label="fitted curve, 90 % band")
+    axes.plot(curve["images"], middle, color=INK, linewidth=1)
     axes.axhline(100 * full, color=INK, linewidth=0.8, label="all data, mean")
     axes.axhline(100 * (full - found["margin"]), color=INK, linewidth=0.8, linestyle="--",
                  label=f"{100 * found['margin']:g} points below")  # fmt: skip
-    points = [(row["images"], 100 * row["accuracy"]) for row in found["every_training"]]
-    axes.scatter(
-        *zip(*points, strict=True), s=11, color="#4477aa", zorder=3, linewidths=0, alpha=0.8, label="a training"
-    )
+    sizes = [row["images"] for row in found["every_training"]]
+    reached = [100 * row["accuracy"] for row in found["every_training"]]
+    axes.scatter(sizes, reached, s=11, color="#4477aa", zorder=3, linewidths=0, alpha=0.8, label="a training")
     for images, style, word in zip(found["bracket"], (":", "-"), ("not shown", "accepted"), strict=True):
         if images:
             axes.axvline(images, color="#aa3377", linewidth=1, linestyle=style, label=f"{word}: {images:,}")
-    low = min(value for _, value in points)
-    top = max(value for _, value in points)
-    axes.set_ylim(low - 0.1 * (top - low), top + 0.15 * (top - low))
+    room = max(reached) - min(reached)
+    axes.set_ylim(min(reached) - 0.1 * room, max(reached) + 0.15 * room)
     axes.set_xscale("log")
-    axes.set_xticks(sorted({images for images, _ in points} - {min(found["bracket"], key=lambda n: n or 0)}))
+    axes.set_xticks(sorted(set(sizes)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7.5)

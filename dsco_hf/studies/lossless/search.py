@@ -1,4 +1,4 @@
-"""The search itself: which size to train next, and when to stop; it asks for trainings and knows nothing of networks."""
+"""The search itself: what to train next, and when to stop; it asks for trainings and knows nothing of networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SearchPlan:
 
     Attributes:
         margin (`float`): by how much accuracy, in (0, 1), the small set may fall behind all data.
-        confidence (`float`): in (0.5, 1), of the whole search; each look has 1 - confidence by the number of looks.
+        confidence (`float`): in [0.5, 0.9999], of the whole search; the rest is divided by the number of looks.
         trainings (`int`): at most, beyond those of the reference.
         looks (`int`): at most so many sizes are tested.
         reference_seeds (`int`): trainings on all data, at least 2.
@@ -72,8 +72,9 @@ class Search:
     refuted: int | None = None
 
     def reference(self) -> NDArray[np.bool_]:
-        """Trains on all data."""
-        return self._more(self.whole, self.plan.reference_seeds)
+        """Trains on all data, once."""
+        had = self.measured.get(self.whole)
+        return self._more(self.whole, self.plan.reference_seeds) if had is None else had
 
     def run(self) -> None:
         """Trains the reference and the first sizes, then tests size after size until the bracket is narrow."""
