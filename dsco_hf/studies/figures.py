@@ -29,11 +29,12 @@ _ROOM = (lambda row: row["accuracy_mean"], lambda row: 1 - row["accuracy_mean"])
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG file that is the same each time; folders are made."""
+    """Writes a PNG or, if it is called so, a PDF file that is the same each time; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
-    figure.savefig(path, format="png", metadata={"Software": None})
+    kind = "pdf" if path.suffix == ".pdf" else "png"
+    figure.savefig(path, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
     return path
 
 
@@ -197,7 +198,7 @@ def draw_accuracy(results: Mapping[str, Any]) -> Figure:
     chance, full = chance_level(results), results.get("full")
     _space_by_error(axes, [*rows, *([full] if full else []), *([{"accuracy_mean": chance}] if chance else [])])
     _draw_levels(axes, full, chance)
-    _space_by_budget(axes, sorted({row["images_per_class"] for row in rows}))
+    space_by_budget(axes, sorted({row["images_per_class"] for row in rows}))
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy (%, spaced by error)")
     shared = str((results.get("config") or {}).get("architecture") or "")
@@ -218,7 +219,7 @@ def draw_accuracy(results: Mapping[str, Any]) -> Figure:
         frameon=False,
         handlelength=3,
     )
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -262,7 +263,7 @@ def _apart(values: Sequence[float], places: Sequence[float], least: float) -> li
     return [value for value, _ in chosen]
 
 
-def _space_by_budget(axes: Axes, budgets: Sequence[float]) -> None:
+def space_by_budget(axes: Axes, budgets: Sequence[float]) -> None:
     """A logarithmic axis with a tick at every budget, named where names do not run into each other."""
     axes.set_xscale("log")
     low, high = budgets[0] / 1.25, budgets[-1] * 1.25
@@ -296,7 +297,8 @@ def _space_by_error(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Takes away what says nothing, and draws a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

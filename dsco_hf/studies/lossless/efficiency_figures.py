@@ -1,0 +1,136 @@
+"""Figures of what images are worth and what they cost, from results files alone; readable in gray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from ...concentration.methods import Method, dataset_title, find_methods, in_order
+from ..figures import INK, space_by_budget, tidy
+
+
+def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
+    """The exchange rate against images per class, and beside it the discrepancy with the generator's bias as floor.
+
+    Args:
+        report (`dict`): of [`~dsco_hf.studies.lossless.efficiency.efficiency`].
+        results (`dict`): content of results.json, of which it was made.
+    """
+    figure = Figure(figsize=(11, 4.6), dpi=200, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    methods = {name: own for name, own in report["methods"].items() if own["rates"] and name != "random"}
+    for name, style in find_methods(methods).items():
+        _draw_rates(left, methods[name]["rates"], style)
+    left.axhline(1, color=INK, linewidth=1.1, linestyle=(0, (1, 1.5)))
+    left.annotate("one real image", (1, 1), xycoords=left.get_yaxis_transform(), xytext=(-4, -4), ha="right",
+                  va="top", textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
+    left.set_yscale("log")
+    left.set_ylim(*_limits([rate["rate"] for own in methods.values() for rate in own["rates"]]))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
+    left.set_ylabel("real images that one image is worth")
+    left.set_title(f"{dataset_title(results)}: the exchange rate", loc="left", fontsize=10.5)
+    rows = [row for row in results["rows"] if row.get("discrepancy")]
+    for name, style in find_methods(row["method"] for row in rows).items():
+        points = sorted((row["images_per_class"], row["discrepancy"]) for row in rows if row["method"] == name)
+        right.plot(*zip(*points, strict=True), **_line(style))
+        bias = (report["methods"].get(name, {}).get("floor") or {}).get("discrepancy")
+        if bias and name not in ("random", "herding"):
+            right.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
+    if rows:
+        right.set_yscale("log")
+        right.set_ylabel("squared MMD to the real classes")
+        right.set_title("what is left of the difference; dotted: the generator's own bias", loc="left", fontsize=10.5)
+    else:
+        right.set_visible(False)
+    _finish(figure, results, rows)
+    return figure
+
+
+def draw_cost(results: Mapping[str, Any], *, cost: str = "seconds") -> Figure:
+    """Synthesis cost against images per class (figure 4 of arXiv 2603.27987), and accuracy against that cost.
+
+    A method that was not run at the largest budget is drawn on to it with dashes, in proportion to its images.
+
+    Args:
+        results (`dict`): content of results.json, with `seconds` or calls in its rows.
+        cost (`str`): which of their numbers, such as "seconds" or "denoiser_calls".
+
+    Raises:
+        ValueError: if no row has that number.
+    """
+    rows = [row for row in results["rows"] if row.get(cost)]
+    if not rows:
+        raise ValueError(f"No row of the results has {cost!r}: only sets that were drawn cost something.")
+    figure = Figure(figsize=(11, 4.6), dpi=200, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    largest = max(row["images_per_class"] for row in rows)
+    for name, style in find_methods(row["method"] for row in rows).items():
+        own = sorted(
+            (row["images_per_class"], row[cost], row["accuracy_mean"]) for row in rows if row["method"] == name
+        )
+        budgets, costs, accuracies = zip(*own, strict=True)
+        left.plot(budgets, costs, **_line(style))
+        if budgets[-1] < largest:
+            further = costs[-1] * largest / budgets[-1]
+            left.plot([budgets[-1], largest], [costs[-1], further], color=style.color, linestyle=(0, (1, 2)), lw=1.3)
+        right.plot(costs, [100 * accuracy for accuracy in accuracies], **_line(style))
+        for budget, x, y in own:
+            right.annotate(f"{budget:g}", (x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+    named = cost.replace("_", " ")
+    left.set_yscale("log")
+    left.set_ylabel(f"synthesis: {named}")
+    left.set_title(f"{dataset_title(results)}: what sets cost (dotted: extrapolated)", loc="left", fontsize=10.5)
+    right.set_xscale("log")
+    right.set_xlabel(f"synthesis: {named} (beside the points: images per class)")
+    right.set_ylabel("test accuracy (%)")
+    right.set_title("and what they bring", loc="left", fontsize=10.5)
+    _finish(figure, results, rows, budget_axes=[left])
+    return figure
+
+
+def _limits(rates: list[float]) -> tuple[float, float]:
+    """Of the axis: the rates and 1 with some room; bands may leave it."""
+    return min([1.0, *rates]) / 1.5, max([1.0, *rates]) * 1.7
+
+
+def _draw_rates(axes: Axes, rates: list[Mapping[str, Any]], style: Method) -> None:
+    """One method's exchange rates; hollow where they lie outside of the real images that were trained on."""
+    budgets, middle = [rate["images_per_class"] for rate in rates], [rate["rate"] for rate in rates]
+    axes.plot(budgets, middle, **_line(style))
+    low = [rate["low"] or rate["rate"] for rate in rates]
+    high = [rate["high"] or rate["rate"] for rate in rates]
+    axes.fill_between(budgets, low, high, color=style.color, alpha=0.12, linewidth=0)
+    hollow = [(rate["images_per_class"], rate["rate"]) for rate in rates if rate["extrapolated"]]
+    if hollow:
+        axes.plot(*zip(*hollow, strict=True), linestyle="", marker=style.marker, markersize=7, color=style.color,
+                  markerfacecolor="white", zorder=6)  # fmt: skip
+
+
+def _line(style: Method) -> dict[str, Any]:
+    return {
+        "label": style.label, "color": style.color, "marker": style.marker, "markeredgecolor": "white",
+        "markeredgewidth": 0.7, "markersize": {"*": 11, "P": 8, "X": 8}.get(style.marker, 6), "zorder": 4,
+        "linewidth": 2.2 if style.emphasis else 1.3, "linestyle": "-" if style.emphasis else (0, (5, 1.5)),
+    }  # fmt: skip
+
+
+def _finish(figure: Figure, results: Mapping[str, Any], rows: Any, budget_axes: list[Axes] | None = None) -> None:
+    """Axes of budgets, a grid, and one legend below for all methods, in their order."""
+    budgets = sorted({row["images_per_class"] for row in rows or results["rows"]})
+    everywhere = [axes for axes in figure.axes if axes.get_visible()]
+    for axes in everywhere if budget_axes is None else budget_axes:
+        space_by_budget(axes, budgets)
+        axes.set_xlabel("images per class")
+    for axes in everywhere:
+        tidy(axes)
+    found = {str(line.get_label()): line for axes in everywhere for line in axes.get_lines()}
+    order = [style.label for style in find_methods(in_order(row["method"] for row in results["rows"])).values()]
+    labels = [label for label in order if label in found]
+    figure.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=min(len(labels), 5),
+                  fontsize=8.5, frameon=False, handlelength=3)  # fmt: skip

@@ -1,0 +1,69 @@
+"""Draws all figures of a study again, as PNG and PDF, from its results file alone.
+
+    python recipes/figures.py outputs/experiment
+    python recipes/figures.py recipes/results/cifar10_16px --cost denoiser_calls
+
+Writes to figures/ in that folder: accuracy (figure 3 of the paper, arXiv 2603.27987), cost (its figure 4, and accuracy
+against cost), efficiency (what an image is worth, and what is left of the difference) and efficiency.json.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsco_hf.studies.figures import draw_accuracy, save_figure
+from dsco_hf.studies.lossless.efficiency import efficiency
+from dsco_hf.studies.lossless.efficiency_figures import draw_cost, draw_efficiency
+from dsco_hf.utils.configs import parse_config
+from dsco_hf.utils.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Options of this recipe.
+
+    Attributes:
+        study: folder with a results.json.
+        cost: number of a row that is drawn as its cost, such as "seconds" or "denoiser_calls".
+        output_dir: by default figures/ in the study's folder.
+    """
+
+    study: str = "outputs/experiment"
+    cost: str = "seconds"
+    output_dir: str | None = None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the results, draws what they hold, and says what was left out."""
+    import sys
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and not given[0].startswith("-"):
+        given[0] = f"--study={given[0]}"
+    recipe = parse_config(Figures, given, description=__doc__)
+    file = Path(recipe.study) / "results.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{recipe.study} has no results.json: give the output folder of a finished study.")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    folder = Path(recipe.output_dir or Path(recipe.study) / "figures")
+    figures = {"accuracy": lambda: draw_accuracy(results), "cost": lambda: draw_cost(results, cost=recipe.cost)}
+
+    def worth():
+        report = efficiency(results)
+        write_json(folder / "efficiency.json", report)
+        return draw_efficiency(report, results)
+
+    for name, draw in {**figures, "efficiency": worth}.items():
+        try:
+            figure = draw()
+        except ValueError as error:
+            print(f"{name}: not drawn. {error}")
+            continue
+        for suffix in ("png", "pdf"):
+            print(save_figure(figure, folder / f"{name}.{suffix}"))
+
+
+if __name__ == "__main__":
+    main()
