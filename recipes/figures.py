@@ -10,12 +10,13 @@ against cost), efficiency (what an image is worth, and what is left of the diffe
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsco_hf.studies.figures import draw_accuracy, save_figure
+from dsco_hf.studies.figures.accuracy import draw_accuracy, save_figure
+from dsco_hf.studies.figures.efficiency import draw_cost, draw_efficiency
 from dsco_hf.studies.lossless.efficiency import efficiency
-from dsco_hf.studies.lossless.efficiency_figures import draw_cost, draw_efficiency
 from dsco_hf.utils.configs import parse_config
 from dsco_hf.utils.files import write_json
 
@@ -37,8 +38,6 @@ class Figures:
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the results, draws what they hold, and says what was left out."""
-    import sys
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and not given[0].startswith("-"):
         given[0] = f"--study={given[0]}"

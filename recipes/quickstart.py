@@ -29,7 +29,7 @@ from dsco_hf.generators.training import train_generator
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import save_study_folder
 from dsco_hf.sampling.models import load_classifier
-from dsco_hf.studies.feature_figures import draw_study_features
+from dsco_hf.studies.figures.features import draw_study_features
 from dsco_hf.studies.plans import METHODS, PlannedSets, StudyPlan, set_name
 from dsco_hf.studies.study import FULL, Study, real_baselines
 from dsco_hf.studies.tables import write_results

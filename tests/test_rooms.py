@@ -31,7 +31,7 @@ ORDER = {
     ],
     "costs": ["tracing", "passes", "probe", "plan"],
     "studies": [
-        *["options", "figures", "generator_check", "metrics", "feature_figures"],
+        *["options", "figures", "generator_check", "metrics"],
         *["kept", "plans", "tables", "study", "lossless"],
     ],
     "hub": ["cards", "push", "given", "model_cards", "folder", "models", "remake", "verification", "publish"],
@@ -39,7 +39,8 @@ ORDER = {
 # A folder of a room counts as one file there, and has its own order.
 FOLDERS = {
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
-    "studies.lossless": ["curves", "noninferiority", "search", "find", "report"],
+    "studies.figures": ["accuracy", "features", "efficiency"],
+    "studies.lossless": ["curves", "noninferiority", "search", "find", "report", "efficiency"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = list(ORDER)

@@ -21,7 +21,7 @@ from ..data.schema import class_names, find_columns, image_seed
 from ..matching.features import observe
 from ..matching.kernels import frechet_distance
 from ..sampling.pipeline import DsCoPipeline
-from .figures import sample_grid
+from .figures.accuracy import sample_grid
 
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Tables of a run, made from `results.json` and never typed; its figures are in `figures` and `feature_figures`."""
+"""Tables of a run, made from `results.json` and never typed; its figures are in `figures`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from ..concentration.methods import chance_level, dataset_title, find_method, in_order, network_title
 from ..evaluators import ImageSet
 from ..utils.files import write_atomically, write_json
-from .feature_figures import feature_figure
-from .figures import accuracy_figure, draw_study_samples, sample_grid
+from .figures.accuracy import accuracy_figure, draw_study_samples, sample_grid
+from .figures.features import feature_figure
 from .metrics import LEAST_SEEDS, paired_difference
 
 

@@ -31,6 +31,12 @@ ELSEWHERE = {
     "There is a family of denoisers named": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
     "is no place for a": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
     "has no null class to drop labels to": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
+    "which have no stored soft labels": "test_find.py::test_what_errors_say_to_do_is_done",
+    "so give fewer synthetic ones": "test_find.py::test_what_errors_say_to_do_is_done",
+    "points cannot be resolved with": "test_find.py::test_what_errors_say_to_do_is_done",
+    "sets do not nest": "test_find.py::test_what_errors_say_to_do_is_done",
+    "The trainings were tested on": "test_find.py::test_what_errors_say_to_do_is_done",
+    "give the output folder of a finished study": "test_efficiency.py::test_all_figures_from_one_command",
 }
 # what takes another installation, device, Hub or launch than a test has
 BEYOND = {

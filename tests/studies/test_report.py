@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from dsco_hf.concentration import methods
-from dsco_hf.studies import feature_figures, figures
 from dsco_hf.studies import tables as report
+from dsco_hf.studies.figures import accuracy as figures
+from dsco_hf.studies.figures import features as feature_figures
 from launches import run
 from recipes import readme_table
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ...utils.files import write_atomically, write_json
-from ..figures import FAINT, INK, save_figure
+from ..figures.accuracy import FAINT, INK, save_figure
 
 
 def claim(found: Mapping[str, Any]) -> str:

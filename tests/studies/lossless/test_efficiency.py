@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsco_hf.studies.figures.efficiency import draw_cost, draw_efficiency
 from dsco_hf.studies.lossless.efficiency import crossing, doping_moment, efficiency, floor, needed_images
-from dsco_hf.studies.lossless.efficiency_figures import draw_cost, draw_efficiency
 from recipes import figures
 
 

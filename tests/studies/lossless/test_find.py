@@ -10,6 +10,7 @@ from dsco_hf.concentration.selection import Random, Selection
 from dsco_hf.data.datasets import Pool, load_digits_dataset
 from dsco_hf.evaluators import get_protocol, load_image_set
 from dsco_hf.studies.lossless.find import find_lossless_budget, nested_order, with_length
+from dsco_hf.studies.lossless.noninferiority import compare
 from dsco_hf.studies.lossless.report import claim, write_lossless
 from dsco_hf.studies.lossless.search import SearchPlan
 
@@ -100,3 +101,21 @@ def test_lengths_are_those_of_all_data(digits):
     assert (by_epochs.steps, by_epochs.epochs) == (None, 5)  # 13 batches of 32
     again = with_length(get_protocol("quick", epochs=3, batch_size=32), "same steps", train)
     assert again.steps == 39
+
+
+def test_what_errors_say_to_do_is_done(digits, tmp_path):
+    few = digits[0].select(range(20))
+    for refused, followed in (
+        ({"protocol": dataclasses.replace(PROTOCOL, label_type="stored")}, {"protocol": PROTOCOL}),
+        ({"small": digits[0]}, {"small": few}),
+        ({"plan": dataclasses.replace(PLAN, margin=1e-5)}, {"plan": PLAN}),
+        ({"strategy": Restless()}, {"strategy": "random"}),
+    ):
+        with pytest.raises(ValueError, match="set the protocol's|so give fewer|Use a wider|Use a rule whose"):
+            search(digits, tmp_path / "refused", **refused)
+        found = search(digits, tmp_path / ("small" if "small" in followed else "followed"), **followed)
+        assert found["status"] in ("accepted", "not shown")
+    right = torch.ones(3, 10, dtype=torch.bool).numpy()
+    with pytest.raises(ValueError, match="10 and 9 images: use the same"):
+        compare(right, right[:, :9], 0.01, 0.05)
+    compare(right, right, 0.01, 0.05)

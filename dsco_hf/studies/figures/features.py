@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from ..concentration.methods import find_method
-from ..evaluators import ImageSet
-from ..matching.discrepancy import embed_pixels
-from ..matching.targets import MatchingTargets
-from ..sampling.pipeline import DsCoPipeline
-from .figures import FAINT, INK, save_figure, shorten
+from ...concentration.methods import find_method
+from ...evaluators import ImageSet
+from ...matching.discrepancy import embed_pixels
+from ...matching.targets import MatchingTargets
+from ...sampling.pipeline import DsCoPipeline
+from .accuracy import FAINT, INK, save_figure, shorten
 
 
 _PANEL_CLASSES = 4

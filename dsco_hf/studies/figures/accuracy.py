@@ -1,7 +1,7 @@
 """Figures of a run, made from `results.json` and tensors and never typed.
 
 Figures follow those of "Beyond Dataset Distillation" (arXiv 2603.27987): accuracy against images per class (its figure
-3) and samples side by side (5); features in the RKHS (1) are in `studies.feature_figures`. Colours and markers of the
+3) and samples side by side (5); features in the RKHS (1) are in `features`. Colours and markers of the
 methods are those of `dsco_hf.concentration.methods`.
 """
 
@@ -19,8 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
-from ..concentration.methods import chance_level, dataset_title, find_method, find_methods, network_title
-from ..evaluators import ImageSet
+from ...concentration.methods import chance_level, dataset_title, find_method, find_methods, network_title
+from ...evaluators import ImageSet
 
 
 INK, FAINT = "#222222", "#d9d9d9"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ...concentration.methods import Method, dataset_title, find_methods, in_order
-from ..figures import INK, space_by_budget, tidy
+from .accuracy import INK, space_by_budget, tidy
 
 
 def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
