@@ -105,6 +105,7 @@ def test_a_classifier_is_named_by_its_id_and_recorded_with_its_commit(hub, ann, 
     files = {
         name.removeprefix("classifier/"): classifier[name] for name in classifier if name.startswith("classifier/")
     }
+    hub.store.create("models", "ann/convnet", private=False)
     hub.put("ann/convnet", {name: files[name] for name in files if not name.endswith(".py")}, kind="models")
     code = """
     from dsco_hf import DsCoPipeline

@@ -107,7 +107,7 @@ def check_record(record, hub):
     assert set(parameters["method"]) == {
         *("name", "objective", "start", "stop", "iterations", "step_size", "step_decay", "lookahead")
     }
-    assert parameters["method"]["objective"] == {"name": "rkhs", "contrast": 0.0} and parameters["eta"] == 1.0
+    assert parameters["method"]["objective"] == {"name": "ridge", "regularization": 2.0} and parameters["eta"] == 1.0
     assert {"block_size", "images_per_call"} < set(parameters) and record["seed"] == 3
     assert record["source"]["dataset"] == "ann/source" and record["source"]["fingerprint"]
     assert f"{record['targets']['path']}/targets.safetensors" in hub.files("ann/story")

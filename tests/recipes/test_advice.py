@@ -231,10 +231,10 @@ TABLE = {
     ),
     "samples without a classifier": (
         lambda w: MatchingTargets.from_generator(w.without, progress=False, samples_per_class=2, **FAST),
-        "the pipeline has none: pass `classifier=` to `DsCoPipeline.from_pretrained`",
+        "and there is none: pass `weighting='none'`",
         lambda w: (
             MatchingTargets.from_generator(
-                w.pipe, weighting="none", progress=False, samples_per_class=2, embedding_dim=8, **FAST
+                w.without, weighting="none", progress=False, samples_per_class=2, embedding_dim=8, **FAST
             ).class_names
         ),
         is_of(3),

@@ -32,7 +32,7 @@ def test_every_command_is_one_that_its_recipe_takes(tmp_path):
             get_protocol(recipe.protocol)
             assert set(recipe.budgets) == {1, 10, 50} and recipe.training_seeds >= 3
             assert "nopt-quantile" in recipe.methods and recipe.quantile_iterations == 200
-            assert recipe.feature_architecture and recipe.feature_options  # hard and soft labels share their sets
+            assert recipe.features == ExperimentRecipe.features  # hard and soft labels share their sets
         made[recipe.output_dir] = step
     assert len(made) == 8
 
