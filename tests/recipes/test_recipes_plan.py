@@ -32,7 +32,7 @@ TINY = ["--preset", "imagenet1k", "--tiny", "true", "--images_per_call", "4", "-
 
 def test_a_plan_for_assumed_devices(plan, tmp_path, capsys):
     arguments = [*TINY, "--device", "a100", "--images_per_class", "2", "20", "--num_processes", "1", "2"]
-    found = plan.main([*arguments, "--max_hours", "1e-9", "--output_file", str(tmp_path / "deep" / "plan.json")])
+    found = plan.main([*arguments, "--max_hours", "1e-7", "--output_file", str(tmp_path / "deep" / "plan.json")])
     shown = capsys.readouterr().out
     assert "Predictions, not measurements. Assumed: a100, 40 % of 312 TFLOP/s" in shown
     assert "| 2 | 8 |" in shown and "| 20 | 80 |" in shown and "time on 1 GPU | time on 2 GPUs" in shown
