@@ -104,7 +104,7 @@ def test_lengths_are_those_of_all_data(digits):
 
 
 def test_what_errors_say_to_do_is_done(digits, tmp_path):
-    few = digits[0].select(range(20))
+    few = digits[0].select(torch.arange(20))
     for refused, followed in (
         ({"protocol": dataclasses.replace(PROTOCOL, label_type="stored")}, {"protocol": PROTOCOL}),
         ({"small": digits[0]}, {"small": few}),
@@ -117,5 +117,5 @@ def test_what_errors_say_to_do_is_done(digits, tmp_path):
         assert found["status"] in ("accepted", "not shown")
     right = torch.ones(3, 10, dtype=torch.bool).numpy()
     with pytest.raises(ValueError, match="10 and 9 images: use the same"):
-        compare(right, right[:, :9], 0.01, 0.05)
-    compare(right, right, 0.01, 0.05)
+        compare(right, right[:, :9], level=0.05)
+    compare(right, right, level=0.05)
