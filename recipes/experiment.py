@@ -94,7 +94,7 @@ class Experiment:
             real, test, self.splits = recipe.splits(tested=True)
             sizes = {"protocol": self.protocol, "num_channels": pipe.num_channels}
             self.train, self.test = recipe.images(real, test, **sizes)
-            real = recipe.readable(real, self.train, pipe)
+            real = recipe.readable(real, self.train, num_channels=pipe.num_channels, image_size=pipe.image_size)
         self.clock.say(f"{len(real)} training, {len(self.test.labels)} test images: {self.splits['test_split']}")
         self.recipe = recipe = recipe.for_classes(int(self.train.labels.bincount().min()))
         check_classes(self.train.labels, self.train.names, images_per_class=max(recipe.sizes))

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from dsco_hf.data.datasets import load_pixels
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import save_dataset_folder
 from dsco_hf.studies.lossless.find import find_lossless_budget
@@ -76,8 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     print(write_lossless(found | {"dataset": recipe.dataset, "config": dataclasses.asdict(recipe)}, output))
     if found["rows"] is not None:
-        if len(real.labels) < len(rows):  # some cannot be decoded
-            rows = rows.select(load_pixels(rows, on_error=recipe.on_error, **recipe.columns)[2].tolist())
+        rows = recipe.readable(rows, real)
         card = DatasetCardFields(description=claim(found))
         save_dataset_folder(
             rows.select(found["rows"]), output / "dataset", card=card, figures=[output / "lossless.png"]

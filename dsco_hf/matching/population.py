@@ -52,6 +52,16 @@ def moments_of(features: torch.Tensor, weights: torch.Tensor) -> Moments | None:
     return Moments(total, mean, w @ (x - mean).square_())
 
 
+def single_precision(values: torch.Tensor) -> torch.Tensor:
+    """Values in float32 that do not depend on the order in which those in float64 were summed up.
+
+    Means of few images often lie right between two numbers of float32, where the last bit of float64 would choose: it
+    is rounded away first.
+    """
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2.0**44).round(), exponent - 44).float()
+
+
 def merge_moments(a: Moments | None, b: Moments | None) -> Moments | None:
     """Moments of both together, without loss of digits (Chan, Golub & LeVeque 1983, eq. 2.1)."""
     if a is None or b is None:
@@ -215,8 +225,8 @@ class Population:
         refuse_empty_classes(weight.tolist(), self.names)
         moments = functools.reduce(merge_moments, self.team.gather(self._moments))
         assert moments is not None
-        mean = moments.mean.float()
-        std = (moments.squares / moments.total).sqrt().float()
+        mean = single_precision(moments.mean)
+        std = single_precision((moments.squares / moments.total).sqrt())
         std = torch.where(std > 1e-6 * std.max().clamp_min(1e-12), std, torch.ones_like(std))  # constant dimensions
         if len(layer_sizes) > 1:
             std = std / layer_weights(layer_sizes)
@@ -229,8 +239,8 @@ class Population:
         # of a class, whatever its size, the images weigh 1 / C together
         sums, moment = self._embedding_sums(mean, std, frequencies, 1 / (weight * len(weight)), second_moment)
         return {
-            "embeddings": (self.team.sum(sums) / weight[:, None]).float(),
-            "second_moment": None if moment is None else self.team.sum(moment).float(),
+            "embeddings": single_precision(self.team.sum(sums) / weight[:, None]),
+            "second_moment": None if moment is None else single_precision(self.team.sum(moment)),
             "counts": weight.float(),
             "feature_mean": mean,
             "feature_std": std,

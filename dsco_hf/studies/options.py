@@ -85,11 +85,10 @@ class ReadOptions:
         images = load_image_set(train, **options)
         return images, None if test is None else load_image_set(test, test_for=images, **options)
 
-    def readable(self, rows: Dataset, images: ImageSet, pipe: DsCoPipeline) -> Dataset:
+    def readable(self, rows: Dataset, images: ImageSet, **options: Any) -> Dataset:
         """The rows that became `images`: the others cannot be decoded, and nobody is to meet them again."""
         if len(images.labels) == len(rows):
             return rows
-        options: dict[str, Any] = {"num_channels": pipe.num_channels, "image_size": pipe.image_size}
         return rows.select(load_pixels(rows, on_error=self.on_error, **options, **self.columns)[2].tolist())
 
 

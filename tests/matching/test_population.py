@@ -12,6 +12,7 @@ from dsco_hf.matching.population import (
     mix_keys,
     moments_of,
     refuse_empty_classes,
+    single_precision,
 )
 
 
@@ -178,3 +179,12 @@ def test_temporary_file_is_closed():
         population.add(features(3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="closed file"):
         population.embed(**OPTIONS)
+
+
+def test_a_tie_of_float32_does_not_hang_on_the_last_bit_of_float64():
+    tie = torch.tensor([1 + 2**-24, 0.5303244888782501, 0.0, -(1 + 2**-24)], dtype=torch.float64)
+    above, below = torch.nextafter(tie, tie + 1), torch.nextafter(tie, tie - 1)
+    assert not torch.equal(above.float(), below.float())
+    assert torch.equal(single_precision(above), single_precision(below))
+    values = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-20
+    torch.testing.assert_close(single_precision(values), values.float(), rtol=1.2e-7, atol=0)

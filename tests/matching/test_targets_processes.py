@@ -21,7 +21,7 @@ TESTS = Path(__file__).parents[1]
 TENSORS = ("embeddings", "counts", "feature_mean", "feature_std", "frequencies", "second_moment")
 
 
-def assert_same(a, b, tolerance=1e-5):
+def assert_same(a, b, tolerance=1e-6):
     assert (a.class_names, a.class_labels) == (b.class_names, b.class_labels)
     assert a.bandwidth == pytest.approx(b.bandwidth, rel=tolerance)
     for name in TENSORS:
@@ -63,7 +63,8 @@ def folder(tmp_path_factory):
 def test_two_processes_make_the_targets_of_one(folder, pipe, case):
     both = [MatchingTargets.from_pretrained(folder[0] / f"{case}-{process}") for process in range(2)]
     assert_same(both[0], both[1], tolerance=0)
-    assert_same(both[0], CASES[case](pipe))
+    # streams are divided into other batches there, and the untrained network normalises flat images: 1e-7 grows
+    assert_same(both[0], CASES[case](pipe), tolerance=1e-5)
     assert both[0].counts.sum() > 0 and both[0].embeddings.norm(dim=1).min() > 0.1
 
 
@@ -86,7 +87,7 @@ def test_units_that_are_there_are_not_made_again(pipe, tmp_path):
     counted = CountedCalls(pipe.classifier)
     again = made_from_dataset(pipe, work_dir=tmp_path)
     assert counted.images == 2 + 2 * 2  # the probe and the two units
-    assert_same(first, again)  # to rounding: the untrained network sums otherwise now and then
+    assert_same(first, again, tolerance=0)
     assert sorted(tmp_path.glob("features-*")) == files and not list(tmp_path.glob(".*.partial"))
     other = made_from_dataset(pipe, work_dir=tmp_path, seed=1)
     assert counted.images == 6 + 2 and not torch.equal(other.frequencies, first.frequencies)

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
-from ...concentration.methods import chance_level, dataset_title, find_method, find_methods, network_title
+from ...concentration.methods import Method, chance_level, dataset_title, find_method, find_methods, network_title
 from ...evaluators import ImageSet
 
 
@@ -168,6 +168,16 @@ def accuracy_figure(results: Mapping[str, Any], path: str | Path) -> Path:
     return save_figure(draw_accuracy(results), path)
 
 
+def line_style(style: Method) -> dict[str, Any]:
+    """How all figures draw a method's line: ours bold and whole, others dashed."""
+    return {
+        "label": style.label, "color": style.color, "marker": style.marker, "markeredgecolor": "white",
+        "markeredgewidth": 0.7, "markersize": {"*": 11, "P": 8, "X": 8}.get(style.marker, 6),
+        "linewidth": 2.2 if style.emphasis else 1.3, "linestyle": "-" if style.emphasis else (0, (5, 1.5)),
+        "zorder": 4 if style.emphasis else 3,
+    }  # fmt: skip
+
+
 def draw_accuracy(results: Mapping[str, Any]) -> Figure:
     """The figure that `accuracy_figure` writes; its legend and the names of its lines stand outside of the axes."""
     rows = list(results.get("rows") or [])
@@ -183,17 +193,9 @@ def draw_accuracy(results: Mapping[str, Any]) -> Figure:
             [row["images_per_class"] * shift for row in points],
             [row["accuracy_mean"] for row in points],
             yerr=[[min(row.get("accuracy_std") or 0.0, end(row)) for row in points] for end in _ROOM],
-            label=style.label,
-            color=style.color,
-            marker=style.marker,
-            markersize={"*": 11, "P": 8, "X": 8}.get(style.marker, 6),
-            markeredgecolor="white",
-            markeredgewidth=0.7,
-            linewidth=2.2 if style.emphasis else 1.3,
-            linestyle="-" if style.emphasis else (0, (5, 1.5)),
+            **line_style(style),
             elinewidth=1.0,
             capsize=2.5,
-            zorder=4 if style.emphasis else 3,
         )
     chance, full = chance_level(results), results.get("full")
     _space_by_error(axes, [*rows, *([full] if full else []), *([{"accuracy_mean": chance}] if chance else [])])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ...concentration.methods import Method, dataset_title, find_methods, in_order
-from .accuracy import INK, space_by_budget, tidy
+from .accuracy import INK, line_style, space_by_budget, tidy
 
 
 def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
@@ -38,7 +38,7 @@ def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Fi
     rows = [row for row in results["rows"] if row.get("discrepancy")]
     for name, style in find_methods(row["method"] for row in rows).items():
         points = sorted((row["images_per_class"], row["discrepancy"]) for row in rows if row["method"] == name)
-        right.plot(*zip(*points, strict=True), **_line(style))
+        right.plot(*zip(*points, strict=True), **line_style(style))
         bias = (report["methods"].get(name, {}).get("floor") or {}).get("discrepancy")
         if bias and name not in ("random", "herding"):
             right.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
@@ -75,11 +75,11 @@ def draw_cost(results: Mapping[str, Any], *, cost: str = "seconds") -> Figure:
             (row["images_per_class"], row[cost], row["accuracy_mean"]) for row in rows if row["method"] == name
         )
         budgets, costs, accuracies = zip(*own, strict=True)
-        left.plot(budgets, costs, **_line(style))
+        left.plot(budgets, costs, **line_style(style))
         if budgets[-1] < largest:
             further = costs[-1] * largest / budgets[-1]
             left.plot([budgets[-1], largest], [costs[-1], further], color=style.color, linestyle=(0, (1, 2)), lw=1.3)
-        right.plot(costs, [100 * accuracy for accuracy in accuracies], **_line(style))
+        right.plot(costs, [100 * accuracy for accuracy in accuracies], **line_style(style))
         for budget, x, y in own:
             right.annotate(f"{budget:g}", (x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
     named = cost.replace("_", " ")
@@ -102,7 +102,7 @@ def _limits(rates: list[float]) -> tuple[float, float]:
 def _draw_rates(axes: Axes, rates: list[Mapping[str, Any]], style: Method) -> None:
     """One method's exchange rates; hollow where they lie outside of the real images that were trained on."""
     budgets, middle = [rate["images_per_class"] for rate in rates], [rate["rate"] for rate in rates]
-    axes.plot(budgets, middle, **_line(style))
+    axes.plot(budgets, middle, **line_style(style))
     low = [rate["low"] or rate["rate"] for rate in rates]
     high = [rate["high"] or rate["rate"] for rate in rates]
     axes.fill_between(budgets, low, high, color=style.color, alpha=0.12, linewidth=0)
@@ -110,14 +110,6 @@ def _draw_rates(axes: Axes, rates: list[Mapping[str, Any]], style: Method) -> No
     if hollow:
         axes.plot(*zip(*hollow, strict=True), linestyle="", marker=style.marker, markersize=7, color=style.color,
                   markerfacecolor="white", zorder=6)  # fmt: skip
-
-
-def _line(style: Method) -> dict[str, Any]:
-    return {
-        "label": style.label, "color": style.color, "marker": style.marker, "markeredgecolor": "white",
-        "markeredgewidth": 0.7, "markersize": {"*": 11, "P": 8, "X": 8}.get(style.marker, 6), "zorder": 4,
-        "linewidth": 2.2 if style.emphasis else 1.3, "linestyle": "-" if style.emphasis else (0, (5, 1.5)),
-    }  # fmt: skip
 
 
 def _finish(figure: Figure, results: Mapping[str, Any], rows: Any, budget_axes: list[Axes] | None = None) -> None:

@@ -9,18 +9,6 @@ from dsco_hf import CCS, D2, KCenter, Moderate, Pool, TrainingLog, dope, select
 from dsco_hf.concentration.selection.coverage import farthest_first, neighbours, spread_evenly, strata_of
 
 
-@pytest.fixture
-def pool(real_images):
-    return Pool(real_images, progress=False)
-
-
-@pytest.fixture
-def training(pool):
-    """Twelve epochs of random values of the 21 real images."""
-    values = torch.rand(3, 12, 21, generator=torch.Generator().manual_seed(1))
-    return TrainingLog(values[0], 2 * values[1] - 1, values[2], pool.fingerprint)
-
-
 def rules(training):
     return (
         CCS(training, strata=3),

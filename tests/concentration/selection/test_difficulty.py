@@ -22,18 +22,6 @@ def log_of(probabilities, margins=None, errors=None, dataset="images"):
     return TrainingLog(*values, dataset)
 
 
-@pytest.fixture
-def pool(real_images):
-    return Pool(real_images, progress=False)
-
-
-@pytest.fixture
-def training(pool):
-    """Twelve epochs of random values of the 21 real images."""
-    values = torch.rand(3, 12, 21, generator=torch.Generator().manual_seed(1))
-    return TrainingLog(values[0], 2 * values[1] - 1, values[2], pool.fingerprint)
-
-
 def test_what_is_logged_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).log()
     own, margin, error = dynamics(logits, torch.tensor([0, 2]))
