@@ -56,28 +56,40 @@ from .sampling.nopt import NOpt
 from .sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
 from .sampling.released import QuantileTargets, Released
 from .studies.generator_check import GeneratorCheck, check_generator
+from .studies.lossless.efficiency import efficiency
+from .studies.lossless.find import find_lossless_budget
+from .studies.lossless.search import SearchPlan
 from .studies.study import Study, real_baselines
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AUM",
+    "CCS",
     "Clarity",
     "ClassifierEvidence",
     "Clearest",
     "ConcentrationReport",
     "ConvNetConfig",
     "ConvNetForImageClassification",
+    "D2",
+    "DUAL",
     "DatasetCardFields",
     "Denoiser",
     "DsCoPipeline",
     "DsCoPipelineOutput",
+    "DynUnc",
+    "EL2N",
     "Execution",
     "FeatureSpec",
+    "Forgetting",
     "GeneratorCheck",
     "Herding",
     "ImageSet",
+    "KCenter",
     "MatchingTargets",
+    "Moderate",
     "NOpt",
     "NonFiniteError",
     "Objective",
@@ -89,10 +101,13 @@ __all__ = [
     "Random",
     "Released",
     "Ridge",
+    "RidgeRule",
     "Sampling",
     "SamplingMethod",
+    "SearchPlan",
     "Selection",
     "Study",
+    "TrainingLog",
     "build_evaluator",
     "check_generator",
     "concentrate",
@@ -100,11 +115,14 @@ __all__ = [
     "concentrate_to_folder",
     "concentration_record",
     "dope",
+    "efficiency",
+    "find_lossless_budget",
     "get_protocol",
     "load_digits_dataset",
     "load_image_dataset",
     "load_image_set",
     "load_recorded",
+    "log_training",
     "measure_discrepancy",
     "publish",
     "publish_evaluator",
@@ -117,16 +135,4 @@ __all__ = [
     "select",
     "train_evaluator",
     "verify",
-    "CCS",
-    "D2",
-    "KCenter",
-    "Moderate",
-    "AUM",
-    "DUAL",
-    "EL2N",
-    "DynUnc",
-    "Forgetting",
-    "TrainingLog",
-    "log_training",
-    "RidgeRule",
 ]
