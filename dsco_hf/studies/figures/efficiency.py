@@ -81,7 +81,9 @@ def draw_cost(results: Mapping[str, Any], *, cost: str = "seconds") -> Figure:
             left.plot([budgets[-1], largest], [costs[-1], further], color=style.color, linestyle=(0, (1, 2)), lw=1.3)
         right.plot(costs, [100 * accuracy for accuracy in accuracies], **line_style(style))
         for budget, x, y in own:
-            right.annotate(f"{budget:g}", (x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+            right.annotate(
+                f"{budget:g}", (x, 100 * y), xytext=(-5, 5), ha="right", textcoords="offset points", fontsize=7.5
+            )
     named = cost.replace("_", " ")
     left.set_yscale("log")
     left.set_ylabel(f"synthesis: {named}")

@@ -55,7 +55,7 @@ def draw_search(found: Mapping[str, Any], path: str | Path) -> Path:
         found (mapping): content of lossless.json.
         path (`str` or `Path`): the PNG file to write.
     """
-    figure = Figure(figsize=(5.2, 3.6), dpi=200, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(5.2, 4.0), dpi=200, facecolor="white", layout="constrained")
     axes, curve, full = figure.add_subplot(), found["curve"], found["reference"]["accuracy_mean"]
     low, middle, high = ([100 * value for value in curve[key]] for key in ("low", "middle", "high"))
     axes.fill_between(curve["images"], low, high, color=FAINT, label="fitted curve, 90 % band")
@@ -79,7 +79,7 @@ def draw_search(found: Mapping[str, Any], path: str | Path) -> Path:
     axes.tick_params(axis="x", rotation=45)
     axes.set_xlabel("images", fontsize=8.5)
     axes.set_ylabel("test accuracy in %", fontsize=8.5)
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return save_figure(figure, path)
 
 
