@@ -17,7 +17,14 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import launches
 from advice import World
-from dsco_hf import ConvNetConfig, ConvNetForImageClassification, DsCoPipeline, MatchingTargets
+from dsco_hf import (
+    ConvNetConfig,
+    ConvNetForImageClassification,
+    DsCoPipeline,
+    MatchingTargets,
+    Pool,
+    TrainingLog,
+)
 from hub import Client, LoopbackHub
 from hub.samples import TOKEN
 
@@ -154,6 +161,18 @@ def make():
 @pytest.fixture(scope="session")
 def real_images():
     return striped_images()
+
+
+@pytest.fixture
+def pool(real_images):
+    return Pool(real_images, progress=False)
+
+
+@pytest.fixture
+def training(pool):
+    """Twelve epochs of random values of the 21 real images."""
+    values = torch.rand(3, 12, 21, generator=torch.Generator().manual_seed(1))
+    return TrainingLog(values[0], 2 * values[1] - 1, values[2], pool.fingerprint)
 
 
 @pytest.fixture(scope="session")

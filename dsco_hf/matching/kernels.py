@@ -197,3 +197,13 @@ def herd(
         picked.append(j)
         to_set += psi @ psi[j]
     return torch.tensor(picked, dtype=torch.int64)
+
+
+def single_precision(values: torch.Tensor) -> torch.Tensor:
+    """Values in float32 that do not depend on the order in which those in float64 were summed up.
+
+    Means of few images often lie right between two numbers of float32, where the last bit of float64 would choose: it
+    is rounded away first.
+    """
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2.0**44).round(), exponent - 44).float()

@@ -25,7 +25,7 @@ from ..utils.processes import Team
 from ..utils.values import LARGEST_SET, check_whole
 from .feature_spec import layer_weights
 from .files import FeatureFolder, TemporaryFeatures
-from .kernels import draw_frequencies, fourier_embedding, median_bandwidth
+from .kernels import draw_frequencies, fourier_embedding, median_bandwidth, single_precision
 
 
 BANDWIDTH_IMAGES = 2000  # the median of all pairwise distances of so many
@@ -50,16 +50,6 @@ def moments_of(features: torch.Tensor, weights: torch.Tensor) -> Moments | None:
         return None
     mean = w @ x / total
     return Moments(total, mean, w @ (x - mean).square_())
-
-
-def single_precision(values: torch.Tensor) -> torch.Tensor:
-    """Values in float32 that do not depend on the order in which those in float64 were summed up.
-
-    Means of few images often lie right between two numbers of float32, where the last bit of float64 would choose: it
-    is rounded away first.
-    """
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp((mantissa * 2.0**44).round(), exponent - 44).float()
 
 
 def merge_moments(a: Moments | None, b: Moments | None) -> Moments | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsco_hf.matching import population as population_module
-from dsco_hf.matching.kernels import fourier_embedding, median_bandwidth
+from dsco_hf.matching.kernels import fourier_embedding, median_bandwidth, single_precision
 from dsco_hf.matching.population import (
     Population,
     dataset_units,
@@ -12,7 +12,6 @@ from dsco_hf.matching.population import (
     mix_keys,
     moments_of,
     refuse_empty_classes,
-    single_precision,
 )
 
 
