@@ -21,6 +21,7 @@ from recipes import (
     compute_targets,
     concentrate,
     experiment,
+    lossless,
     plan,
     train_classifier,
     train_evaluator,
@@ -37,6 +38,7 @@ RECIPES = {
     "evaluator": (train_evaluator, train_evaluator.EvaluatorRecipe),
     "experiment": (experiment, experiment.ExperimentRecipe),
     "generator": (train_generator, train_generator.GeneratorRecipe),
+    "lossless": (lossless, lossless.LosslessRecipe),
     "targets": (compute_targets, compute_targets.TargetsRecipe),
 }
 INPUTS = ("generator", "classifier", "finetune_from")  # folders that other commands make
@@ -52,6 +54,7 @@ SMALL = {
     "--template_steps 2 --quantile_iterations 1 --steps 2 --epochs none --batch_size 4",
     "generator": "--train_steps 2 --batch_size 4 --layers_per_block 1 --num_layers 1 --num_attention_heads 2 "
     "--attention_head_dim 8 --num_samples_per_class 1 --num_inference_steps 2 --evaluate_every none",
+    "lossless": "--steps 60 --batch_size 32 --margin 0.1 --trainings 6 --reference_seeds 2",
     "targets": "--embedding_dim 32",
 }
 
@@ -157,7 +160,8 @@ def test_runs_as_it_stands(path, work, monkeypatch):
     finally:
         fresh()
     output = Path(yaml.safe_load(path.read_text())["output_dir"])
-    assert (output / "results.json").is_file()
+    written = "lossless.json" if module is lossless else "results.json"
+    assert (output / written).is_file()
     if kind_of(path) == "concentrate":
         models = given[given.index("--generator") :] if "--generator" in given else []
         found = plan.main(["--run_config", str(path.relative_to(ROOT)), "--images_per_class", "1", *models])

@@ -170,7 +170,7 @@ def test_images_network_and_samples_of_a_study(pipe, train, tmp_path):
     real, test, taken = options.splits(tested=True)
     images, tested = options.images(real, test, protocol=QUICK, num_channels=1)
     assert (len(real), len(images.labels), len(tested.labels)) == (12, 12, 3) and "held out" in taken["test_split"]
-    assert options.readable(real, images, pipe) is real
+    assert options.readable(real, images) is real
     with pytest.raises(ValueError, match="`test_split` is a split or 'auto' here, not 'none'"):
         RealOptions(dataset=str(tmp_path / "data"), test_split="none").splits(tested=True)
     assert draw_study_samples({"random-ipc2-seed0": train}, 2, tmp_path / "samples.png").stat().st_size > 1000
