@@ -52,9 +52,9 @@ from .matching.feature_spec import FeatureSpec
 from .matching.objectives import RKHS, ClassifierEvidence, Objective, Ridge
 from .matching.targets import MatchingTargets
 from .sampling.call import Plain, Sampling, SamplingMethod
-from .sampling.nopt import NOpt
+from .sampling.methods.nopt import NOpt
+from .sampling.methods.released import QuantileTargets, Released
 from .sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
-from .sampling.released import QuantileTargets, Released
 from .studies.generator_check import GeneratorCheck, check_generator
 from .studies.lossless.efficiency import efficiency
 from .studies.lossless.find import find_lossless_budget

@@ -30,9 +30,9 @@ from dsco_hf.hub.remake import compared, load_recorded, read_concentration, reco
 from dsco_hf.matching.kept import kept_targets, pipeline_identity
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.flat import SamplingOptions
-from dsco_hf.sampling.nopt import NOpt
+from dsco_hf.sampling.methods.nopt import NOpt
+from dsco_hf.sampling.methods.released import QuantileTargets, Released
 from dsco_hf.sampling.pipeline import DsCoPipeline
-from dsco_hf.sampling.released import QuantileTargets, Released
 from dsco_hf.studies.generator_check import GeneratorCheck
 from dsco_hf.studies.kept import kept_check
 from dsco_hf.studies.options import MatchOptions, OutputOptions, PreviewOptions

@@ -24,7 +24,7 @@ ORDER = {
         *["files", "kernels", "features", "feature_spec"],
         *["population", "targets", "kept", "objectives", "discrepancy"],
     ],
-    "sampling": ["models", "loading", "noise", "call", "nopt", "released", "flat", "checks", "pipeline"],
+    "sampling": ["models", "loading", "call", "methods", "flat", "checks", "pipeline"],
     "concentration": [
         *["methods", "selection", "config_records", "set_records", "concentrate"],
         *["doping", "records", "run_folder", "runs"],
@@ -38,6 +38,8 @@ ORDER = {
 }
 # A folder of a room counts as one file there, and has its own order.
 FOLDERS = {
+    "matching.objectives": ["base", "mean_matching", "regression", "evidence"],
+    "sampling.methods": ["noise", "nopt", "released"],
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
     "studies.figures": ["accuracy", "features", "efficiency"],
     "studies.lossless": ["curves", "noninferiority", "search", "find", "report", "efficiency"],

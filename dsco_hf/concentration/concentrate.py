@@ -25,8 +25,8 @@ from ..matching.objectives import Objective
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, SamplingMethod, is_population
 from ..sampling.checks import check_targets
+from ..sampling.methods.released import Targets
 from ..sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
-from ..sampling.released import Targets
 from ..utils.progress import peak_bytes
 from ..utils.values import LARGEST_SET, plain_arguments
 from .set_records import drawn_record, with_record

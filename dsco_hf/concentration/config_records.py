@@ -16,7 +16,7 @@ from ..data.schema import nearest
 from ..matching.objectives import Objective
 from ..sampling.call import Plain, SamplingMethod
 from ..sampling.flat import from_flat
-from ..sampling.nopt import NOISE
+from ..sampling.methods.nopt import NOISE
 from ..utils.markdown import Trusted, escape_id, escape_markdown, format_number, parameter_rows
 from .methods import find_method
 from .selection import Selection

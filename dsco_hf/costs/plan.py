@@ -13,8 +13,8 @@ import torch
 from ..concentration.concentrate import Unit, plan_units
 from ..sampling.call import Plain, Sampling
 from ..sampling.flat import SamplingOptions
+from ..sampling.methods.released import Released
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import Released
 from ..utils.values import LARGEST_SET, check_choice
 from .passes import Prediction, Rehearsal, assumed_seconds, predict
 from .probe import probe_seconds

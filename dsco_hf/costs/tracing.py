@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..matching.feature_spec import Features, FeatureSource, features_of
+from ..sampling.methods.released import RandomExtractor
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import RandomExtractor
 from ..utils.values import plain_arguments
 
 

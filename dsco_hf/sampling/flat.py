@@ -9,8 +9,7 @@ from typing import Any
 
 from ..matching.objectives import Objective
 from .call import Plain, Sampling, SamplingMethod
-from .nopt import NOpt
-from .released import Released
+from .methods import NOpt, Released
 
 
 _NOPT = {"optimize_from": "start", "optimize_until": "stop", "step_size": "step_size", "step_decay": "step_decay",

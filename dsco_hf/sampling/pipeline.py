@@ -25,8 +25,7 @@ from ..utils.values import LARGEST_SEED, check_whole
 from .call import Call, Sampling, SamplingMethod, calls
 from .checks import check_call, check_kinds
 from .loading import StoredPipeline
-from .nopt import NOpt as NOpt  # methods are known by name once they are imported
-from .released import Released as Released
+from .methods import NOpt as NOpt  # methods are known by name once they are imported
 
 
 logger = logging.getLogger(__name__)

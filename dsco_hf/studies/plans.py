@@ -25,9 +25,9 @@ from ..matching.objectives import ClassifierEvidence, Objective
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Plain
 from ..sampling.flat import from_flat
-from ..sampling.nopt import NOpt
+from ..sampling.methods.nopt import NOpt
+from ..sampling.methods.released import QuantileTargets, Released
 from ..sampling.pipeline import DsCoPipeline
-from ..sampling.released import QuantileTargets, Released
 from ..utils.files import read_json, write_json
 from ..utils.origins import fingerprint, identity
 from ..utils.progress import Clock

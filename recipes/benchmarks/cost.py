@@ -46,9 +46,9 @@ from dsco_hf.costs.passes import Rehearsal, stand_in_targets, weighted
 from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds, synchronize
 from dsco_hf.costs.tracing import pass_costs, predict_memory
 from dsco_hf.sampling.call import Plain, Sampling, calls
-from dsco_hf.sampling.nopt import NOpt, optimized_steps
+from dsco_hf.sampling.methods.nopt import NOpt, optimized_steps
+from dsco_hf.sampling.methods.released import QuantileTargets, Released
 from dsco_hf.sampling.pipeline import DsCoPipeline
-from dsco_hf.sampling.released import QuantileTargets, Released
 from dsco_hf.utils import progress as memory
 
 

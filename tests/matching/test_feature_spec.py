@@ -23,7 +23,7 @@ from dsco_hf.evaluators.preprocessing import preprocess
 from dsco_hf.matching.discrepancy import measure_discrepancy
 from dsco_hf.matching.feature_spec import POOLED, FeatureSource, FeatureSpec, feature_specs, layer_weights
 from dsco_hf.matching.features import features_and_logits, observe, pool
-from dsco_hf.sampling.released import RandomExtractor
+from dsco_hf.sampling.methods.released import RandomExtractor
 
 
 SMALL = {"embedding_dim": 64, "progress": False}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dsco_hf.sampling.noise import joint_gradient, loss_gradient, momentum_descent, norms, on_shell, shell_step
+from dsco_hf.sampling.methods.noise import joint_gradient, loss_gradient, momentum_descent, norms, on_shell, shell_step
 
 
 def normal(*shape, seed=0):

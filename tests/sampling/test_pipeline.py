@@ -21,8 +21,8 @@ from dsco_hf import (
 )
 from dsco_hf.matching.features import Observation
 from dsco_hf.sampling.flat import from_flat
-from dsco_hf.sampling.noise import joint_gradient, loss_gradient
-from dsco_hf.sampling.nopt import observation, optimized_steps, preview
+from dsco_hf.sampling.methods.noise import joint_gradient, loss_gradient
+from dsco_hf.sampling.methods.nopt import observation, optimized_steps, preview
 
 
 LABELS = [0, 0, 1, 2, 2, 2]

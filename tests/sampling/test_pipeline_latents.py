@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from dsco_hf import MatchingTargets
 from dsco_hf.generators.latents import conventions, decode, encode, to_output
 from dsco_hf.sampling.flat import from_flat
-from dsco_hf.sampling.noise import joint_gradient, loss_gradient
+from dsco_hf.sampling.methods.noise import joint_gradient, loss_gradient
 
 
 LABELS = [0, 0, 1, 2, 2, 2]

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from dsco_hf import NOpt
 from dsco_hf.sampling.call import usable_eta
-from dsco_hf.sampling.nopt import optimized_steps
+from dsco_hf.sampling.methods.nopt import optimized_steps
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from datasets import Image
 
 from dsco_hf import QuantileTargets
 from dsco_hf.data.datasets import load_pixels
-from dsco_hf.sampling.released import RandomExtractor, quantile_loss, quantile_pivots, shell_penalty
+from dsco_hf.sampling.methods.released import RandomExtractor, quantile_loss, quantile_pivots, shell_penalty
 from dsco_hf.utils.origins import targets_sha256
 
 

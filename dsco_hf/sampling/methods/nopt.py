@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ..generators.failures import refuse_nonfinite
-from ..matching.features import Observation
-from ..matching.objectives import Bound, Objective, Ridge
-from ..utils.values import check_choice, check_real, plain_fields
-from .call import Call, Plain, Sampling, SamplingMethod
+from ...generators.failures import refuse_nonfinite
+from ...matching.features import Observation
+from ...matching.objectives import Bound, Objective, Ridge
+from ...utils.values import check_choice, check_real, plain_fields
+from ..call import Call, Plain, Sampling, SamplingMethod
 from .noise import joint_gradient, shell_step
 
 

@@ -15,15 +15,15 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from ..data.datasets import class_names, iterate_pixels, present_classes
-from ..data.labels import Mapped, class_mapping
-from ..data.schema import image_seed
-from ..matching.features import RandomExtractor as RandomExtractor
-from ..matching.objectives import check_kind
-from ..matching.population import refuse_empty_classes, rows_of_labels
-from ..matching.targets import MatchingTargets
-from ..utils.values import plain_arguments, plain_fields
-from .call import Call, Plain, Sampling, SamplingMethod
+from ...data.datasets import class_names, iterate_pixels, present_classes
+from ...data.labels import Mapped, class_mapping
+from ...data.schema import image_seed
+from ...matching.features import RandomExtractor as RandomExtractor
+from ...matching.objectives import check_kind
+from ...matching.population import refuse_empty_classes, rows_of_labels
+from ...matching.targets import MatchingTargets
+from ...utils.values import plain_arguments, plain_fields
+from ..call import Call, Plain, Sampling, SamplingMethod
 from .noise import momentum_descent
 from .nopt import NOISE, check_interval, optimized_steps
 
