@@ -61,10 +61,6 @@ class TargetsRecipe(DtypeOptions, MatchOptions, OutputOptions):
     keep_work: bool = False
 
 
-DRAWING = ("num_inference_steps", "guidance_scale", "eta")
-COMMON = ("embedding_dim", "bandwidth", "second_moment", "seed", "batch_size")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Reads the config, makes the targets, and saves them with the results."""
     recipe = parse_config(TargetsRecipe, arguments, description=__doc__)
@@ -87,8 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = time.perf_counter() - begin
     if accelerator.is_main_process:
         targets.save_pretrained(output)
-        spent = None if continued else seconds
-        save_results(recipe, targets, splits, accelerator, spent, output / "results.json")
+        spent = None if continued else seconds  # nothing is said of a pass of several sessions
+        results = {"config": dataclasses.asdict(recipe), "splits": splits, **made(targets, spent)}
+        write_json(output / "results.json", results | run_environment(accelerator))
         if not recipe.keep_work:
             shutil.rmtree(work)
         print(f"Saved targets of {targets.num_classes} classes to {output} after {seconds:.1f} s.")
@@ -103,36 +100,20 @@ def make_targets(
     if not recipe.data_free:
         with accelerator.main_process_first():
             real, _, splits = recipe.splits(streaming=recipe.streaming)
-    options = recipe.targets_options(pipe, **{name: getattr(recipe, name) for name in DRAWING})
-    options |= {name: getattr(recipe, name) for name in COMMON}
+    drawing = {name: getattr(recipe, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+    common = ("embedding_dim", "bandwidth", "second_moment", "seed", "batch_size")
+    options = recipe.targets_options(pipe, **drawing) | {name: getattr(recipe, name) for name in common}
     options |= {} if recipe.data_free else {"decode_threads": recipe.decode_threads}
     return recipe.make_targets(pipe, real, accelerator=accelerator, work_dir=work, **options), splits
 
 
-def save_results(
-    recipe: TargetsRecipe,
-    targets: MatchingTargets,
-    splits: dict[str, Any],
-    accelerator: Accelerator,
-    seconds: float | None,
-    path: Path,
-) -> None:
-    """Writes what was made of what, and how long it took, unless it was made in several sessions."""
+def made(targets: MatchingTargets, seconds: float | None) -> dict[str, Any]:
+    """What targets are of, and how long they took if that is known, for results.json."""
     provenance = targets.provenance
     images = provenance.get("images") or provenance["samples_per_class"] * targets.num_classes
-    results = {
-        "config": dataclasses.asdict(recipe),
-        "splits": splits,
-        "images": images,
-        "seconds": seconds and round(seconds, 2),
-        "images_per_second": seconds and round(images / seconds, 1),
-        "classes": targets.num_classes,
-        "feature_dim": targets.feature_dim,
-        "bandwidth": targets.bandwidth,
-        "provenance": provenance,
-        **run_environment(accelerator),
-    }
-    write_json(path, results)
+    speed = {"seconds": seconds and round(seconds, 2), "images_per_second": seconds and round(images / seconds, 1)}
+    return {"images": images, **speed, "classes": targets.num_classes, "feature_dim": targets.feature_dim,
+            "bandwidth": targets.bandwidth, "provenance": provenance}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,13 +18,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 from accelerate import Accelerator
 
 from dsco_hf.data.datasets import check_classes
-from dsco_hf.evaluators import load_image_set
 from dsco_hf.hub.folder import save_study_folder
 from dsco_hf.studies.options import PipelineOptions, RealOptions, TrainingOptions
 from dsco_hf.studies.plans import PlannedSets, StudyPlan
@@ -67,15 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(recipe.output_dir)
     check_anew(recipe.resume, accelerator, [Path(recipe.sets_dir or output / "work"), output / "jobs"])
     run = Experiment(recipe, accelerator)
-    run.made.make()
-    run.study.sets |= {name: run.images(rows) for name, rows in run.made.rows().items()}
-    run.clock.say("training evaluators")
-    run.study.train()
-    accelerator.wait_for_everyone()
-    if run.clock.any_unfinished():
+    if not run.study.train_planned(run.made, num_channels=run.pipe.num_channels):
         run.clock.say("stopped by `max_minutes`; run the same command again to go on")
     elif accelerator.is_main_process:
-        table = run.write(output)
+        table = run.write()
         run.clock.say(f"done: {output}")
         print(f"\n{table}")
     accelerator.end_training()
@@ -85,42 +78,36 @@ class Experiment:
     """What the options describe: models, images, the sets and the study of them."""
 
     def __init__(self, recipe: ExperimentRecipe, accelerator: Accelerator) -> None:
-        self.clock = Clock(accelerator, recipe.max_minutes)
-        self.output = Path(recipe.output_dir)
+        self.clock, self.output = Clock(accelerator, recipe.max_minutes), Path(recipe.output_dir)
         self.pipe = pipe = recipe.load_pipeline().to(accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        self.protocol = recipe.get_protocol(image_size=pipe.image_size)
+        protocol = recipe.get_protocol(image_size=pipe.image_size)
         with accelerator.main_process_first():
             real, test, self.splits = recipe.splits(tested=True)
-            sizes = {"protocol": self.protocol, "num_channels": pipe.num_channels}
-            self.train, self.test = recipe.images(real, test, **sizes)
-            real = recipe.readable(real, self.train, num_channels=pipe.num_channels, image_size=pipe.image_size)
-        self.clock.say(f"{len(real)} training, {len(self.test.labels)} test images: {self.splits['test_split']}")
-        self.recipe = recipe = recipe.for_classes(int(self.train.labels.bincount().min()))
-        check_classes(self.train.labels, self.train.names, images_per_class=max(recipe.sizes))
+            train, test = recipe.images(real, test, protocol=protocol, num_channels=pipe.num_channels)
+            real = recipe.readable(real, train, num_channels=pipe.num_channels, image_size=pipe.image_size)
+        self.clock.say(f"{len(real)} training, {len(test.labels)} test images: {self.splits['test_split']}")
+        self.recipe = recipe = recipe.for_classes(int(train.labels.bincount().min()))
+        check_classes(train.labels, train.names, images_per_class=max(recipe.sizes))
         self.made = PlannedSets(
             recipe, pipe, real, recipe.sets_dir or self.output / "work", clock=self.clock, columns=recipe.columns,
-            students={"protocol": self.protocol, "architecture": recipe.architecture}, images=self.train.digest,
+            students={"protocol": protocol, "architecture": recipe.architecture}, images=train.digest,
             splits={name: self.splits[name] for name in self.splits if name != "test_split"},
             **{name: getattr(recipe, name) for name in ("dataset", "dataset_name", "revision")},
         )  # fmt: skip
         baselines = real_baselines(
-            self.train, recipe.sizes, random_seeds=recipe.synthesis_seeds, classifiers=[pipe.classifier]
+            train, recipe.sizes, random_seeds=recipe.synthesis_seeds, classifiers=[pipe.classifier]
         )
         self.study = Study(
-            baselines | ({FULL: self.train} if recipe.full else {}), self.test, self.output, protocol=self.protocol,
+            baselines | ({FULL: train} if recipe.full else {}), test, self.output, protocol=protocol,
             architectures=[recipe.architecture], seeds=recipe.training_seeds, overrides=recipe.overrides,
-            teacher=pipe.classifier if self.protocol.label_type == "teacher" else None, accelerator=accelerator,
+            teacher=pipe.classifier if protocol.label_type == "teacher" else None, accelerator=accelerator,
             clock=self.clock,
         )  # fmt: skip
 
-    def images(self, rows: Any) -> Any:
-        """A dataset's images as evaluators get them."""
-        return load_image_set(rows, protocol=self.protocol, num_channels=self.pipe.num_channels)
-
-    def write(self, output: Path) -> str:
+    def write(self) -> str:
         """results.json, the table, the figures, and dataset/: the sets of the first seed as they are published."""
-        recipe, check = self.recipe, self.made.check
+        recipe, output, check = self.recipe, self.output, self.made.check
         results = self.study.results(
             self.made, dataset=recipe.dataset, splits=self.splits, generator_check=check and check.record(),
             config=dataclasses.asdict(recipe) | {"image_size": self.pipe.image_size},

@@ -73,13 +73,9 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
         said = {field.name: getattr(recipe, field.name, None) for field in fields(DatasetCardFields)}
         said = {name: value for name, value in said.items() if value and name != "repo_id"}
         return publish(
-            folder,
-            recipe.repo_id,
-            card=DatasetCardFields(**said) if said else None,
-            default_config=recipe.default_config,
-            overwrite_features=recipe.overwrite_features,
-            push=push,
-        )
+            folder, recipe.repo_id, card=DatasetCardFields(**said) if said else None, push=push,
+            default_config=recipe.default_config, overwrite_features=recipe.overwrite_features,
+        )  # fmt: skip
     options: dict[str, Any] = {"license": recipe.license, "dataset_id": recipe.dataset_id, "push": push}
     if (folder / "model_index.json").is_file():
         from dsco_hf.matching.targets import MatchingTargets

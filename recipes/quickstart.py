@@ -20,16 +20,14 @@ import datasets
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from dsco_hf import DsCoPipeline, build_evaluator, get_protocol, load_digits_dataset, train_evaluator
-from dsco_hf.evaluators import Execution, ImageSet, load_image_set
+from dsco_hf import DsCoPipeline, build_evaluator, get_protocol, load_digits_dataset, load_image_set
 from dsco_hf.evaluators.augmentation import RandomShift
-from dsco_hf.evaluators.evaluation import save_network
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.generators.training import train_generator
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import save_study_folder
-from dsco_hf.sampling.models import load_classifier
 from dsco_hf.studies.figures.features import draw_study_features
+from dsco_hf.studies.kept import kept_classifiers
 from dsco_hf.studies.plans import METHODS, PlannedSets, StudyPlan, set_name
 from dsco_hf.studies.study import FULL, Study, real_baselines
 from dsco_hf.studies.tables import write_results
@@ -107,11 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         run.recipe, run.train_models().to(accelerator.device), run.real, run.work, clock=run.clock,
         students={"protocol": run.study.protocol, "architecture": EVALUATOR["architectures"][0]},
     )  # fmt: skip
-    made.make()
-    run.study.sets |= {name: run.images(rows) for name, rows in made.rows().items()}
-    run.clock.say("training evaluators")
-    run.study.train()
-    accelerator.wait_for_everyone()
+    run.study.train_planned(made, num_channels=1)
     if accelerator.is_main_process:
         table = run.write(made)
         run.clock.say(f"done: {run.output}")
@@ -126,12 +120,12 @@ class Run:
         self.accelerator, self.clock, self.output = accelerator, Clock(accelerator), Path(recipe.output_dir)
         steps = ((10, 100), (None, 200)) if recipe.small else ((10, 400), (None, 1500))
         self.protocol = protocol = get_protocol("quick", steps=steps, augmentation=(RandomShift(1),))
-        digits = load_digits_dataset()
-        self.real, self.train = digits["train"], self.images(digits["train"])
-        test = self.images(digits["test"], test_for=self.train)
+        digits, reading = load_digits_dataset(), {"protocol": protocol, "num_channels": 1}
+        self.real, self.train = digits["train"], load_image_set(digits["train"], **reading)
+        test = load_image_set(digits["test"], test_for=self.train, **reading)
         self.clock.say(f"digits: {len(self.real):,} training and {len(test.labels)} test images of 8x8 pixels")
-        doped = round(recipe.doped_share * self.train.images_per_class)
-        self.recipe = dataclasses.replace(recipe, doping_budgets=[doped])
+        doping = [round(recipe.doped_share * self.train.images_per_class)]
+        self.recipe = dataclasses.replace(recipe, doping_budgets=doping)
         decisive = [recipe.small, recipe.generator_steps, GENERATOR, NETWORK, protocol, versions()]
         decisive += [self.train.digest, accelerator.mixed_precision]
         self.work = self.output / "work" / fingerprint(*decisive)[:8]  # where the models are
@@ -146,27 +140,14 @@ class Run:
             accelerator=accelerator, **EVALUATOR,
         )  # fmt: skip
 
-    def images(self, rows: Any, **options: Any) -> ImageSet:
-        """Rows as evaluators get them."""
-        return load_image_set(rows, protocol=self.protocol, num_channels=1, **options)
-
     def train_models(self) -> DsCoPipeline:
-        """Classifiers, each of which herds real images, and the generator, with the first of them as its classifier.
-
-        The main process trains the generator, the others meanwhile the evaluators on real images.
-        """
+        """The pipeline with the first of the classifiers that herd real images, on which others train meanwhile."""
         self.clock.say("training the classifiers")
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        protocol = dataclasses.replace(self.protocol, steps=100 if self.recipe.small else 800, learning_rate=2e-3)
-        folders = [self.work / f"classifier-seed{seed}" for seed in range(self.recipe.herding_seeds)]
-        for seed, folder in list(enumerate(folders))[rank::world]:
-            if not folder.is_dir():
-                network, execution = new_network(self.train.names, seed, norm="batch"), Execution(self.accelerator)
-                train_evaluator(network, self.train, protocol=protocol, seed=seed, execution=execution)
-                with whole(folder) as partial:
-                    save_network(network, partial)
-        self.accelerator.wait_for_everyone()
-        herding, recipe = [load_classifier(str(folder)) for folder in folders], self.recipe
+        recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
+        herding = kept_classifiers(
+            self.work, self.new_classifier, self.train, recipe.herding_seeds, accelerator=self.accelerator,
+            protocol=dataclasses.replace(self.protocol, steps=100 if recipe.small else 800, learning_rate=2e-3),
+        )  # fmt: skip
         for sizes, seeds, classifiers in (
             (recipe.budgets[:1], recipe.random_seeds, herding),
             (recipe.budgets[1:], recipe.synthesis_seeds, herding),
@@ -182,6 +163,10 @@ class Run:
             self.study.train(rank=rank - 1, world=world - 1)
         self.accelerator.wait_for_everyone()
         return DsCoPipeline.from_pretrained(folder)
+
+    def new_classifier(self, seed: int) -> PreTrainedModel:
+        """A classifier before its training."""
+        return build_evaluator(class_names=self.train.names, seed=seed, norm="batch", **NETWORK)
 
     def new_pipeline(self, classifier: PreTrainedModel) -> DsCoPipeline:
         """The generator, with the network that says what it drew."""
@@ -209,11 +194,6 @@ class Run:
         shutil.rmtree(self.output / "pipeline", ignore_errors=True)  # of other settings
         shutil.copytree(self.work / "pipeline", self.output / "pipeline")  # where `concentrate.py --from` finds it
         return table
-
-
-def new_network(names: list[str], seed: int, **options: Any) -> PreTrainedModel:
-    """A network before its training."""
-    return build_evaluator(class_names=names, seed=seed, **NETWORK, **options)
 
 
 if __name__ == "__main__":

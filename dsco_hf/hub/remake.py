@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..concentration.records import PARTS, concentration_record, config_record, library_versions
-from ..concentration.runs import RunResult
+from ..concentration.records import (
+    PARTS,
+    concentration_record,
+    config_record,
+    library_versions,
+    record_parameters,
+)
+from ..concentration.runs import RunResult, concentrate_to_folder
 from ..data.shards import rows_sha256
 from ..matching.targets import MatchingTargets
+from ..sampling.methods.released import QuantileTargets, Released
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
 from ..studies.generator_check import GeneratorCheck
@@ -235,51 +243,110 @@ def compared(origin: Mapping[str, Any], found: str) -> tuple[dict[str, Any], str
     return outcome, f" {which} are identical to those of {name}."
 
 
-def save_run(
-    result: RunResult,
-    folder: str | Path,
-    *,
-    pipe: DsCoPipeline,
-    targets: Any,
-    parameters: Mapping[str, Any],
-    check: GeneratorCheck | None = None,
-    targets_id: str | None = None,
-    **record_options: Any,
-) -> dict[str, Any]:
-    """Writes what a finished run has drawn as it is published, beside the other sizes that lie there.
+@dataclass(frozen=True)
+class Job:
+    """A set that is drawn in a run folder and saved as it is published.
 
-    Returns the record. `parameters` say how it was drawn, with its sizes; `record_options` are the further ones of
-    `concentration_record`: method, seed, source, targets_revision.
+    Attributes:
+        pipe (`DsCoPipeline`), targets: see `concentrate`.
+        parameters (mapping): its further arguments, `images_per_class` and, as `method`, a `Sampling` among them.
+        seed (`int`), cpu_threads (`int`): of the run.
+        method (`str`): what results call the set.
+        source (mapping), targets_id, targets_revision (`str`): see `concentration_record`; all may be None.
+        origin (mapping, *optional*): the published dataset that is drawn again, with [`recorded_rows`].
+        check ([`GeneratorCheck`], *optional*): what the classifier makes of plain samples.
     """
-    cache = Path(folder).parent / "run" / "rows.arrow"
-    dataset, images = result.dataset(cache_file=cache), parameters["images_per_class"]
-    kept = targets if isinstance(targets, MatchingTargets) else None
-    record = concentration_record(
-        pipe, kept, result.report, parameters=parameters, targets_id=targets_id, **record_options
-    )
-    size = min(parameters["block_size"], images)
-    record["blocks"] = {
-        "size": size,
-        "count": -(-images // size),
-        "nested": "the images of the first k blocks are those of a run with k times `size` images per class",
-    }
-    record |= {"models": result.settings["models"], "changes": result.changes}
-    record["environment"]["threads"] = result.settings["cpu_threads"]
-    record["synthetic"] = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
-    if check is not None:
-        record["generator_check"] = check.record()
-    if (measured := result.report.discrepancy) is not None:
-        record["discrepancy"] = {"set": measured, "as many random real images": result.report.random_discrepancy}
-    configs, records = _earlier_sizes(Path(folder), images)
-    save_dataset_folder(
-        {**configs, f"ipc{images}": dataset},
-        folder,
-        default_config=f"ipc{images}",
-        concentration={"configs": {**records, f"ipc{images}": record}} if configs else record,
-        targets=kept if not targets_id else None,
-    )
-    cache.unlink()
-    return record
+
+    pipe: DsCoPipeline
+    targets: MatchingTargets | QuantileTargets | None
+    parameters: Mapping[str, Any]
+    seed: int
+    cpu_threads: int
+    method: str
+    source: Mapping[str, Any] | None = None
+    targets_id: str | None = None
+    targets_revision: str | None = None
+    origin: Mapping[str, Any] | None = None
+    check: GeneratorCheck | None = None
+
+    @classmethod
+    def recorded(
+        cls,
+        repo_or_folder: str | Path,
+        config: str | None = None,
+        *,
+        revision: str | None = None,
+        cpu_threads: int | None = None,
+        **place: Any,
+    ) -> Job:
+        """The job that made a published dataset; `place` and errors as of [`load_recorded`].
+
+        Raises:
+            ValueError: If the dataset was drawn to match real images one by one.
+        """
+        pipe, targets, record = load_recorded(repo_or_folder, config, revision=revision, **place)
+        published = read_concentration(repo_or_folder, revision=revision)
+        parameters = record_parameters(record)
+        if isinstance(parameters["method"].method, Released):
+            raise ValueError(
+                f"{repo_or_folder} matches real images one by one (objective 'quantile'): only with them can it be "
+                "drawn."
+            )
+        origin = {"dataset": str(repo_or_folder), "config": record["config"], "revision": revision}
+        origin |= {**recorded_rows(published, record["config"]), "versions": record.get("versions") or {}}
+        threads = cpu_threads or (record.get("environment") or {}).get("threads") or 1
+        method = str(record.get("method") or "nopt").removesuffix("+doping")
+        return cls(pipe, targets, parameters, record["seed"], threads, method, record.get("source"), origin=origin)
+
+    def draw(self, folder: str | Path, **session: Any) -> RunResult:
+        """Draws into a run folder, or goes on there; see `concentrate_to_folder`, of which `session` are arguments."""
+        options = {**self.parameters, "seed": self.seed, "cpu_threads": self.cpu_threads, **session}
+        return concentrate_to_folder(self.pipe, self.targets, options.pop("images_per_class"), folder, **options)
+
+    def save(self, result: RunResult, folder: str | Path) -> dict[str, Any]:
+        """Writes what a finished run has drawn, beside the other sizes that lie in the folder; returns the record."""
+        cache = Path(folder).parent / "run" / "rows.arrow"
+        dataset, images = result.dataset(cache_file=cache), self.parameters["images_per_class"]
+        kept = self.targets if isinstance(self.targets, MatchingTargets) else None
+        told = {name: getattr(self, name) for name in ("method", "seed", "source", "targets_id", "targets_revision")}
+        record = concentration_record(self.pipe, kept, result.report, parameters=self.parameters, **told)
+        size = min(self.parameters["block_size"], images)
+        record["blocks"] = {
+            "size": size,
+            "count": -(-images // size),
+            "nested": "the images of the first k blocks are those of a run with k times `size` images per class",
+        }
+        record |= {"models": result.settings["models"], "changes": result.changes}
+        record["environment"]["threads"] = result.settings["cpu_threads"]
+        record["synthetic"] = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
+        if self.check is not None:
+            record["generator_check"] = self.check.record()
+        if (measured := result.report.discrepancy) is not None:
+            record["discrepancy"] = {"set": measured, "as many random real images": result.report.random_discrepancy}
+        configs, records = _earlier_sizes(Path(folder), images)
+        save_dataset_folder(
+            {**configs, f"ipc{images}": dataset},
+            folder,
+            default_config=f"ipc{images}",
+            concentration={"configs": {**records, f"ipc{images}": record}} if configs else record,
+            targets=kept if not self.targets_id else None,
+        )
+        cache.unlink()
+        return record
+
+    def results(self, result: RunResult, record: Mapping[str, Any], **told: Any) -> tuple[dict[str, Any], str]:
+        """The content of results.json of a run whose set was saved with this record, and what to tell of it."""
+        report = vars(result.report)
+        measured = {name: value for name, value in report.items() if "discrepancy" in name}
+        results = {
+            **told, "method": self.method, "seed": self.seed, "session": result.session, **measured,
+            "cost": {name: value for name, value in report.items() if name not in measured},
+            "settings": result.settings, "versions": library_versions(),
+        }  # fmt: skip
+        if self.origin is None:
+            return results, ""
+        results["from"], verdict = compared(self.origin, record["synthetic"]["rows_sha256"])
+        return results, verdict
 
 
 def _earlier_sizes(folder: Path, images: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,24 +1,29 @@
-"""What a study makes once and uses again: sets, checks of a generator. Each lies beside all that decided it.
+"""What a study makes once and uses again: sets, checks of a generator, classifiers.
 
-A thing is used again where its identity is that of what would be made now, and made anew or refused where it differs;
-see `dsco_hf.utils.origins`.
+Sets and checks lie beside all that decided them, and are used again where their identity is that of what would be made
+now, and made anew or refused where it differs; see `dsco_hf.utils.origins`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from transformers import PreTrainedModel
 
 from ..concentration.set_records import read_set, write_set
+from ..evaluators import Execution, ImageSet, Protocol, train_evaluator
+from ..evaluators.evaluation import save_network
 from ..generators.failures import NonFiniteError
 from ..matching.kept import pipeline_identity
-from ..utils.files import DamagedFileError, read_json, reading, remove_partials, write_json
+from ..sampling.models import load_classifier
+from ..utils.files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
 from ..utils.origins import differences
 from .generator_check import GeneratorCheck, check_generator
 
@@ -111,3 +116,33 @@ def kept_check(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"check": dataclasses.asdict(found), "made_with": json.loads(json.dumps(made_with))})
     return found
+
+
+def kept_classifiers(
+    folder: str | Path,
+    build: Callable[[int], PreTrainedModel],
+    images: ImageSet,
+    seeds: int,
+    *,
+    protocol: Protocol,
+    accelerator: Accelerator,
+) -> list[PreTrainedModel]:
+    """Classifiers that differ in their seed; those that are not there are trained, each by one of the processes.
+
+    Args:
+        folder (`str` or `Path`): that of one kind of network, data and protocol, on a file system that all see.
+        build (`Callable`): the untrained network of a seed.
+        images (`ImageSet`): to train on.
+        seeds (`int`): how many, from seed 0 on.
+        protocol (`Protocol`): how.
+        accelerator (`Accelerator`): of the launch.
+    """
+    folders = [Path(folder) / f"classifier-seed{seed}" for seed in range(seeds)]
+    for seed, place in list(enumerate(folders))[accelerator.process_index :: accelerator.num_processes]:
+        if not place.is_dir():
+            execution = Execution(accelerator)
+            result = train_evaluator(build(seed), images, protocol=protocol, seed=seed, execution=execution)
+            with whole(place) as partial:
+                save_network(result.model, partial)
+    accelerator.wait_for_everyone()
+    return [load_classifier(str(place)) for place in folders]

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import AutoencoderKL, AutoencoderTiny
 from transformers import PreTrainedModel
 
 from ..data.datasets import load_pixels, load_splits
 from ..evaluators import ImageSet, Protocol, get_protocol, load_image_set
+from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.targets import MatchingTargets
+from ..sampling.flat import SamplingOptions
+from ..sampling.methods.nopt import NOpt
+from ..sampling.methods.released import QuantileTargets, Released
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import check_choice
@@ -169,6 +174,68 @@ class MatchOptions(ReadOptions):
         text, file = self.mapping, Path(self.mapping or "")
         text = file.read_text(encoding="utf-8") if text and file.is_file() else text
         return {name: getattr(self, name) for name in names} | {"mapping": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsOptions(MatchOptions, SamplingOptions):
+    """What images are drawn to match, and how.
+
+    Attributes:
+        targets, targets_revision: folder or Hub repository of finished targets, in place of `dataset` or `data_free`.
+        draws: of objective "quantile".
+        seed: with class and index it fixes an image.
+    """
+
+    targets: str | None = None
+    targets_revision: str | None = None
+    draws: int = 5
+    seed: int = 0
+
+    def check_matched(self) -> None:
+        """Raises ValueError for several things to match, or something else than the method takes."""
+        sources = [name for name in ("targets", "dataset", "data_free") if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(f"{sources} were given: images can match one of them only.")
+        method = self.sampling.method
+        if sources and isinstance(method, NOpt) and method.objective.needs is None:
+            raise ValueError(f"The {method.objective.name!r} objective matches nothing: leave {sources[0]!r} out.")
+        if isinstance(method, Released) and sources != ["dataset"]:
+            raise ValueError("The 'quantile' objective matches real images: give `dataset`.")
+        if not sources and method.without_targets() != method:
+            raise ValueError(
+                "Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0` for plain "
+                "samples."
+            )
+
+    def matched(
+        self, pipe: DsCoPipeline, real: Any, folder: Path, *, accelerator: Accelerator, **decisive: Any
+    ) -> MatchingTargets | QuantileTargets | None:
+        """Targets: loaded, or made by all processes together and kept in a folder; see `kept_targets` for errors.
+
+        Args:
+            pipe (`DsCoPipeline`): draws, and gives the features.
+            real (`Dataset`, *optional*): the images of `dataset`.
+            folder (`Path`): where targets that are made are kept.
+            accelerator (`Accelerator`): of the launch.
+            decisive: what else decides them, such as the models' precision.
+        """
+        if self.targets is not None:
+            with accelerator.main_process_first():
+                return MatchingTargets.from_pretrained(self.targets, revision=self.targets_revision)
+        if self.dataset is None and not self.data_free:
+            return None
+        method, shown = self.sampling.method, accelerator.is_main_process
+        if isinstance(method, Released):
+            own = {name: getattr(self, name) for name in ("on_error", "mapping", "draws", "seed")}
+            return QuantileTargets.from_dataset(real, pipe, progress=shown, **self.columns, **own)
+        drawing = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+        options = self.targets_options(pipe, **drawing) | {"seed": self.seed}
+        options |= {"second_moment": True} if method.second_moment else {}
+        made_with = pipeline_identity(pipe, real, draws=real is None, **{**options, **self.asked, **decisive})
+        return kept_targets(
+            folder, made_with, accelerator=accelerator,
+            make=lambda **shared: self.make_targets(pipe, real, progress=shown, **options, **shared),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,21 @@ class Study:
             if not self.clock.is_over():
                 run_job(key, self._train, settings=self._settings, folder=self.folder / "jobs")
 
+    def train_planned(self, made: PlannedSets, **reading: Any) -> bool:
+        """Makes the sets of a plan and trains on them, too, by all processes; False where the clock left something.
+
+        Args:
+            made ([`~dsco_hf.studies.plans.PlannedSets`]): the sets.
+            reading: of [`~dsco_hf.evaluators.load_image_set`].
+        """
+        made.make()
+        rows = made.rows()
+        self.sets |= {name: load_image_set(rows[name], protocol=self.protocol, **reading) for name in rows}
+        self.clock.say("training evaluators")
+        self.train()
+        self.accelerator.wait_for_everyone()
+        return not self.clock.any_unfinished()
+
     def jobs(self) -> dict[str, tuple[str, str, int]]:
         """The trainings by name: set, network and seed."""
         sizes = {name: 0 if callable(images) else len(images.labels) for name, images in self.sets.items()}

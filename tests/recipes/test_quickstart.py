@@ -8,13 +8,12 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-import torch
 from datasets import load_dataset
 
 from dsco_hf import MatchingTargets, read_concentration, verify
 from dsco_hf.concentration.records import config_record
 from dsco_hf.concentration.set_records import record_of
-from recipes import concentrate, quickstart
+from recipes import concentrate
 
 
 pytestmark = pytest.mark.slow
@@ -120,12 +119,3 @@ def test_herded_sets_are_those_of_several_classifiers(output):
     assert [rows["herding", budget]["synthesis_seeds"] for budget in (1, 3, 10, 43)] == [2, 2, 2, 1]
     jobs = [json.loads(path.read_text()) for path in (output / "work").glob("*/jobs/herding-ipc10-*-run0.json")]
     assert len({job["settings"]["images"] for job in jobs}) == len(jobs) == 2  # each classifier herds its own
-
-
-@pytest.mark.parametrize("options", [{"norm": "batch"}, {}], ids=["classifier", "untrained"])
-def test_initial_weights_are_those_of_a_seed(options):
-    torch.manual_seed(1)
-    first = quickstart.new_network(["a", "b"], 3, **options).state_dict()
-    torch.manual_seed(2)
-    again = quickstart.new_network(["a", "b"], 3, **options).state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first) and len(first) > 4
