@@ -11,6 +11,11 @@ stands for the images per class. Trainings are spread over processes and survive
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

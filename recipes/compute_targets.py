@@ -12,6 +12,11 @@ The folder is read by `MatchingTargets.from_pretrained` and by `--targets` of re
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 import shutil
 import sys

@@ -14,6 +14,11 @@ finished units and the log; and targets/, if it made them.
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 import sys
 import time

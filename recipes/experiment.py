@@ -15,6 +15,11 @@ Sets do not depend on how evaluators are trained: give two runs the same `--sets
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path

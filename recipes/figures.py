@@ -9,6 +9,11 @@ against cost), efficiency (what an image is worth, and what is left of the diffe
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import json
 import sys
 from dataclasses import dataclass

@@ -9,6 +9,11 @@ size was accepted, dataset/: that set with a card that states claim, margin, con
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

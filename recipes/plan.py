@@ -12,6 +12,11 @@ assumption. Prints Markdown; `--help` lists the options.
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -10,6 +10,11 @@ other users of a machine can see command lines. Run again after a cut, it sends 
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import logging
 import sys
 from dataclasses import dataclass, fields

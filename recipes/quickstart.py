@@ -10,6 +10,11 @@ mean nothing. `recipes/concentrate.py --from outputs/quickstart/dataset` draws t
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 import shutil
 from dataclasses import dataclass, field

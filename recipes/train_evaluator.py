@@ -10,6 +10,11 @@ the last epoch; `--help` lists the options.
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,6 +12,11 @@ The folder is read by `DsCoPipeline.from_pretrained(output_dir)`. It also holds 
 
 from __future__ import annotations
 
+from dsco.options import answer
+
+
+answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -70,7 +70,7 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
         seed (`int`): of initial weights, order of the data, noise and timesteps.
     """
 
-    architecture: str = DiT.name
+    architecture: str = "dit"
     trainable: str = "all"
     class_dropout_prob: float = 0.1
     num_train_timesteps: int = 1000

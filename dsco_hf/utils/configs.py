@@ -19,6 +19,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import HfArgumentParser
 
+from dsco.options import class_options, help_text
+
 from .files import Entry, read_entries
 from .names import RENAMED, nearest
 
@@ -48,10 +50,8 @@ def parse_config(
         FileNotFoundError: if the file is not there.
     """
     parser = _RaisingParser(config_class, description=description, allow_abbrev=False)
-    texts = option_texts(config_class)
-    for action in parser._actions:
-        action.help = texts.get(action.dest, action.help)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the options below")
+    parser.config_class = config_class
+    parser.add_argument("--config", type=Path)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     path = _config_path(arguments)
     values = dict(defaults or {}) | ({} if path is None else read_config(path, config_class))
@@ -64,16 +64,6 @@ def parse_config(
     if unknown:
         raise ValueError(_not_understood(unknown[0], arguments, names))
     return config_class(**{name: None if name in absent else getattr(known, name) for name in names})
-
-
-def option_texts(config_class: type) -> dict[str, str]:
-    """What `--help` says of options: the lines of docstrings under `Attributes:`, a class's own before its bases'."""
-    found: dict[str, str] = {}
-    for base in reversed(config_class.__mro__):
-        block = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
-        for names, text in re.findall(r"^ {4}([\w, ]+?)(?: \([^)]*\))?: (.*(?:\n {8}.*)*)", block, re.MULTILINE):
-            found |= dict.fromkeys(names.split(", "), " ".join(text.split()).replace("%", "%%"))
-    return found
 
 
 def _as_written(arguments: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], set[str]]:
@@ -116,6 +106,12 @@ def _not_understood(argument: str, arguments: Sequence[str], names: Sequence[str
 
 
 class _RaisingParser(HfArgumentParser):
+    config_class: type
+
+    def format_help(self) -> str:
+        file = Path(inspect.getfile(self.config_class))
+        return help_text(self.prog, self.description or "", class_options(file, self.config_class.__name__)) + "\n"
+
     def error(self, message: str) -> Any:
         raise ValueError(f"Bad command line: {message}. `--help` lists all options.")
 

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 import dsco_hf.evaluators.training as train_evaluation
+from dsco.options import recipe_options
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.sampling.flat import FLAT
 from dsco_hf.studies import options
-from dsco_hf.utils.configs import check_anew, option_texts, parse_config
+from dsco_hf.utils.configs import check_anew, parse_config
 from recipes import (
     compare,
     compute_targets,
@@ -83,8 +84,9 @@ def test_every_option_is_used(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_says_what_every_option_is(name):
-    texts = option_texts(RECIPES[name])
-    assert not [option for option in options_of(name) if len(texts.get(option, "")) < 5]
+    options = recipe_options(SOURCES[name])
+    assert {option.name for option in options} == set(options_of(name))
+    assert not [option.name for option in options if len(option.meaning) < 5 or not option.group]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -108,7 +110,7 @@ RESUME = 'go on with what a stopped run of the same options left; "false" starts
 @pytest.mark.parametrize("name", RESUMED)
 def test_to_resume_means_the_same_everywhere(name):
     assert options_of(name)["resume"].default is True
-    assert option_texts(RECIPES[name])["resume"] == RESUME
+    assert next(option.meaning for option in recipe_options(SOURCES[name]) if option.name == "resume") == RESUME
     assert "check_anew(recipe.resume, accelerator, " in SOURCES[name].read_text(encoding="utf-8")
 
 

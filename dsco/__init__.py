@@ -1,0 +1,1 @@
+"""The command `dsco`: recipes by name, and what their options are, told before anything heavy is imported."""
