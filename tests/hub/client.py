@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
+from .forks import Forked
+
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("worker.py")
 DROPPED = (
     "HF_",
     "HUGGING",
@@ -67,16 +67,9 @@ class Client:
     def __init__(self, endpoint: str, home: Path, *, token: str | None = None, **extra: str) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.log_path = home / "output.txt"
-        self.log = self.log_path.open("wb")
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=environment(endpoint, home, token=token, **extra),
-            cwd=home,
-            text=True,
-        )
+        self.log = self.log_path.open("ab")  # two may share a home
+        env = environment(endpoint, home, token=token, **extra)
+        self.process = Forked(stderr=self.log.fileno(), env=env, cwd=home)
 
     def __enter__(self) -> Client:
         return self
@@ -94,6 +87,7 @@ class Client:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self.kill()
+        self.process.stdout.close()
         self.log.close()
 
     def kill(self) -> None:

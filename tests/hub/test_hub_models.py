@@ -145,10 +145,9 @@ def test_options_of_loading_reach_our_own_classes(hub, ann, stranger, own, tmp_p
     repo = hub.store.load("models", "ann/own")
     hub.store.save("models", "ann/own", {**repo, "private": True})
     try:
-        with Client(hub.url, tmp_path / "nobody") as nobody:
-            with pytest.raises(ClientError, match="no such repository, or it is private") as raised:
-                nobody.run(LOAD_OWN, options={})
-            assert raised.value.kind == "FileNotFoundError"
+        with pytest.raises(ClientError, match="no such repository, or it is private") as raised:
+            stranger.run(LOAD_OWN, options={"cache_dir": str(tmp_path / "empty")})
+        assert raised.value.kind == "FileNotFoundError"
         with Client(hub.url, tmp_path / "friend", token="hf_" + "F" * 34) as friend:
             hub.add_user("ann", "hf_" + "F" * 34, role="read")
             assert friend.run(LOAD_OWN, options={})[2] == own["pixels"]
