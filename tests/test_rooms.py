@@ -24,7 +24,7 @@ ORDER = {
         *["files", "kernels", "features", "feature_spec"],
         *["population", "targets", "kept", "objectives", "discrepancy"],
     ],
-    "sampling": ["models", "loading", "call", "methods", "flat", "checks", "pipeline"],
+    "sampling": ["models", "loading", "call", "methods", "peers", "flat", "checks", "pipeline"],
     "concentration": [
         *["methods", "selection", "config_records", "set_records", "concentrate"],
         *["doping", "records", "run_folder", "runs"],

@@ -41,18 +41,17 @@ Given: TypeAlias = Targets | Dataset | IterableDataset | str | Sequence[int | st
 """Targets, or what they are made of."""
 
 
-def row_features(class_names: Sequence[str]) -> Features:
-    """Columns of a concentrated dataset: the image, its label, and where it comes from."""
-    return Features(
-        {
-            "image": Image(),
-            "label": ClassLabel(names=list(class_names)),
-            "source": ClassLabel(names=list(SOURCES)),
-            "seed": Value("int64"),
-            "block": Value("int32"),
-            "real_index": Value("int64"),
-        }
-    )
+def row_features(class_names: Sequence[str], *, weighted: bool = False) -> Features:
+    """Columns of a concentrated dataset: the image, its label, where it comes from, and perhaps how much it counts."""
+    columns = {
+        "image": Image(),
+        "label": ClassLabel(names=list(class_names)),
+        "source": ClassLabel(names=list(SOURCES)),
+        "seed": Value("int64"),
+        "block": Value("int32"),
+        "real_index": Value("int64"),
+    }
+    return Features(columns | ({"weight": Value("float32")} if weighted else {}))
 
 
 @dataclasses.dataclass
@@ -204,7 +203,8 @@ class UnitSampler:
         """Draws a unit; all earlier blocks of its classes must have been given to `add`.
 
         Returns:
-            `tuple`: rows by class and index (`image`, `label`, `seed`, `block`), and what the pipeline returned.
+            `tuple`: rows by class and index (`image`, `label`, `seed`, `block`, perhaps `weight`), and what the
+                pipeline returned.
 
         Raises:
             NonFiniteError: if an image or a gradient is not finite; classes, block and step are named.
@@ -218,7 +218,10 @@ class UnitSampler:
             previous = sums.to(device), counts.to(device)
         labels = [self.class_labels[row] for row, _ in batch]
         try:
-            output = self.pipe.sample(labels, self.targets, seeds=seeds, previous=previous, method=self.sampling)
+            output = self.pipe.sample(
+                labels, self.targets, seeds=seeds, previous=previous, method=self.sampling,
+                indices=[index for _, index in batch],
+            )  # fmt: skip
         except NonFiniteError as error:
             names = [self.class_names[row] for row in unit.rows if self.class_labels[row] in error.class_labels]
             where = f"Class(es) {names[:10]}, block {unit.block}, step {error.step}"
@@ -228,6 +231,8 @@ class UnitSampler:
             {"image": image, "label": row, "seed": drawn_from, "block": unit.block}
             for (row, _), drawn_from, image in zip(batch, seeds, images, strict=True)
         ]
+        for one, weight in zip(rows, output.weights or [], strict=output.weights is not None):
+            one["weight"] = weight
         return rows, output
 
     def add(self, unit: Unit, images: Sequence[PIL.Image.Image]) -> None:
@@ -327,7 +332,8 @@ def concentrate_and_report(
         NonFiniteError: if an image or a gradient is not finite.
     """
     sampling = Sampling.of(**options)
-    matched = sampling.make_targets(pipe, targets, seed=seed, progress=progress)
+    shared: dict[str, Any] = {"seed": seed, "progress": progress, "images_per_class": images_per_class}
+    matched = sampling.make_targets(pipe, targets, **shared)
     sampler = UnitSampler(pipe, matched, sampling, seed=seed, class_labels=class_labels)
     units = plan_units(
         len(sampler.class_names), images_per_class, block_size=block_size, images_per_call=images_per_call
@@ -374,21 +380,27 @@ def targets_in(
     accelerator: Accelerator,
     seed: int,
     progress: bool,
+    images_per_class: int,
 ) -> Any:
     """The targets that are given, or made of what is given and kept in a folder, where a later session finds them."""
 
     def make(**shared: Any) -> Any:
-        return sampling.make_targets(pipe, given, seed=seed, progress=progress, **shared)
+        options: dict[str, Any] = {"seed": seed, "progress": progress, "images_per_class": images_per_class}
+        return sampling.make_targets(pipe, given, **options, **shared)
 
-    if not (is_population(given) and sampling.method.keeps_targets):
+    method = sampling.method
+    if not is_population(given) or method.targets_class is None:
         return make()
     real = given if isinstance(given, Dataset | IterableDataset) else None
-    made_with: dict[str, Any] = {"second_moment": sampling.method.second_moment}
+    made_with: dict[str, Any] = {"second_moment": method.second_moment}
+    if method.targets_class is not MatchingTargets:
+        made_with |= {"method": method.as_record(), "seed": seed}
+        made_with |= {"images_per_class": images_per_class} if method.by_budget else {}
     if real is None:
         drawn = ("num_inference_steps", "guidance_scale", "eta")
         made_with |= {"population": given, "seed": seed} | {name: getattr(sampling, name) for name in drawn}
     made_with = pipeline_identity(pipe, real, draws=real is None, **made_with)
-    return kept_targets(folder, made_with, make, accelerator=accelerator)
+    return kept_targets(folder, made_with, make, accelerator=accelerator, kind=method.targets_class)
 
 
 def _classes(
@@ -424,8 +436,8 @@ def peak_memory_bytes(pipe: DsCoPipeline) -> int:
 
 
 def to_dataset(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:
-    """Rows that were drawn (`image`, `label`, `seed`, `block`) as a concentrated dataset."""
-    columns = {name: [row[name] for row in rows] for name in ("image", "label", "seed", "block")}
+    """Rows that were drawn (`image`, `label`, `seed`, `block`, perhaps `weight`) as a concentrated dataset."""
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
     columns |= {"source": [SOURCES.index("synthetic")] * len(rows), "real_index": [-1] * len(rows)}
-    features = row_features(names)
+    features = row_features(names, weighted="weight" in columns)
     return Dataset.from_dict({name: columns[name] for name in features}, features=features)

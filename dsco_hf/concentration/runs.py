@@ -65,6 +65,7 @@ class RunResult:
         settings (`dict`): what fixes the images, as in `run.json`.
         class_names (`list[str]`): names of the dataset's classes.
         record (`dict`): what the images are drawn with, see [`~dsco_hf.concentration.records.concentration_record`].
+        weighted (`bool`): whether images count unequally in training: rows then have a `weight`.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class RunResult:
     settings: dict[str, Any]
     class_names: list[str]
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weighted: bool = False
 
     @property
     def finished(self) -> bool:
@@ -110,7 +112,8 @@ class RunResult:
         if not self.finished:
             raise RunError(self.message)
         units = _units(self.settings)
-        rows = RunFolder(self.folder).assemble(units, row_features(self.class_names), cache_file=cache_file)
+        features = row_features(self.class_names, weighted=self.weighted)
+        rows = RunFolder(self.folder).assemble(units, features, cache_file=cache_file)
         return with_record(rows, self.record) if self.record else rows
 
 
@@ -172,6 +175,7 @@ def concentrate_to_folder(
     """
     accelerator, sampling = accelerator or make_accelerator(), Sampling.of(**options)
     shared: dict[str, Any] = {"accelerator": accelerator, "seed": seed, "progress": progress}
+    shared["images_per_class"] = images_per_class
     matched = targets_in(pipe, targets, sampling, Path(folder) / "targets", **shared)
     sampler = UnitSampler(pipe, matched, sampling, seed=seed, class_labels=class_labels)
     judge = measure_by or (matched if isinstance(matched, MatchingTargets) else None)
@@ -277,7 +281,7 @@ class _Run:
     def _work(self, mine: Sequence[Unit], finished: set[str], last: Mapping[int, int]) -> None:
         """Draws this process's units, block after block; a group whose unit failed is left as it is."""
         broken: set[int] = set()
-        features = row_features(self.sampler.class_names)
+        features = row_features(self.sampler.class_names, weighted=self.sampler.sampling.method.weighs)
         try:
             for unit in mine:
                 if unit.group in broken or unit.block > last[unit.group]:
@@ -371,6 +375,7 @@ class _Run:
             settings=settings,
             record=self._record(settings, report),
             class_names=list(self.sampler.class_names),
+            weighted=self.sampler.sampling.method.weighs,
         )
 
     def _report(self, entries: Mapping[Unit, Mapping[str, Any]]) -> ConcentrationReport:

@@ -192,17 +192,14 @@ def stand_in_targets(
         embedding_dim (`int`): D.
 
     Returns:
-        [`MatchingTargets`]; [`QuantileTargets`] of one image a class for [`Released`]; None where nothing is matched.
+        [`MatchingTargets`], or what the method itself has as a stand-in; None where nothing is matched.
     """
     method = method or Sampling().method
+    own = method.stand_in_targets(pipe)
+    if own is not None or method.without_targets() == method:
+        return own
     classes, generator = range(pipe.num_classes), torch.Generator().manual_seed(0)
     names = [pipe.id2label.get(index, str(index)) for index in classes]
-    if isinstance(method, Released):
-        return QuantileTargets(
-            names, list(classes), [torch.randn(1, *pipe.latent_shape, generator=generator)] * len(classes)
-        )
-    if method.without_targets() == method:
-        return None
     specs = features_of(pipe, features)
     probe = torch.cat(FeatureSource(pipe, specs).probe(), dim=1)
     size = probe.shape[1]

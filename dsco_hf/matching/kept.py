@@ -52,11 +52,12 @@ def pipeline_identity(
 def kept_targets(
     folder: str | Path,
     made_with: Mapping[str, Any],
-    make: Callable[..., MatchingTargets],
+    make: Callable[..., Any],
     *,
     accelerator: Accelerator,
     renew: bool = False,
-) -> MatchingTargets:
+    kind: Any = MatchingTargets,
+) -> Any:
     """Targets of an earlier session that were made with the same, or new ones, which are then kept.
 
     Args:
@@ -66,6 +67,7 @@ def kept_targets(
         accelerator (`Accelerator`): connects the processes; all of them call this.
         renew (`bool`): make those anew that were made with something else; otherwise they are refused, for a run goes
             on with those that it began with.
+        kind (`type`): of the targets, with `save_pretrained` and `from_pretrained`.
 
     Raises:
         ValueError: for targets that were made with something else; what differs is named.
@@ -76,7 +78,7 @@ def kept_targets(
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     if before is not None:
         if not (differing := differences(before, made_with)):
-            return MatchingTargets.from_pretrained(folder)
+            return kind.from_pretrained(folder)
         if not renew:
             raise ValueError(
                 f"{folder} holds targets that were made otherwise ({in_words(differing)}). Remove it, or choose "
@@ -91,4 +93,4 @@ def kept_targets(
         for left in folder.parent.glob(f"{work}*"):
             shutil.rmtree(left)
     accelerator.wait_for_everyone()
-    return MatchingTargets.from_pretrained(folder)
+    return kind.from_pretrained(folder)

@@ -51,17 +51,28 @@ class SamplingMethod(Choice):
     Attributes:
         candidates (`int`): images drawn for each one that stays, see `choose`.
         sentence (`str`): what cards say was done.
-        keeps_targets (`bool`): whether what `make_targets` makes are [`MatchingTargets`], which folders keep.
+        targets_class (`type`, *optional*): of what `make_targets` makes, if folders can keep it (`save_pretrained`,
+            `from_pretrained`).
     """
 
     argument: ClassVar[str] = "method"
     candidates = 1  # a subclass may have it as a field
-    keeps_targets: ClassVar[bool] = True
+    targets_class: ClassVar[type | None] = MatchingTargets
     sentence: ClassVar[str] = "The sampling of a frozen class-conditional diffusion model was steered."
 
     @property
     def second_moment(self) -> bool:
         """Whether targets that are made for it need E ψψᵀ."""
+        return False
+
+    @property
+    def by_budget(self) -> bool:
+        """Whether targets depend on how many images a class will have."""
+        return False
+
+    @property
+    def weighs(self) -> bool:
+        """Whether images count unequally in training, see `weights`."""
         return False
 
     @property
@@ -88,6 +99,13 @@ class SamplingMethod(Choice):
     def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
         """Raises ValueError for targets, or parts of a pipeline, that do not fit."""
 
+    def stand_in_targets(self, pipe: DiffusionPipeline) -> Any:
+        """Targets of the right shapes for all classes of a pipeline, without data, by which costs are counted.
+
+        None where [`MatchingTargets`], or nothing, stand in.
+        """
+        return None
+
     def make_targets(
         self,
         pipe: DiffusionPipeline,
@@ -96,6 +114,7 @@ class SamplingMethod(Choice):
         *,
         seed: int = 0,
         progress: bool = True,
+        images_per_class: int | None = None,
         **shared: Any,
     ) -> Any:
         """Targets of what is given in their place.
@@ -106,6 +125,7 @@ class SamplingMethod(Choice):
             sampling ([`Sampling`]): as the set is drawn, so are the samples that stand for the generator's classes.
             seed (`int`): of those samples.
             progress (`bool`): show a progress bar.
+            images_per_class (`int`, *optional*): that will be drawn, where it is known; see `by_budget`.
             shared: `accelerator` and `work_dir` of [`MatchingTargets.from_dataset`].
 
         Raises:
@@ -147,6 +167,13 @@ class SamplingMethod(Choice):
             pixels (`torch.Tensor` of shape `(B, C, H, W)`): the images, in about [-1, 1].
         """
         return torch.arange(len(call.wanted))
+
+    def weights(self, call: Call) -> torch.Tensor:
+        """How much each image that stays counts in training, `(len(call.wanted),)`: 1 is as much as others.
+
+        Asked only of a method that `weighs`.
+        """
+        return torch.ones(len(call.wanted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +272,7 @@ class Call:
     Attributes:
         pipe (`DiffusionPipeline`), targets, sampling ([`Sampling`]): what it was called with.
         wanted (`list[int]`): the generator's class of each image that is asked for.
+        indices (`list[int]`): which image of its class, counted from 0, each drawn image is, or is a candidate for.
         ids (`list[int]`), labels (`torch.Tensor` of shape `(B,)`): those of each image that is drawn.
         scheduler (`DDIMScheduler`): its own; timesteps (`torch.Tensor` of shape `(S,)`), eta (`float`): of its steps.
         batch_size (`int`): images per pass.
@@ -264,10 +292,13 @@ class Call:
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> None:
         self.pipe, self.targets, self.sampling = pipe, targets, (sampling or Sampling()).for_targets(targets)
         self.method = self.sampling.method
         self.wanted, self.ids = list(ids), [*ids] * self.method.candidates
+        counted = counted_in_class(self.wanted) if indices is None else list(indices)
+        self.indices = counted * self.method.candidates
         self.labels = torch.tensor(self.ids, device=pipe._execution_device)
         self.generator = with_candidates(generator, self.method.candidates)
         self.given, self.previous = latents, previous
@@ -337,6 +368,16 @@ class Call:
         t = int(self.timesteps[i])
         previous = t - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
         return float(self.eta * self.scheduler._get_variance(t, previous) ** 0.5)
+
+
+def counted_in_class(ids: Sequence[int]) -> list[int]:
+    """Which image of its class each is, counted from 0: `[4, 2, 4]` → `[0, 0, 1]`."""
+    seen: Counter[int] = Counter()
+    found = []
+    for one in ids:
+        found.append(seen[one])
+        seen[one] += 1
+    return found
 
 
 def calls(passes: Mapping[str, int]) -> dict[str, int]:

@@ -43,6 +43,7 @@ class DsCoPipelineOutput(BaseOutput):
             optimised steps, as predicted before the noise was moved; `(0, K)` for plain sampling.
         denoiser_calls, decoder_calls, classifier_calls (`int`): images that passed through the denoiser (twice per
             guided step), the decoder and the classifier.
+        weights (`list[float]`, *optional*): how much each image counts in training, of a method that weighs them.
     """
 
     images: Any
@@ -51,6 +52,7 @@ class DsCoPipelineOutput(BaseOutput):
     denoiser_calls: int
     decoder_calls: int
     classifier_calls: int
+    weights: list[float] | None = None
 
 
 class DsCoPipeline(StoredPipeline):
@@ -272,10 +274,11 @@ class DsCoPipeline(StoredPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         tensor_inputs: Sequence[str] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> Call:
         """What [`DsCoPipeline.__call__`] does first: the state of a call, whose parts can then be called alone.
 
-        Arguments and errors are those of the call.
+        Arguments and errors are those of the call; `indices` say which image of its class each is, counted if None.
         """
         ids = self.get_label_ids(class_labels)
         sampling = (sampling or Sampling()).for_targets(targets)
@@ -283,7 +286,9 @@ class DsCoPipeline(StoredPipeline):
             self, ids, targets, sampling, generator=generator, latents=latents, output_type=output_type,
             tensor_inputs=tensor_inputs,
         )  # fmt: skip
-        return Call(self, ids, targets, sampling, generator=generator, latents=latents, previous=previous)
+        return Call(
+            self, ids, targets, sampling, generator=generator, latents=latents, previous=previous, indices=indices
+        )
 
     def sample(
         self,
@@ -293,14 +298,16 @@ class DsCoPipeline(StoredPipeline):
         seeds: Sequence[int],
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
         output_type: str = "pt",
+        indices: Sequence[int] | None = None,
         **options: Any,
     ) -> DsCoPipelineOutput:
         """One call without its own progress bar and one seed per image; images as tensors `(B, C, H, W)` in [0, 1].
 
-        Options are those of [`Sampling.of`].
+        `indices` are as of `start_call`, options those of [`Sampling.of`].
         """
         generators = [torch.Generator().manual_seed(check_whole("seeds", seed, 0, LARGEST_SEED)) for seed in seeds]
         given: dict[str, Any] = {"previous": previous, "generator": generators, "output_type": output_type}
+        given["indices"] = indices
         call = self.start_call(list(class_labels), targets, Sampling.of(**options), **given)
         return self.draw(call, output_type)
 
@@ -399,7 +406,8 @@ class DsCoPipeline(StoredPipeline):
             self.maybe_free_model_hooks()
         classes = len(set(call.ids))
         discrepancies = torch.stack(call.discrepancies) if call.discrepancies else torch.empty(0, classes)
-        return DsCoPipelineOutput(images, call.wanted, discrepancies, *calls(call.counts).values())
+        weights = call.method.weights(call).tolist() if call.method.weighs else None
+        return DsCoPipelineOutput(images, call.wanted, discrepancies, *calls(call.counts).values(), weights)
 
     def _denoise(self, call: Call, after_step: Callable[..., torch.Tensor]) -> torch.Tensor:
         """All sampling steps: noise `(B, C, h, w)` → clean latents of the same shape."""

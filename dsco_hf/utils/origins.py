@@ -192,7 +192,7 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
 
 
 def targets_sha256(targets: Any) -> str:
-    """Content of `MatchingTargets` or `QuantileTargets`, without their provenance."""
+    """Content of targets of any class, without their provenance."""
     digest = hashlib.sha256()
     for field in dataclasses.fields(targets):
         if field.name == "provenance" or field.name.startswith("_"):
@@ -200,6 +200,8 @@ def targets_sha256(targets: Any) -> str:
         value = getattr(targets, field.name)
         if value is None:  # what is not there is no content: targets keep their digest when a field is added
             continue
+        if isinstance(value, Mapping) and all(isinstance(part, torch.Tensor) for part in value.values()):
+            value = [part for _, part in sorted(value.items())]
         parts = value if isinstance(value, list) and value and isinstance(value[0], torch.Tensor) else [value]
         for part in parts:
             _update(digest, field.name, part)

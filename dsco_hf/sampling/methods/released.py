@@ -184,7 +184,7 @@ class Released(SamplingMethod):
     sentence: ClassVar[str] = (
         f"{NOISE} at every step the features of the latents have the quantiles of those of real images."
     )
-    keeps_targets: ClassVar[bool] = False
+    targets_class: ClassVar[type | None] = None
     iterations: int = 200
     start: float = 0.0
     stop: float = 1.0
@@ -205,6 +205,13 @@ class Released(SamplingMethod):
     def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
         """Raises ValueError for targets of another kind."""
         check_kind(f"method={self.name!r}", QuantileTargets, targets)
+
+    def stand_in_targets(self, pipe: DiffusionPipeline) -> QuantileTargets:
+        """Of one image a class."""
+        names = [pipe.id2label.get(index, str(index)) for index in range(pipe.num_classes)]
+        generator = torch.Generator().manual_seed(0)
+        latents = [torch.randn(1, *pipe.latent_shape, generator=generator)] * len(names)
+        return QuantileTargets(names, list(range(len(names))), latents)
 
     def make_targets(
         self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, progress: bool = True, **_: Any

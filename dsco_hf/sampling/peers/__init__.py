@@ -1,0 +1,1 @@
+"""Methods of others as baselines on one bench, each one file, written from its description."""
