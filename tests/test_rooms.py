@@ -40,6 +40,7 @@ ORDER = {
 FOLDERS = {
     "matching.objectives": ["base", "mean_matching", "regression", "evidence"],
     "sampling.methods": ["noise", "nopt", "released"],
+    "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag"],
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
     "studies.figures": ["accuracy", "features", "efficiency"],
     "studies.lossless": ["curves", "noninferiority", "search", "find", "report", "efficiency"],

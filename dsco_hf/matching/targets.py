@@ -236,7 +236,7 @@ class MatchingTargets:
         images = statistics.pop("images")
         provenance = {
             "population": "data",
-            "dataset": _source_of(dataset),
+            "dataset": source_of(dataset),
             "fingerprint": fingerprint if mapped else None,
             "images": images,
             "skipped": len(dataset) - images if mapped else None,
@@ -431,6 +431,7 @@ def _digests(parts: Mapping[str, Any]) -> dict[str, str]:
     return {name: fingerprint(part)[:16] for name, part in parts.items() if part is not None}
 
 
-def _source_of(dataset: Dataset | IterableDataset) -> str | None:
+def source_of(dataset: Dataset | IterableDataset) -> str | None:
+    """The name that a dataset has of its own, if any."""
     info = getattr(dataset, "info", None)
     return getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)

@@ -26,6 +26,7 @@ from .call import Call, Sampling, SamplingMethod, calls
 from .checks import check_call, check_kinds
 from .loading import StoredPipeline
 from .methods import NOpt as NOpt  # methods are known by name once they are imported
+from .peers import MGD3 as MGD3
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,83 @@
+"""UAG: the prediction moves so that the classifier becomes less sure of the predicted image."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ...matching.features import features_and_logits
+from ...utils.values import check_real, plain_fields
+from ..call import Call, Sampling, SamplingMethod
+from ..methods.noise import loss_gradient
+from .best_of_n import need_teacher
+from .statistics import ClassStatistics, names_only
+
+
+@dataclasses.dataclass(frozen=True)
+class UAG(SamplingMethod):
+    """Uncertainty-aware guidance (2026, as its reproduction has it): the data-free rival.
+
+    ε ← ε - λ·√(1 - ᾱ_t)·∇_{x_t} H(p(decode(x̂0))), H being the entropy of the classifier's probabilities, and ε held
+    fixed within x̂0. Neither targets nor images are needed: a dataset that is given names the classes only.
+
+    As published but for this: the preview decoder, where there is one, takes the VAE's place; guidance scale and steps
+    are those of [`Sampling`].
+
+    Attributes:
+        scale (`float`): λ.
+        below (`float`): steps are guided whose t is at most this share of the noise levels of training.
+    """
+
+    sentence: ClassVar[str] = (
+        "The sampling of a frozen class-conditional diffusion model was guided to images that a classifier is less "
+        "sure of."
+    )
+    targets_class: ClassVar[type | None] = ClassStatistics
+    scale: float = 10.0
+    below: float = 0.795
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        plain_fields(self)
+        check_real("scale", self.scale, 0)
+        check_real("below", self.below, 0, 1)
+
+    @property
+    def uses_classifier(self) -> bool:
+        """It says how sure it is."""
+        return True
+
+    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+        """Raises ValueError without a classifier; targets only name classes."""
+        need_teacher(self.name, pipe)
+
+    def make_targets(self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, **options: Any) -> ClassStatistics:
+        """The classes alone."""
+        return names_only(pipe, given, **options)
+
+    def guide(self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
+        """ε `(B, C, h, w)` less the gradient of the entropy, where the step is guided."""
+        t = int(call.timesteps[i])
+        if t > self.below * call.scheduler.config.num_train_timesteps:
+            return noise_pred
+        gradients = []
+        for part in torch.arange(len(latents)).split(call.batch_size):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+
+            def uncertainty(x: torch.Tensor, rows: slice = rows) -> torch.Tensor:
+                pixels = call.decode(call.clean(i, x, noise_pred[rows]), preview=True)
+                call.passed("classifier", len(pixels))
+                return entropy(features_and_logits(call.pipe.classifier, pixels)[1])
+
+            gradients.append(loss_gradient(latents[rows], uncertainty)[1])
+        noise_level = (1 - call.scheduler.alphas_cumprod[t]).sqrt().to(latents)
+        return noise_pred - self.scale * noise_level * torch.cat(gradients)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """H = -Σ p log p in nats, `(B, K)` → `(B,)`; gradients reach the logits."""
+    logs = logits.log_softmax(dim=1)
+    return -(logs.exp() * logs).sum(dim=1)
