@@ -36,6 +36,11 @@ ELSEWHERE = {
     "points cannot be resolved with": "test_find.py::test_what_errors_say_to_do_is_done",
     "sets do not nest": "test_find.py::test_what_errors_say_to_do_is_done",
     "The trainings were tested on": "test_find.py::test_what_errors_say_to_do_is_done",
+    "takes real images: pass a dataset": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
+    "of real images, and these targets are": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
+    "centroids need as many images of every class": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
+    "a class, and the generator needs": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
+    "How many centroids?": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
     "give the output folder of a finished study": "test_efficiency.py::test_all_figures_from_one_command",
 }
 # what takes another installation, device, Hub or launch than a test has

@@ -246,19 +246,34 @@ def test_a_data_free_peer_reads_no_image_and_needs_a_classifier(pipe, real_image
         concentrate(make.pipe(), None, 1, method=method, progress=False)
 
 
-def test_bad_statistics_are_refused(pipe, real_images, targets, tmp_path):
-    with pytest.raises(ValueError, match="15 centroids need as many images of every class, but 'circle' has 9, "):
-        concentrate(pipe, real_images, 15, method="mgd3", progress=False)
+def test_what_errors_of_peers_say_to_do_is_done(pipe, real_images, targets):
+    def drawn(given, method, images=1):
+        return len(concentrate(pipe, given, images, method=Sampling(2, 1.0, method=method), progress=False))
+
+    with pytest.raises(ValueError, match="takes real images: pass a dataset"):
+        drawn(None, "mgd3")
+    assert drawn(real_images, "mgd3") == drawn(None, "best-of-n") == drawn(None, "uag") == drawn(None, "plain") == 3
+    with pytest.raises(ValueError, match="15 centroids need as many images of every class, but 'circle' has 9, 'squa"):
+        drawn(real_images, "mgd3", 15)
+    assert drawn(real_images, MGD3(clusters=5), 15) == 45
     with pytest.raises(ValueError, match="How many centroids"):
-        MGD3().make_targets(pipe, real_images, Sampling())
+        MGD3().make_targets(pipe, real_images, Sampling(), progress=False)
+    for method, more in ((MGD3(clusters=2), {}), (MGD3(), {"images_per_class": 2})):
+        made = method.make_targets(pipe, real_images, Sampling(), progress=False, **more)
+        assert made.tensors["shares"].shape == (3, 2)
     with pytest.raises(ValueError, match="method='mgd3'"):
-        concentrate(pipe, targets, 1, method="mgd3", progress=False)
+        drawn(targets, "mgd3")
     other = of_centroids(pipe, [[0.5, 0.5], [0.1, 0.1]])
     other.tensors["centroids"] = other.tensors["centroids"][..., :4]
     with pytest.raises(ValueError, match=r"have shape \(2, 1, 8, 4\) a class, and the generator needs \('any', 1, 8,"):
-        concentrate(pipe, other, 1, method="d4m", progress=False)
+        drawn(other, "d4m")
     with pytest.raises(ValueError, match="takes centroids of real images, and these targets are names"):
-        concentrate(pipe, ClassStatistics("names", ["a"], [0]), 1, method="d4m", progress=False)
+        drawn(ClassStatistics("names", ["a"], [0]), "d4m")
+    assert drawn(made, "d4m") == drawn(real_images, "d4m") == 3
+
+
+def test_files_and_settings_that_cannot_be_are_refused(pipe, tmp_path):
+    other = of_centroids(pipe, [[0.5, 0.5], [0.1, 0.1]])
     other.save_pretrained(tmp_path)
     half = {name: part[:1].contiguous() for name, part in other.tensors.items()}
     save_file(half, tmp_path / "targets.safetensors")
@@ -271,3 +286,5 @@ def test_bad_statistics_are_refused(pipe, real_images, targets, tmp_path):
         D4M(strength=0)
     with pytest.raises(ValueError, match="below"):
         UAG(below=2)
+    with pytest.raises(ValueError, match="candidates"):
+        BestOfN(0)
