@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,11 @@ class Transform(Protocol):
 class Settings:
     """Base of the augmentations: their fields are finite numbers, or tuples of them."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
     def __post_init__(self) -> None:  # noqa: D105
         plain_fields(self)
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             if str(field.type).startswith("tuple[float"):
                 numbers = plain(getattr(self, field.name))
                 if not isinstance(numbers, list) or not numbers:

@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -112,7 +112,7 @@ class _RaisingParser(HfArgumentParser):
         file = Path(inspect.getfile(self.config_class))
         return help_text(self.prog, self.description or "", class_options(file, self.config_class.__name__)) + "\n"
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"Bad command line: {message}. `--help` lists all options.")
 
 
@@ -151,16 +151,15 @@ def read_config(path: Path, config_class: type, *, others: bool = False) -> dict
     names = [field.name for field in dataclasses.fields(config_class)]
     values = {}
     for given, entry in entries.items():
-        name = RENAMED.get(given, given) if given not in names else given
-        if name not in names and others:
-            continue
-        if name not in names:
+        name = RENAMED[given] if given in RENAMED and given not in names else given
+        if name in names:
+            values[name] = _checked_value(path, name, kinds[name], entry)
+        elif not others:
             raise ValueError(f"{path} has an unknown field {name!r}.{nearest(name, names)}")
-        values[name] = _checked_value(path, name, kinds[name], entry)
     return values
 
 
-def _checked_value(path: Path, name: str, kind: Any, entry: Entry) -> Any:
+def _checked_value(path: Path, name: str, kind: type, entry: Entry) -> object:
     """A YAML value as the field's type: text as written, `1e-3` a number as it is to everybody but YAML 1.1."""
     choices = get_args(kind) if _is_union(kind) else (kind,)
     allowed = [get_origin(choice) or choice for choice in choices]
@@ -184,7 +183,7 @@ def _checked_value(path: Path, name: str, kind: Any, entry: Entry) -> Any:
     raise ValueError(f"{path}: `{name}` must be {wanted}, got {value!r} ({type(value).__name__}).")
 
 
-def _is_union(kind: Any) -> bool:
+def _is_union(kind: object) -> bool:
     return get_origin(kind) in (Union, types.UnionType)
 
 
@@ -247,7 +246,7 @@ def _commands(recipes: Path) -> list[tuple[str, str]]:
     return found
 
 
-def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerator:
+def make_accelerator(mixed_precision: str | None = None, **options: object) -> Accelerator:
     """An `Accelerator` that also works with several processes on a machine without a GPU.
 
     There, `accelerate launch --multi_gpu --num_processes 2` starts two processes, but a plain `Accelerator()` does not

@@ -168,7 +168,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Writes JSON, also numbers of NumPy and torch, to a file that is whole or absent."""
     write_atomically(path, (json.dumps(plain(value), indent=2) + "\n").encode())
 
@@ -236,12 +236,12 @@ def check_path(name: str | Path, *, wanted: str) -> None:
 class Entry(NamedTuple):
     """A value of a file: what YAML makes of it, its text if it is a plain (unquoted) scalar, its items if a list."""
 
-    value: Any
+    value: object
     text: str | None = None
     items: list[Entry] | None = None
 
 
-def read_entries(path: Path, what: str) -> dict[str, Entry] | list[Entry] | Any:
+def read_entries(path: Path, what: str) -> object:
     """Reads a file that holds a mapping or a list.
 
     Args:
@@ -268,7 +268,7 @@ class _BadKeys(ValueError):
     """A file gives a key twice, or one that is no scalar."""
 
 
-def _of_yaml(text: str) -> Any:
+def _of_yaml(text: str) -> object:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -293,13 +293,13 @@ def _entry(loader: yaml.SafeLoader, node: yaml.Node) -> Entry:
     return Entry(value, text=node.value if plain else None)
 
 
-def _of_json(value: Any) -> Any:
+def _of_json(value: object) -> object:
     if isinstance(value, dict):
         return {key: _json_entry(item) for key, item in value.items()}
     return [_json_entry(item) for item in value] if isinstance(value, list) else value
 
 
-def _json_entry(value: Any) -> Entry:
+def _json_entry(value: object) -> Entry:
     return Entry(value, items=[_json_entry(item) for item in value] if isinstance(value, list) else None)
 
 

@@ -58,7 +58,7 @@ def _finalize(value: object) -> str:
     return value if isinstance(value, Trusted) else escape_markdown(value, max_length=4000)
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """Fills a template of `dsco_hf/hub/templates`; every value that is not `Trusted` is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "hub" / "templates"),

@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 
 # Options and fields by the names that they had in earlier configs and records.
@@ -64,7 +63,7 @@ def find_classes(wanted: Sequence[str], names: Sequence[str]) -> list[int | None
     return found
 
 
-def nearest(name: str, choices: Iterable[Any]) -> str:
+def nearest(name: str, choices: Iterable[object]) -> str:
     """The end of an error message: up to three of the choices that look like `name`, or nothing.
 
     A choice that differs from `name` only in characters beyond ASCII is also written with escapes, as the two may look

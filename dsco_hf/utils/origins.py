@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib import metadata
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,12 @@ from .files import looks_like_path
 from .values import Choice, plain
 
 
+if TYPE_CHECKING:
+    from _hashlib import HASH
+
+    from _typeshed import DataclassInstance
+    from diffusers import DiffusionPipeline
+
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})(?:[/\\](?P<part>\w+))?")
 _OUTSIDE = re.compile(
     r"(?:file://|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\)"
@@ -34,7 +40,7 @@ _ROOTS = set(
 )
 
 
-def commit_of(model: Any) -> str | None:
+def commit_of(model: torch.nn.Module) -> str | None:
     """The commit that a model of transformers was loaded from, told from the Hub's cache.
 
     Args:
@@ -59,7 +65,7 @@ def commit_of(model: Any) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _has_weights_of(folder: Path, model: Any) -> bool:
+def _has_weights_of(folder: Path, model: torch.nn.Module) -> bool:
     """Whether a snapshot holds the model's weights."""
     tensors, seen = dict(model.state_dict()), 0
     for file in sorted(folder.rglob("*.safetensors")):
@@ -98,7 +104,7 @@ def cached_origin(path: str) -> dict[str, Any] | None:
     return {key: value for key, value in origin.items() if value is not None}
 
 
-def without_places(value: Any) -> Any:
+def without_places(value: object) -> Any:
     """Plain values with the own name of a folder or file in place of where it lies on a machine.
 
     Texts that are a path from the root, the home or the working folder are shortened; of one into the Hub's cache the
@@ -122,7 +128,7 @@ def _is_place(text: str) -> bool:
     return _OUTSIDE.match(text) is not None or (root != "" and (root in _ROOTS or Path(f"/{root}").is_dir()))
 
 
-def _only_here(name: Any) -> bool:
+def _only_here(name: object) -> bool:
     """Whether this is a place that the Hub's cache does not know as a repository's."""
     return isinstance(name, str) and "folder" in published_origin(name) and cached_origin(name) is None
 
@@ -142,7 +148,7 @@ def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     return found
 
 
-def fingerprint(*parts: Any, **named: Any) -> str:
+def fingerprint(*parts: object, **named: object) -> str:
     """SHA-256, in hexadecimal, of values of any kind: what a result that is kept depends on.
 
     Tensors and arrays count by type, shape and content; models, schedulers and pipelines by weights and configuration;
@@ -157,7 +163,7 @@ def fingerprint(*parts: Any, **named: Any) -> str:
     return digest.hexdigest()
 
 
-def identity(**parts: Any) -> dict[str, Any]:
+def identity(**parts: object) -> dict[str, Any]:
     """All that decides a result, by name, to be kept beside it as JSON.
 
     Plain values stay as they are, so that a difference can be told in words; all else is its [`fingerprint`], of which
@@ -183,7 +189,7 @@ def in_words(differing: Mapping[str, Sequence[Any]]) -> str:
     return "; ".join(told) + (f"; and {len(differing) - 10} more" if len(differing) > 10 else "")
 
 
-def flat(values: Any, name: str = "") -> dict[str, Any]:
+def flat(values: object, name: str = "") -> dict[str, Any]:
     """Nested values by their path, such as `options.eta` or `class_names.3`."""
     if not isinstance(values, Mapping | list) or not values:
         return {name: values}
@@ -191,7 +197,7 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}" if name else str(key)).items()}
 
 
-def targets_sha256(targets: Any) -> str:
+def targets_sha256(targets: DataclassInstance) -> str:
     """Content of targets of any class, without their provenance."""
     digest = hashlib.sha256()
     for field in dataclasses.fields(targets):
@@ -208,7 +214,7 @@ def targets_sha256(targets: Any) -> str:
     return digest.hexdigest()
 
 
-def model_sha256(model: Any) -> str:
+def model_sha256(model: object) -> str:
     """Content of a model or scheduler: weights and configuration, without names of files and versions."""
     digest = hashlib.sha256()
     config = getattr(model, "config", {})
@@ -221,26 +227,26 @@ def model_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def components_of(pipe: Any) -> dict[str, Any]:
+def components_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The models and the scheduler of a pipeline by name, and the names of its classes."""
     found = {name: part for name, part in sorted(pipe.components.items()) if hasattr(part, "config")}
     return {**found, "classes": {str(label): name for label, name in (getattr(pipe, "id2label", None) or {}).items()}}
 
 
-def _update(digest: Any, name: str, value: Any) -> None:
+def _update(digest: HASH, name: str, value: object) -> None:
     if isinstance(value, torch.Tensor):
         digest.update(f"\0{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     else:
         digest.update(f"\0{name} {json.dumps(value, sort_keys=True, default=_as_record)}".encode())
 
 
-def _as_record(value: Any) -> Any:
+def _as_record(value: Any) -> object:
     """A dataclass as JSON values; by its own account if it has one, which stays the same when it gets a new field."""
     return value.as_record() if hasattr(value, "as_record") else dataclasses.asdict(value)
 
 
-def _take(digest: Any, value: Any) -> None:
+def _take(digest: HASH, value: object) -> None:
     """Adds a value to a digest; what is added first says what kind it is and how long."""
     if isinstance(value, torch.Tensor):
         return _update(digest, "tensor", value)
@@ -286,7 +292,7 @@ def _take(digest: Any, value: Any) -> None:
     )
 
 
-def _told(value: Any) -> Any:
+def _told(value: object) -> object:
     """A value of an identity as JSON."""
     if hasattr(value, "components") and hasattr(value, "save_pretrained"):
         value = components_of(value)
@@ -302,10 +308,10 @@ def _told(value: Any) -> Any:
     return value if _is_plain(value) else fingerprint(value)[:16]
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | bool | int | float)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

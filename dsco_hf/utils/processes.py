@@ -33,7 +33,7 @@ class Team:
     def __init__(self, accelerator: Accelerator | PartialState | None) -> None:
         self.rank: int = 0 if accelerator is None else accelerator.process_index
         self.world: int = 1 if accelerator is None else accelerator.num_processes
-        self.group: Any = None
+        self.group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> Team:
         if self.world > 1:
@@ -53,7 +53,7 @@ class Team:
         return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the processes, on the CPU, in every process."""
+        """The sum of a tensor over the processes, of the same shape, on the CPU, in every process."""
         tensor = tensor.detach().cpu().clone()
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)

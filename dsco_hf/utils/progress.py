@@ -123,18 +123,24 @@ class Checkpoint:
         path (`Path`): the file; its folder is made.
         settings (`Mapping`): all that the weights at the end depend on, as of [`~dsco_hf.utils.origins.identity`].
         model (`torch.nn.Module`): what is trained, not wrapped for several processes.
-        optimizer: of its parameters, or of some of them.
+        optimizer (`torch.optim.Optimizer`): of its parameters, or of some of them.
         scaler (`torch.amp.GradScaler`, *optional*): of a training in half precision.
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], *, model: torch.nn.Module, optimizer: Any, scaler: Any = None
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.path, self.settings = path, settings
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
 
     def save(self, progress: Mapping[str, Any], others: Mapping[str, torch.Tensor]) -> None:
-        """Writes weights and optimiser with `progress`, JSON values, and further tensors by name.
+        """Writes weights and optimiser with `progress`, JSON values, and further tensors by name, of any shape.
 
         Raises:
             RunError: if it cannot be written.
@@ -153,7 +159,7 @@ class Checkpoint:
                 save_file(tensors, partial, {name: json.dumps(plain(value)) for name, value in metadata.items()})
 
     def load(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Restores weights and optimiser in place; gives `progress` and the further tensors, on the CPU.
+        """Restores weights and optimiser in place; gives `progress` and the others, shaped as saved, on the CPU.
 
         Raises:
             ValueError: if it is of a training with other settings.

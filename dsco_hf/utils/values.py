@@ -10,23 +10,26 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from .names import nearest
 
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 F = TypeVar("F", bound=Callable[..., Any])
 LARGEST_SEED = 2**63 - 1
 LARGEST_SET = 10**8  # images; the plan alone of a larger one would fill the memory
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `allowed`; the nearest is suggested."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(str(value), allowed)}")
 
 
-def check_whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+def check_whole(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
     """A whole number, also one of NumPy or torch, as an `int`.
 
     Raises:
@@ -40,7 +43,7 @@ def check_whole(name: str, value: Any, least: int | None = None, most: int | Non
 
 
 def check_real(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    name: str, value: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> int | float:
     """A finite number from `low` to `high`, also one of NumPy or torch, as a number of Python.
 
@@ -76,9 +79,10 @@ class Choice(abc.ABC):
     name: ClassVar[str] = ""
     argument: ClassVar[str]  # what callers name the family by, such as "objective"
     kinds: ClassVar[dict[str, type]]  # of the family, by name: those that were imported
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if Choice in cls.__bases__:
             cls.kinds = {}
             return
@@ -93,7 +97,7 @@ class Choice(abc.ABC):
         plain_fields(self)
 
     @classmethod
-    def of(cls, given: Any) -> Self:
+    def of(cls, given: object) -> Self:
         """The object that is given, of the name that is given, or of a record (`as_record`).
 
         Raises:
@@ -111,7 +115,7 @@ class Choice(abc.ABC):
             )
         kind = cls.kind_of(record["name"])
         fields = {key: value for key, value in record.items() if key != "name"}
-        known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        known = [field.name for field in dataclasses.fields(kind)]
         if unknown := [key for key in fields if key not in known]:
             raise ValueError(
                 f"{kind.__name__} has no field {unknown[0]!r}.{nearest(unknown[0], known)} It has {known}."
@@ -126,7 +130,7 @@ class Choice(abc.ABC):
         module, _, path = name.partition(":")
         if not path:
             check_choice(cls.argument, name, [known for known in cls.kinds if ":" not in known])
-        found: Any = sys.modules.get(module)
+        found: object = sys.modules.get(module)
         for part in path.split("."):
             found = getattr(found, part, None)
         if not (isinstance(found, type) and issubclass(found, cls)):
@@ -138,13 +142,13 @@ class Choice(abc.ABC):
 
     def as_record(self) -> dict[str, Any]:
         """Name and fields as plain JSON values."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"name": self.name} | {
             key: value.as_record() if isinstance(value, Choice) else plain(value) for key, value in fields.items()
         }
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """A number, array or tensor of no dimension as Python's own number; lists and dicts with all that is in them.
 
     Other arrays become lists; what is none of these is given back as it is.
@@ -153,7 +157,7 @@ def plain(value: Any) -> Any:
         return {key if isinstance(key, str | tuple) else plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # NumPy's and torch's, without importing
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):  # NumPy's and torch's, without importing
         return value.tolist()
     return value
 
@@ -174,7 +178,7 @@ def plain_arguments(**least: int) -> Callable[[F], F]:
         kinds = {name: kind for name, one in parameters.items() if (kind := _kind(one.annotation)) is not None}
 
         @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: object, **kwargs: object) -> object:
             given = [
                 _plain_value(name, value, kinds.get(name), least) for name, value in zip(names, args, strict=False)
             ]
@@ -187,7 +191,7 @@ def plain_arguments(**least: int) -> Callable[[F], F]:
     return decorate
 
 
-def plain_fields(instance: Any, **least: int) -> None:
+def plain_fields(instance: DataclassInstance, **least: int) -> None:
     """The same for the fields of a dataclass, also a frozen one: to be called in its `__post_init__`."""
     annotations: dict[str, Any] = {}  # as written: HfArgumentParser takes the None out of `field.type`
     for base in reversed(type(instance).__mro__):
@@ -199,7 +203,7 @@ def plain_fields(instance: Any, **least: int) -> None:
             object.__setattr__(instance, field.name, value)
 
 
-def _kind(annotation: Any) -> str | None:
+def _kind(annotation: object) -> str | None:
     """One of "int", "float" and "bool", with "?" if None is allowed; None for an annotation of anything else."""
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     parts = {part.strip() for part in text.split("|")}
@@ -210,7 +214,7 @@ def _kind(annotation: Any) -> str | None:
     return found + "?" * ("None" in parts)
 
 
-def _plain_value(name: str, value: Any, kind: str | None, least: Mapping[str, int]) -> Any:
+def _plain_value(name: str, value: object, kind: str | None, least: Mapping[str, int]) -> object:
     if kind is None or (kind.endswith("?") and value is None):
         return value
     if kind.startswith("bool"):
@@ -222,14 +226,14 @@ def _plain_value(name: str, value: Any, kind: str | None, least: Mapping[str, in
     return check_whole(name, value, least.get(name))
 
 
-def _check_flag(name: str, value: Any) -> bool:
+def _check_flag(name: str, value: object) -> bool:
     flag = plain(value)
     if not isinstance(flag, bool) and not (isinstance(flag, int) and flag in (0, 1)):
         raise ValueError(f"`{name}` must be True or False, got {value!r}.")
     return bool(flag)
 
 
-def _is_finite(number: Any) -> bool:
+def _is_finite(number: float) -> bool:
     try:
         return math.isfinite(number)
     except OverflowError:  # a whole number beyond all floats
@@ -242,7 +246,7 @@ def _limits(least: int | None, most: int | None) -> str:
     return f" of at least {least}" if least is not None else f" of at most {most}" if most is not None else ""
 
 
-def _hint(number: Any, right_kind: bool) -> str:
+def _hint(number: object, right_kind: bool) -> str:
     """The end of an error: the likely fix, where it is a matter of how the number is written."""
     if right_kind:
         return "."
