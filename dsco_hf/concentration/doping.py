@@ -101,7 +101,7 @@ def dope(
         **{"strategy": rule.record(names, pipe), "images_per_class": images_per_class, "total": total},
         **{"class_wise": class_wise, "image_size": stored_size or "original", "seed": seed},
         **({} if classifier is None else {"classifier_sha256": model_sha256(classifier)}),
-        **{"real_fingerprint": whole.fingerprint, "real_rows": len(whole.real), **whole.columns},
+        **{"real_fingerprint": whole.fingerprint, "real_rows": len(whole.dataset), **whole.columns},
     }
     if record.get("doping") is not None:  # real images were in it before
         doping["before"] = record["doping"]
@@ -150,7 +150,7 @@ def select(
     label_column: str | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Any:
+) -> Dataset | ImageSet:
     """Chooses real images by a rule, without a small set: a baseline, or what a small set should match.
 
     Args:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -131,6 +131,19 @@ def _stored(value: dict[str, Any] | None) -> bytes | None:
     return content
 
 
+class Drawn(Protocol):
+    """Labelled images in memory, as an `ImageSet`: pixels `(N, C, H, W)` in [-1, 1], labels `(N,)`, their hash."""
+
+    names: Sequence[str]
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    digest: str
+
+    def select(self, rows: Sequence[int]) -> Drawn:
+        """Some of them."""
+        ...
+
+
 class Pool:
     """Real images that may be chosen: read when a rule asks for them, and kept for the next selection from this pool.
 
@@ -152,7 +165,7 @@ class Pool:
 
     def __init__(
         self,
-        real: Any,
+        real: Dataset | Drawn,
         *,
         image_column: str | None = None,
         label_column: str | None = None,
@@ -178,9 +191,18 @@ class Pool:
         self.rows = torch.tensor(rows, dtype=torch.int64)
 
     @classmethod
-    def of(cls, real: Any, **options: Any) -> Pool:
+    def of(
+        cls,
+        real: Dataset | Drawn | Pool,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        progress: bool = True,
+    ) -> Pool:
         """The pool of a dataset; one that is given already is kept, and its own options with it."""
-        return real if isinstance(real, Pool) else cls(real, **options)
+        if isinstance(real, Pool):
+            return real
+        return cls(real, image_column=image_column, label_column=label_column, progress=progress)
 
     def of_classes(self, names: Sequence[str]) -> Pool:
         """The images of these classes of a dataset, numbered in this order; what it reads is kept here, too."""

@@ -57,7 +57,7 @@ def label_set(name: str) -> tuple[LabelSetClass, ...]:
     return tuple(classes)
 
 
-def label_set_named(class_labels: Any) -> str | None:
+def label_set_named(class_labels: object) -> str | None:
     """The label set that a `class_labels` argument names, alone or in a list; None for classes."""
     if isinstance(class_labels, str):
         return class_labels
@@ -274,8 +274,7 @@ def read_mapping(
     where = "`mapping`"
     if isinstance(mapping, str | Path):
         where = f"The file {mapping}"
-        mapping = _read_file(Path(mapping))
-    mapping = plain(mapping)  # of NumPy or pandas
+    mapping = plain(_read_file(Path(mapping)) if isinstance(mapping, str | Path) else mapping)  # of NumPy or pandas
     if isinstance(mapping, Sequence):
         if len(mapping) != len(names):
             raise ValueError(
@@ -297,7 +296,7 @@ def read_mapping(
     return {names[place]: value for place, value in zip(places, mapping.values(), strict=True) if place is not None}
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: Path) -> object:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.*")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"There is no mapping file {path}.{nearest(path.name, siblings)}")
@@ -307,7 +306,7 @@ def _read_file(path: Path) -> Any:
     return [_as_class(entry) for entry in entries] if isinstance(entries, list) else entries
 
 
-def _as_class(entry: Entry) -> Any:
+def _as_class(entry: Entry) -> object:
     """A class as a file writes it: a plain decimal number is an index, anything else a name, `no` and `012` too."""
     if entry.text is None or (entry.text in ("", "~") and entry.value is None):
         return entry.value
@@ -349,7 +348,7 @@ def _told_by_label_set(
     return told
 
 
-def _is_class(value: Any) -> bool:
+def _is_class(value: object) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 

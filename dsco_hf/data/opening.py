@@ -16,7 +16,6 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
-    IterableDataset,
     IterableDatasetDict,
     ReadInstruction,
     load_dataset,
@@ -29,6 +28,7 @@ from ..utils.names import nearest
 from ..utils.safety import explained
 from ..utils.values import plain_arguments
 from .image_folders import image_files, is_image_folder, load_image_folder
+from .schema import AnyDataset, WithSplits
 from .shards import explained_tables
 from .splits import divide, part_to_test, refuse_slice, split_named, stratified_indices, take_split
 
@@ -67,7 +67,7 @@ def load_image_dataset(
     revision: str | None = None,
     streaming: bool = False,
     token: str | bool | None = None,
-) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
+) -> WithSplits:
     """Opens an image-classification dataset, wherever it is.
 
     Args:
@@ -99,7 +99,7 @@ def _load(
     revision: str | None,
     streaming: bool = False,
     token: str | bool | None = None,
-) -> Any:
+) -> WithSplits:
     """Opens a dataset; what is on this machine is never a stream yet."""
     if isinstance(path, str) and path == "digits":
         _refuse_options("the embedded digits", name=name, revision=revision)
@@ -126,7 +126,7 @@ def _load(
 
 
 def _refuse_lost_files(
-    loaded: Any, repo_id: str, name: str | None, *, revision: str | None, token: str | bool | None
+    loaded: WithSplits, repo_id: str, name: str | None, *, revision: str | None, token: str | bool | None
 ) -> None:
     """Raises where datasets takes class folders of a repository ("train", "test-a") for splits and drops others."""
     info = getattr(next(iter(loaded.values()), None) if isinstance(loaded, dict) else loaded, "info", None)
@@ -213,7 +213,7 @@ def _open_splits(loaded: Dataset | DatasetDict, split: str | ReadInstruction | N
     return take_split({"train": loaded} if isinstance(loaded, Dataset) else loaded, split)
 
 
-def as_streams(loaded: Any) -> Any:
+def as_streams(loaded: WithSplits) -> WithSplits:
     """A dataset, or all of a dict, as streams."""
     if isinstance(loaded, DatasetDict):
         return IterableDatasetDict({key: value.to_iterable_dataset() for key, value in loaded.items()})
@@ -232,7 +232,7 @@ def load_splits(
     revision: str | None = None,
     streaming: bool = False,
     token: str | bool | None = None,
-) -> tuple[Any, Any, dict[str, Any]]:
+) -> tuple[AnyDataset, AnyDataset | None, dict[str, Any]]:
     """The images to train and to test with, of a dataset wherever it is.
 
     Args:
@@ -264,22 +264,30 @@ def load_test_split(
     path: str | Path | Sequence[str | Path],
     name: str | None = None,
     *,
+    test_split: str = "auto",
+    holdout: float = 0.2,
+    seed: int = 0,
+    label_column: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    **options: Any,
 ) -> tuple[Dataset, dict[str, Any]]:
     """The images to test with, of a dataset wherever it is, and what was taken: those that [`load_splits`] gives.
 
     Args:
         path: as for [`load_splits`], like the others.
         name: the configuration.
+        test_split: not "none", as networks are tested.
+        holdout: share of every class.
+        seed: which images are held out.
+        label_column: where there are several.
         revision: of a Hub dataset.
         token: for a private one.
-        **options: `test_split`, `holdout`, `seed` and `label_column`.
     """
     loaded = _load(path, name, revision=revision, token=token)
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-    return part_to_test(splits, what=str(path), **options)
+    return part_to_test(
+        splits, test_split=test_split, label_column=label_column, what=str(path), holdout=holdout, seed=seed
+    )
 
 
 def _refuse_options(what: str, **options: str | None) -> None:

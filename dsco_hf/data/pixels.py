@@ -205,7 +205,7 @@ class _Reader:
         parts = pool.map(lambda part: [self._array(value) for value in part], slices)
         return [array for part in parts for array in part]
 
-    def _array(self, value: Any) -> np.ndarray | UnreadableImage:
+    def _array(self, value: dict[str, Any] | None) -> np.ndarray | UnreadableImage:
         if value is None:
             return UnreadableImage(None, ValueError("there is none"))
         try:
@@ -348,9 +348,9 @@ def image_sizes(
     for row in encoded_columns(dataset, image_column, label_column).select(rows):
         value = row[image_column] or {}
         try:
-            source: Any = value.get("path") if value.get("bytes") is None else io.BytesIO(value["bytes"])
+            source = value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])
             with PIL.Image.open(source) as image:
                 sizes.add(image.size)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, KeyError):
             continue
     return sizes

@@ -13,6 +13,7 @@ from ..utils.names import nearest as nearest
 
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+WithSplits: TypeAlias = AnyDataset | DatasetDict | IterableDatasetDict
 
 # what such columns are called, surely and perhaps
 _IMAGE_NAMES = ("image|img|picture|photo|pixel", "path|file")
@@ -106,7 +107,7 @@ def find_column(features: Features, option: str, column: str | None, kind: type)
     return column
 
 
-def _kind(feature: Any) -> str:
+def _kind(feature: object) -> str:
     return str(getattr(feature, "dtype", "")) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
@@ -132,7 +133,7 @@ def column_hint(features: Mapping[str, Any], kind: type, column: str | None = No
     )
 
 
-def _may_be_image(kind: str, feature: Any) -> int:
+def _may_be_image(kind: str, feature: object) -> int:
     """How little a column's name has to say: 3 nothing, 2 something, 1 that it is an image, 0 it cannot be one."""
     if (isinstance(feature, dict) and "bytes" in feature) or kind in ("binary", "large_binary", "Array2D", "Array3D"):
         return 3
@@ -141,7 +142,7 @@ def _may_be_image(kind: str, feature: Any) -> int:
     return 1 if kind in ("List", "LargeList", "Sequence") else 0
 
 
-def _may_be_label(kind: str, feature: Any) -> int:
+def _may_be_label(kind: str, feature: object) -> int:
     """As for images; a number may be anything (an id, a width), so its name has to speak for it."""
     return 2 if re.fullmatch(r"bool|u?int\d+", kind) else 1 if kind in ("string", "large_string") else 0
 

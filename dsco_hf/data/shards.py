@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -23,6 +23,9 @@ from ..utils.files import portable, reading, same_file
 from ..utils.values import plain_arguments
 from .schema import column_hint
 
+
+if TYPE_CHECKING:
+    from _hashlib import HASH
 
 ROWS_PER_GROUP = 256
 MAX_SHARD_BYTES = 500_000_000
@@ -152,12 +155,12 @@ def compact_soft_labels(dataset: Dataset, *, top_k: int | None = None, column: s
     else:
         raise ValueError(f"top_k must be between 1 and the number of classes, {num_classes}, but is {top_k}.")
 
-    def compact(row: Any) -> Any:
+    def compact(row: Sequence[float]) -> np.ndarray | dict[str, np.ndarray]:
         if top_k is None:
             return np.asarray(row, dtype=np.float16)
-        row = np.asarray(row, dtype=np.float32)
-        indices = np.argsort(-row, kind="stable")[:top_k].astype(np.int32)
-        return {"indices": indices, "probabilities": row[indices].astype(np.float16)}
+        values = np.asarray(row, dtype=np.float32)
+        indices = np.argsort(-values, kind="stable")[:top_k].astype(np.int32)
+        return {"indices": indices, "probabilities": values[indices].astype(np.float16)}
 
     return dataset.map(
         lambda batch: {column: [compact(row) for row in batch[column]]}, batched=True, features=features
@@ -213,7 +216,7 @@ def rows_sha256(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _add_row(digest: Any, row: Mapping[str, Any]) -> None:
+def _add_row(digest: HASH, row: Mapping[str, Any]) -> None:
     for name, value in row.items():
         digest.update(f"\0{name}\0".encode())
         if isinstance(value, PIL.Image.Image):

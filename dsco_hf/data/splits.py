@@ -34,7 +34,9 @@ def split_named(name: str) -> str | None:
     return next((split for split, names in ALIASES.items() if name.lower() in names), None)
 
 
-def take_split(splits: Mapping[str, Any], split: str | ReadInstruction, *, what: str = "the dataset") -> Any:
+def take_split(
+    splits: Mapping[str, AnyDataset], split: str | ReadInstruction, *, what: str = "the dataset"
+) -> AnyDataset:
     """One split, a slice or a sum, in datasets' own notation: "train", "train[:100]", "train[10%:20%]", "train+test".
 
     Args:
@@ -66,7 +68,7 @@ def take_split(splits: Mapping[str, Any], split: str | ReadInstruction, *, what:
 
 
 def divide(
-    splits: Mapping[str, Any],
+    splits: Mapping[str, AnyDataset],
     *,
     train_split: str = "train",
     test_split: str = "auto",
@@ -74,7 +76,7 @@ def divide(
     seed: int = 0,
     label_column: str | None = None,
     what: str = "the dataset",
-) -> tuple[Any, Any, dict[str, Any]]:
+) -> tuple[AnyDataset, AnyDataset | None, dict[str, Any]]:
     """The images to train and to test with.
 
     Args:
@@ -166,7 +168,7 @@ def _own_test_split(
     return None
 
 
-def _test_split(splits: Mapping[str, AnyDataset], split: str, label_column: str | None, what: str) -> Any:
+def _test_split(splits: Mapping[str, AnyDataset], split: str, label_column: str | None, what: str) -> AnyDataset:
     """A split to test with, which has labels and every class."""
     test = take_split(splits, split, what=what)
     if not _is_labelled(test, label_column):
@@ -188,7 +190,9 @@ def _is_labelled(dataset: AnyDataset, label_column: str | None) -> bool:
     return len(labels) > 0 and all(label is not None and label >= 0 for label in labels)
 
 
-def _refuse_lost_classes(splits: Mapping[str, Any], part: Any, split: str, label_column: str | None) -> None:
+def _refuse_lost_classes(
+    splits: Mapping[str, AnyDataset], part: Dataset, split: str, label_column: str | None
+) -> None:
     """Raises if a slice leaves out classes that its whole split has, as of rows that are sorted by class."""
     if "[" not in split:
         return
