@@ -309,7 +309,7 @@ class DSA(Settings):
 
 
 def dsa_color(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Brightness within ± 0.5, then saturation by a factor in [0, 2], then contrast by a factor in [0.5, 1.5]."""
+    """Of `(B, C, H, W)`: brightness within ± 0.5, saturation by a factor in [0, 2], contrast by one in [0.5, 1.5]."""
     brightness, saturation, contrast = uniform(x, generator, columns=3).split(1, 1)
     x = x + brightness - 0.5
     grey = x.mean(1, keepdim=True)
@@ -319,13 +319,13 @@ def dsa_color(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def dsa_crop(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A shift of up to an eighth of the size in each direction, zeros coming in."""
+    """A shift of `(B, C, H, W)` by up to an eighth of the size in each direction, zeros coming in."""
     rows, columns = (integers(x, generator, -n, n + 1) for n in (int(s * 0.125 + 0.5) for s in x.shape[2:]))
     return shift(x, rows, columns)
 
 
 def dsa_cutout(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A rectangle of half of the height and width is set to zero; it may hang over the border."""
+    """A rectangle of half of the height and width of `(B, C, H, W)` is zero; it may hang over the border."""
     inside = []
     for size in x.shape[2:]:
         hole = int(size * 0.5 + 0.5)
@@ -336,18 +336,18 @@ def dsa_cutout(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def dsa_flip(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Mirrors half of the images."""
+    """Mirrors half of the images `(B, C, H, W)`."""
     return HorizontalFlip()(x, generator)
 
 
 def dsa_scale(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Stretches height and width on their own, by up to 1.2 in each direction."""
+    """Stretches height and width of `(B, C, H, W)` on their own, by up to 1.2 in each direction."""
     factors = uniform(x, generator, 1 / 1.2, 1.2, columns=2)[:, :, 0, 0]  # (B, 2)
     return affine(x, torch.diag_embed(factors))
 
 
 def dsa_rotate(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rotates by up to 15 degrees in each direction."""
+    """Rotates `(B, C, H, W)` by up to 15 degrees in each direction."""
     angle = uniform(x, generator, -1, 1)[:, 0, 0, 0] * math.radians(15)
     cos, sin = angle.cos(), angle.sin()
     return affine(x, torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1))

@@ -119,7 +119,7 @@ def epoch_batches(
         smallest (`int`): a batch of one image would break batch norm.
 
     Returns:
-        `list[torch.Tensor]`: int64 index vectors.
+        `list[torch.Tensor]`: int64 indices, of shape `(batch_size,)`; the last batch has what is left.
     """
     batches = list(torch.randperm(images, generator=generator).to(device).split(batch_size))
     if len(batches) > 1 and len(batches[-1]) < smallest:
@@ -285,7 +285,7 @@ def check_label_source(
         protocol (`Protocol`): its `label_type` decides what is needed.
         images (`int`): size of the training set.
         teacher (`PreTrainedModel`, *optional*): for `"teacher"`.
-        soft_labels (`torch.Tensor`, *optional*): for `"stored"`.
+        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): for `"stored"`.
 
     Raises:
         ValueError: where something is missing, superfluous or does not fit.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedConfig
 
 
@@ -39,7 +40,7 @@ class EvaluatorConfig(PreTrainedConfig):
         num_channels: int = 3,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         check_norm(norm)
         self.norm = norm
@@ -159,7 +160,9 @@ def fast_instance_norm(
 
 class _InstanceNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(
+        ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # Two passes for the variance: the square of the mean may be far larger than it.
         mean = hidden.mean((2, 3), keepdim=True, dtype=wide)

@@ -156,7 +156,7 @@ def read_soft_labels(dataset: AnyDataset, column: str, *, num_classes: int) -> t
 
 
 def evaluator_builder(
-    architecture: str, train: ImageSet, protocol: Protocol, **overrides: Any
+    architecture: str, train: ImageSet, protocol: Protocol, **overrides: object
 ) -> Callable[[], PreTrainedModel]:
     """A function that builds an untrained network as a protocol wants it for a training set.
 
@@ -176,7 +176,7 @@ def evaluator_builder(
     }
     norm = {"norm": protocol.norm} if is_own_architecture(architecture) else {}
     size = protocol.image_size or train.pixels.shape[-1]
-    values = {"image_size": size, **statistics, **norm, **overrides}
+    values: dict[str, Any] = {"image_size": size, **statistics, **norm, **overrides}
 
     def build() -> PreTrainedModel:
         return build_evaluator(architecture, class_names=train.names, num_channels=channels, **values)

@@ -65,7 +65,7 @@ class Trunk(EvaluatorPreTrainedModel):
         """The map `(B, d, h, w)` of the last block as features `(B, feature_size)`."""
         return hidden.flatten(1)
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPoolingAndNoAttention:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: object) -> BaseModelOutputWithPoolingAndNoAttention:
         """The map of a batch and its features, `pooler_output` of shape `(B, feature_size)`.
 
         Args:
@@ -90,7 +90,7 @@ class Classifier(EvaluatorPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: object
     ) -> ImageClassifierOutputWithNoAttention:
         """Logits of a batch, of shape `(B, num_labels)`, and the cross entropy where labels are given.
 
@@ -224,8 +224,8 @@ class EvaluatorResNetModel(Trunk):
         """The mean of the map `(B, d, h, w)`, of shape `(B, d)`."""
         return hidden.mean((2, 3))
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPoolingAndNoAttention:
-        """See `Trunk`."""
+    def forward(self, pixel_values: torch.Tensor, **kwargs: object) -> BaseModelOutputWithPoolingAndNoAttention:
+        """As `Trunk`, of images `(B, C, H, W)`."""
         return super().forward(self.stem(pixel_values))
 
 
@@ -290,7 +290,7 @@ def build_evaluator(
     image_size: int,
     num_channels: int = 3,
     seed: int | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> PreTrainedModel:
     """Builds an untrained classifier.
 

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -23,11 +23,15 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..utils.files import read_json
 from ..utils.origins import commit_of
+from .augmentation import IMAGENET_MEAN, IMAGENET_STD
 
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN, IMAGENET_STD, IMAGENET_SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
+IMAGENET_SIZE = 224
 _MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling that PyTorch has, antialiased
 _CLASSES = {  # what these do with their `size` and `crop_size` and nobody else does
     "ConvNext": "crop_pct", "PoolFormer": "enlarge", "Levit": "levit", "Perceiver": "crop_first", "TextNet": "divisor",
@@ -66,7 +70,7 @@ class Preprocessing:
     flip: bool = False
 
     @classmethod
-    def of(cls, processor: Any, channels: int = 3) -> Preprocessing:
+    def of(cls, processor: BaseImageProcessor, channels: int = 3) -> Preprocessing:
         """That of an image processor of transformers; AttributeError or TypeError for one of another kind."""
         name = type(processor).__name__
         rule = next((rule for start, rule in _CLASSES.items() if name.startswith(start)), "")
@@ -146,7 +150,7 @@ class Preprocessing:
         return shape[-2], shape[-1]
 
 
-def _arithmetic(processor: Any, channels: int) -> tuple[list[float], list[float]]:
+def _arithmetic(processor: BaseImageProcessor, channels: int) -> tuple[list[float], list[float]]:
     """Gain and bias of what is done to values x in [-1, 1], of levels v = 127.5 (x + 1)."""
     factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", True) else 1.0
     gain, bias = np.full(channels, 127.5 * factor), np.full(channels, 127.5 * factor)
@@ -188,7 +192,7 @@ def center_crop(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return pixels
 
 
-def check_against(processor: Any, preprocessing: Preprocessing, channels: int, name: str) -> None:
+def check_against(processor: BaseImageProcessor, preprocessing: Preprocessing, channels: int, name: str) -> None:
     """Warns, once and by name, of what a processor does and we do not follow; on a probe image of 40 x 40 pixels."""
     y, x = np.mgrid[:40, :40]
     waves = [127.5 + 110 * np.sin(x / (3 + c)) * np.cos(y / (4 + c)) for c in range(3)]
@@ -258,8 +262,9 @@ def ensure_preprocessing(
         found = Preprocessing.of(processor, channels)
         if channels in (1, 3):
             check_against(processor, found, channels, name)
-        size = found.input_size(IMAGENET_SIZE, IMAGENET_SIZE)
-        values: Any = (size[0] if size[0] == size[1] else list(size), processor.image_mean, processor.image_std)
+        height, width = found.input_size(IMAGENET_SIZE, IMAGENET_SIZE)
+        size = height if height == width else [height, width]
+        mean, std = processor.image_mean, processor.image_std
         config.preprocessing = as_dict(found)
     except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError) as error:
         path = Path(name) / (subfolder or "") / "preprocessor_config.json"
@@ -272,17 +277,16 @@ def ensure_preprocessing(
             type(error).__name__,
             IMAGENET_SIZE,
         )
-        values = (IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD)
-    for key, value in zip(wanted, values, strict=True):
+        size, mean, std = IMAGENET_SIZE, IMAGENET_MEAN, IMAGENET_STD
+    for key, value in zip(wanted, (size, _of_channels(mean, channels), _of_channels(std, channels)), strict=True):
         if getattr(config, key, None) is None:
-            setattr(config, key, value if key == "image_size" else _of_channels(value, channels))
+            setattr(config, key, value)
     return classifier
 
 
 def _of_channels(values: Sequence[float] | float | None, channels: int) -> list[float]:
-    """One number per channel: the mean of several where a classifier has another number of channels."""
-    found = [0.0] if values is None else [values] if isinstance(values, int | float) else list(values)
-    return found if len(found) == channels else [sum(found) / len(found)] * channels
+    """The same as a list, for a config."""
+    return _per_channel(0.0 if values is None else values, channels).tolist()
 
 
 def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tensor:

@@ -213,7 +213,7 @@ def learning_rate_factor(protocol: Protocol, done: int, total: int) -> float:
     return 1.0
 
 
-def _checked_budget(name: str, field: str, table: Any) -> ByBudget | None:
+def _checked_budget(name: str, field: str, table: object) -> ByBudget | None:
     """A budget table in numbers of Python; ValueError if it is none."""
     if table is None:
         return None

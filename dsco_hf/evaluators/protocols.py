@@ -16,6 +16,7 @@ import yaml
 
 from ..utils.files import reading
 from ..utils.names import RENAMED, nearest
+from ..utils.values import plain
 from .augmentation import (
     AUGMENTATIONS,
     CIFAR_MEAN,
@@ -29,6 +30,7 @@ from .augmentation import (
     Lighting,
     RandomResizedCrop,
     ShufflePatches,
+    Transform,
 )
 from .protocol_fields import CHANGED, Protocol, Variant
 from .protocol_fields import LABEL_TYPES as LABEL_TYPES
@@ -177,7 +179,7 @@ PROTOCOLS["rded-soft-small"] = dataclasses.replace(
 )
 
 
-def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
+def get_protocol(name: str | Path, **overrides: object) -> Protocol:
     """A protocol by name or YAML file, with some of its values changed.
 
     Args:
@@ -210,19 +212,19 @@ def get_protocol(name: str | Path, **overrides: Any) -> Protocol:
     if not overrides:
         return protocol
     _check_fields(overrides)
-    overrides = {key: _frozen(key, value) for key, value in overrides.items()}
-    if overrides.get("steps") is not None:
-        overrides.setdefault("epochs", None)
-    if overrides.get("epochs") is not None:
-        overrides.setdefault("steps", None)
-    overrides = _scaled_sizes(protocol, overrides) | overrides
+    changes = {key: _frozen(key, value) for key, value in overrides.items()}
+    if changes.get("steps") is not None:
+        changes.setdefault("epochs", None)
+    if changes.get("epochs") is not None:
+        changes.setdefault("steps", None)
+    changes = _scaled_sizes(protocol, changes) | changes
     # A variant must not undo what was asked for.
     variants = tuple(
-        dataclasses.replace(v, changes=tuple(change for change in v.changes if change[0] not in overrides))
+        dataclasses.replace(v, changes=tuple(change for change in v.changes if change[0] not in changes))
         for v in protocol.variants
     )
-    overrides = {"variants": variants, **overrides, "name": protocol.name.removesuffix(CHANGED) + CHANGED}
-    return dataclasses.replace(protocol, **overrides)
+    changes = {"variants": variants, **changes, "name": protocol.name.removesuffix(CHANGED) + CHANGED}
+    return dataclasses.replace(protocol, **changes)
 
 
 def _scaled_sizes(protocol: Protocol, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,7 +249,7 @@ def protocol_to_dict(protocol: Protocol) -> dict[str, Any]:
     values["augmentation"] = [
         {"name": type(transform).__name__, **vars(transform)} for transform in protocol.augmentation
     ]
-    return _plain(values)
+    return plain(values)
 
 
 def protocol_from_dict(values: Mapping[str, Any]) -> Protocol:
@@ -282,14 +284,14 @@ def protocol_from_dict(values: Mapping[str, Any]) -> Protocol:
     return dataclasses.replace(get_protocol(base, **{k: v for k, v in fields.items() if k != "name"}), **fields)
 
 
-def _check_fields(values: Mapping[str, Any]) -> None:
-    fields = [field.name for field in dataclasses.fields(Protocol) if field.name != "name"]
+def _check_fields(values: Mapping[str, object], kind: type = Protocol, what: str = "Protocol") -> None:
+    fields = [field.name for field in dataclasses.fields(kind) if field.name != "name"]
     for key in values:
         if key not in fields:
-            raise ValueError(f"Protocol has no field {key!r}.{nearest(str(key), fields)} Fields: {', '.join(fields)}.")
+            raise ValueError(f"{what} has no field {key!r}.{nearest(str(key), fields)} Fields: {', '.join(fields)}.")
 
 
-def _frozen(key: str, value: Any) -> Any:
+def _frozen(key: str, value: object) -> Any:
     """Lists of YAML as the tuples and classes that a frozen protocol holds."""
     if key in ("augmentation", "variants"):
         if not isinstance(value, list | tuple):
@@ -300,7 +302,7 @@ def _frozen(key: str, value: Any) -> Any:
 
 
 def _variant(item: Mapping[str, Any]) -> Variant:
-    _check_options("A variant", item, Variant)
+    _check_fields(item, Variant, "A variant")
     options = {key: _tuples(value) for key, value in item.items() if key != "changes"}
     given = item.get("changes")
     pairs = list(given.items()) if isinstance(given, Mapping) else given
@@ -311,31 +313,16 @@ def _variant(item: Mapping[str, Any]) -> Variant:
     return Variant(tuple((key, _frozen(key, value)) for key, value in changes.items()), **options)
 
 
-def _augmentation(item: Mapping[str, Any]) -> Any:
+def _augmentation(item: Mapping[str, Any]) -> Transform | CutMix:
     options = {key: _tuples(value) for key, value in item.items() if key != "name"}
     name = item.get("name")
     if name not in AUGMENTATIONS:
         raise ValueError(
             f"Unknown augmentation {name!r}.{nearest(str(name), AUGMENTATIONS)} Allowed: {', '.join(AUGMENTATIONS)}."
         )
-    _check_options(f"The augmentation {name}", options, AUGMENTATIONS[name])
+    _check_fields(options, AUGMENTATIONS[name], f"The augmentation {name}")
     return AUGMENTATIONS[name](**options)
 
 
-def _check_options(what: str, options: Mapping[str, Any], kind: Any) -> None:
-    fields = [field.name for field in dataclasses.fields(kind)]
-    for key in options:
-        if key not in fields:
-            raise ValueError(f"{what} has no field {key!r}.{nearest(str(key), fields)} Fields: {', '.join(fields)}.")
-
-
-def _tuples(value: Any) -> Any:
-    return (
-        tuple(_tuples(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+def _tuples(value: object) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -7,34 +7,42 @@ its factor is 1.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import PIL.Image
 import torch
 
 
-def conventions(vae: Any) -> tuple[float, Any, Any]:
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+Vae: TypeAlias = "AutoencoderKL | AutoencoderTiny"
+Scale: TypeAlias = torch.Tensor | float
+Output: TypeAlias = torch.Tensor | np.ndarray | list[PIL.Image.Image]
+
+
+def conventions(vae: Vae) -> tuple[float, Scale, Scale]:
     """(factor, shift, std) of a VAE: the denoiser's latents are (z - shift) * factor / std of the VAE's own z.
 
     Shift and std are numbers, or per-channel tensors `(C, 1, 1)`.
     """
     config = vae.config
-    shift: Any
-    std: Any
-    shift, std = config.get("shift_factor") or 0.0, 1.0
+    factor = config.get("scaling_factor") or 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         shift, std = (torch.tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-    return config.get("scaling_factor") or 1.0, shift, std
+        return factor, shift, std
+    return factor, config.get("shift_factor") or 0.0, 1.0
 
 
-def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: Vae, latents: torch.Tensor) -> torch.Tensor:
     """The denoiser's latents `(B, C, h, w)` → pixels `(B, 3, H, W)` in about [-1, 1]; gradients reach the latents.
 
     Slices and tiles, if the VAE was told so (`vae.enable_slicing()`, `vae.enable_tiling()`).
     """
     factor, shift, std = conventions(vae)
     z = latents / factor
-    if torch.is_tensor(std):
+    if isinstance(std, torch.Tensor) and isinstance(shift, torch.Tensor):
         z = z * std.to(z) + shift.to(z)
     elif shift:
         z = z + shift
@@ -42,13 +50,13 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def encode(
-    vae: Any, pixels: torch.Tensor, *, generator: torch.Generator | None = None, sample_posterior: bool = True
+    vae: Vae, pixels: torch.Tensor, *, generator: torch.Generator | None = None, sample_posterior: bool = True
 ) -> torch.Tensor:
     """Pixels `(B, 3, H, W)` in [-1, 1] → latents as the denoiser sees them, in float32 or better.
 
     Args:
         vae (`AutoencoderKL` or `AutoencoderTiny`): the encoder.
-        pixels (`torch.Tensor`): on its device.
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): on its device.
         generator (`torch.Generator`, *optional*): of the draw from the posterior.
         sample_posterior (`bool`): draw from the posterior, or take its mode. An `AutoencoderTiny` has none to draw
             from.
@@ -61,21 +69,21 @@ def encode(
     return scaled(vae, z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
-def scaled(vae: Any, z: torch.Tensor) -> torch.Tensor:
+def scaled(vae: Vae, z: torch.Tensor) -> torch.Tensor:
     """The VAE's own z `(B, C, h, w)` → latents as the denoiser sees them; the inverse of what `decode` begins with."""
     factor, shift, std = conventions(vae)
-    if torch.is_tensor(std):
+    if isinstance(std, torch.Tensor) and isinstance(shift, torch.Tensor):
         return (z - shift.to(z)) * factor / std.to(z)
     return (z - shift if shift else z) * factor
 
 
-def scale_of(vae: Any) -> Any:
+def scale_of(vae: Vae) -> Scale:
     """What a deviation of z is multiplied with: a number, or one per channel `(C, 1, 1)`."""
     factor, _, std = conventions(vae)
     return factor / std
 
 
-def to_output(images: torch.Tensor, output_type: str) -> Any:
+def to_output(images: torch.Tensor, output_type: str) -> Output:
     """Images `(B, C, H, W)` in [0, 1] as "pil", "np" or "pt"; "latent" is left as it is."""
     if output_type in ("pt", "latent"):
         return images
