@@ -19,9 +19,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "dsco_hf"
 LONGEST_FUNCTION, LONGEST_FILE = 60, 450
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-_SHAPE = re.compile(
-    r"`?\((?:[A-Z]|\w+, )[^()]*\)`?|\bscalar|shaped like|same shape|of shape|one per|per image|per class"
-)
+# dimensions in backticks such as `(B, C, H, W)`, or words that say as much; "(Smith et al. 2012, eq. 5)" is no shape
+_SHAPE = re.compile(r"`\([^()`]*,[^()`]*\)`|\bscalar|\bshaped (?:like|alike|as)\b|\b(?:same|any) shape")
 
 
 def functions(tree: ast.AST, public: bool = True) -> Iterator[tuple[Function, bool]]:
