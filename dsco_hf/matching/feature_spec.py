@@ -157,7 +157,7 @@ def feature_specs(features: Features) -> tuple[FeatureSpec, ...]:
             features = yaml.safe_load(features)
         except yaml.YAMLError as error:
             raise ValueError(f"`features` is not valid YAML: {error}") from error
-    given: Any = [features] if isinstance(features, FeatureSpec | Mapping) else features
+    given = [features] if isinstance(features, FeatureSpec | Mapping) else features
     if not isinstance(given, list | tuple) or not all(isinstance(item, FeatureSpec | Mapping) for item in given):
         raise ValueError(
             "`features` must be a FeatureSpec, a dict of its fields, or a list of them, for example "
@@ -188,6 +188,9 @@ def layer_weights(sizes: Sequence[int]) -> torch.Tensor:
     """
     total = sum(sizes)
     return torch.cat([torch.full((size,), math.sqrt(total / (len(sizes) * size))) for size in sizes])
+
+
+_Seen: TypeAlias = torch.Tensor | Mapping[FeatureSpec, torch.Tensor] | None  # by network, if they see others
 
 
 class FeatureSource:
@@ -230,7 +233,7 @@ class FeatureSource:
     def warn_of_other_classes(self, names: Sequence[str]) -> None:
         """Logs a warning for a classifier that was trained on other classes than these."""
         for key, network in self._groups.items():
-            if key.network not in TRAINED:
+            if key.network not in TRAINED or isinstance(network, RandomExtractor):
                 continue
             try:
                 class_mapping(names, network.config.id2label, network.config.num_labels)
@@ -308,13 +311,15 @@ class FeatureSource:
         """Channels, height and width of the latents."""
         return self.pipe.latent_shape
 
-    def _observe(self, pixels: Any, latents: Any, *, moments: bool = False) -> tuple[list[torch.Tensor], list, list]:
+    def _observe(
+        self, pixels: _Seen, latents: _Seen, *, moments: bool = False
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Features by layer in the order of the specs; logits and moments by network."""
         found: dict[tuple, torch.Tensor] = {}
         logits, seen = [], []
         for key, network in self._groups.items():
             given = latents if key.space == "latents" else pixels
-            inputs = given[key] if isinstance(given, dict) else given
+            inputs = given[key] if isinstance(given, Mapping) else given
             if inputs is None:
                 raise ValueError(f"These features are taken from {key.space}, and none were given.")
             if isinstance(network, RandomExtractor):
@@ -333,7 +338,7 @@ class FeatureSource:
                 logits.append(mine)
         return [found[part] for spec in self.specs for part in _parts(spec)], logits, seen
 
-    def _network(self, key: FeatureSpec) -> Any:
+    def _network(self, key: FeatureSpec) -> PreTrainedModel | RandomExtractor:
         name, space = key.network, key.space
         if space == "latents" and self.pipe.vae is None:
             raise ValueError(
@@ -400,7 +405,7 @@ def _parts(spec: FeatureSpec) -> list[tuple[FeatureSpec, str, str]]:
     return [(_group(spec), layer, spec.pooling) for layer in spec.layers]
 
 
-def name_of(model: Any) -> str | None:
+def name_of(model: object) -> str | None:
     """Hub id of a model; of a local folder only its last part, as targets are shared."""
     name = str(getattr(model, "name_or_path", "") or "")
     return (Path(name).name if Path(name).exists() or Path(name).is_absolute() else name) or None

@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 from ..data.schema import nearest
 from ..evaluators.preprocessing import preprocess
 
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 POOLINGS = ("average", "grid2", "mean_std", "cls")
 DEFAULT_LAYERS = (("pooled", "average"),)
@@ -113,7 +116,7 @@ def observe_layers(
     Raises:
         ValueError: for a layer that the classifier does not have, or a pooling that does not fit it.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, torch.Tensor] = {}
     seen: list[torch.Tensor] = []
 
     def record(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -226,7 +229,7 @@ def _token_grid(count: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]
     return 0, (1, count)
 
 
-def _hidden_states(classifier: PreTrainedModel, output: Any) -> dict[str, torch.Tensor]:
+def _hidden_states(classifier: PreTrainedModel, output: ModelOutput) -> dict[str, torch.Tensor]:
     states = output.get("reshaped_hidden_states") or output.get("hidden_states")
     if not states:
         modules = [name for name in layer_names(classifier)[2:] if name.count(".") <= 2]
@@ -248,7 +251,7 @@ def _module(classifier: PreTrainedModel, name: str) -> nn.Module:
     return modules[name]
 
 
-def _first_tensor(output: Any) -> torch.Tensor:
+def _first_tensor(output: ModelOutput | tuple | torch.Tensor) -> torch.Tensor:
     """The main tensor that a module returned; models return it first in a tuple or an output object."""
     while not torch.is_tensor(output):
         output = output[0]

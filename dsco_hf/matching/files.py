@@ -53,14 +53,14 @@ class TemporaryFeatures:
         self._places: dict[str, tuple[int, int]] = {}
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Stores a unit."""
+        """Stores a unit: features `(B, d)`, rows, weights and keys `(B,)`."""
         data = save(dict(tensors))
         self._places[name] = (self._file.seek(0, 2), len(data))
         with explained_disk(Path(tempfile.gettempdir())):
             self._file.write(data)
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """A stored unit."""
+        """A stored unit: features `(B, d)`, rows, weights and keys `(B,)`."""
         start, size = self._places[name]
         self._file.seek(start)
         return load(self._file.read(size))
@@ -143,14 +143,14 @@ class FeatureFolder:
         return damaged
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Stores a unit."""
+        """Stores a unit: features `(B, d)`, rows, weights and keys `(B,)`."""
         data = save(dict(tensors))
         self._files[name] = f"features-{name}.{_checksum(data)}.safetensors"
         with explained_disk(self.folder):
             write_atomically(self.folder / self._files[name], data)
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """A stored unit."""
+        """A stored unit: features `(B, d)`, rows, weights and keys `(B,)`."""
         path = self.folder / self._files[name]
         with reading(path, "Remove it, and run the same command again: it is made anew."):
             return load(path.read_bytes())
@@ -174,7 +174,7 @@ SAVE_AGAIN = "Save the targets again, or download them again."
 
 
 def write_targets(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes both files into a folder, which is made if it is not there."""
+    """Writes both files into a folder, which is made if it is not there; tensors are of any shape."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with explained_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,8 +184,15 @@ def write_targets(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         write_json(folder / CONFIG_NAME, config)
 
 
-def find_targets(name_or_path: str | Path, *, subfolder: str | None = None, **options: Any) -> tuple[Path, Path]:
-    """The paths of both files, in a folder or downloaded with `options` of `hf_hub_download`.
+def find_targets(
+    name_or_path: str | Path,
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+) -> tuple[Path, Path]:
+    """The paths of both files, in a folder or downloaded; arguments as for `hf_hub_download`.
 
     Raises:
         FileNotFoundError: if a file, or the repository, is missing.
@@ -199,9 +206,13 @@ def find_targets(name_or_path: str | Path, *, subfolder: str | None = None, **op
         if Path(name_or_path).is_dir():
             path = Path(name_or_path) / (subfolder or "") / name
         else:
-            with explained(text, token=options.get("token"), action="load targets from"):
+            with explained(text, token=token, action="load targets from"):
                 try:
-                    path = Path(hf_hub_download(text, name, subfolder=subfolder, **options))
+                    path = Path(
+                        hf_hub_download(
+                            text, name, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir
+                        )
+                    )
                 except RemoteEntryNotFoundError:
                     raise FileNotFoundError(
                         f"The repository {name_or_path} has no {name}: no targets are there."
@@ -236,7 +247,11 @@ def read_tensors(path: Path, names: Sequence[str], optional: Sequence[str] = ())
 
 
 def check_shapes(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: Path) -> None:
-    """Refuses files that do not belong together: written by two different targets, or one of them edited."""
+    """Refuses files that do not belong together: written by two different targets, or one of them edited.
+
+    For C classes, features of dimension d and embeddings of D: `embeddings` `(C, D)`, `counts` `(C,)`, `feature_mean`
+    and `feature_std` `(d,)`, `frequencies` `(d, D / 2)`, `probe` `(2, d)`, `second_moment` `(D, D)`.
+    """
     _check_types(config, where / CONFIG_NAME)
     for name in ("frequencies", "probe"):
         if tensors[name].ndim != 2:

@@ -26,7 +26,7 @@ def pipeline_identity(
     real: Dataset | IterableDataset | None = None,
     *,
     draws: bool = True,
-    **options: Any,
+    **options: object,
 ) -> dict[str, Any]:
     """What decides anything that a pipeline makes, of real images or without them: an identity of `utils.origins`.
 
@@ -38,7 +38,7 @@ def pipeline_identity(
             preview decoder do not count.
         options: all else that decides it.
     """
-    columns = {name: options.get(name) for name in ("image_column", "label_column")}
+    columns: dict[str, Any] = {name: options.get(name) for name in ("image_column", "label_column")}
     return identity(
         models={name: part for name, part in components_of(pipe).items() if draws or name in LOOKING},
         image_size=pipe.image_size,

@@ -85,16 +85,17 @@ def gaussian_kernel(x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> torch
 
 
 def mmd2_exact(x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """Squared maximum mean discrepancy of two samples, biased estimate (Gretton et al. 2012, eq. 5). Lower is better.
+    """Squared maximum mean discrepancy of samples `(n, d)` and `(m, d)`, biased (Gretton et al. 2012, eq. 5).
 
-    This needs all pairs; [`mmd2`] on mean embeddings gives the same number within the error of the random features.
+    Lower is better. This needs all pairs; [`mmd2`] on mean embeddings gives the same number within the error of the
+    random features.
     """
     k_xx, k_yy, k_xy = (gaussian_kernel(a, b, bandwidth).mean() for a, b in ((x, x), (y, y), (x, y)))
     return k_xx + k_yy - 2 * k_xy
 
 
 def mmd2(mu_p: torch.Tensor, mu_q: torch.Tensor) -> torch.Tensor:
-    """Squared maximum mean discrepancy of mean embeddings: ‖μ_p - μ_q‖² over the last dimension. Lower is better."""
+    """Squared maximum mean discrepancy of mean embeddings: ‖μ_p - μ_q‖², `(…, D)` → `(…,)`. Lower is better."""
     return (mu_p - mu_q).square().sum(dim=-1)
 
 
@@ -200,7 +201,7 @@ def herd(
 
 
 def single_precision(values: torch.Tensor) -> torch.Tensor:
-    """Values in float32 that do not depend on the order in which those in float64 were summed up.
+    """Values of any shape in float32, shaped alike, that do not depend on the order in which float64 was summed up.
 
     Means of few images often lie right between two numbers of float32, where the last bit of float64 would choose: it
     is rounded away first.

@@ -436,7 +436,7 @@ def refuse_empty_classes(weights: Iterable[float], names: Sequence[str]) -> None
 
 
 def rows_of_labels(class_labels: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-    """Position in `class_labels` of each wanted class; ValueError names the classes that are not there."""
+    """Position in `class_labels` of each of n wanted classes, `(n,)`; ValueError names those that are not there."""
     rows = {label: row for row, label in reversed(list(enumerate(class_labels)))}
     missing = sorted({int(label) for label in wanted} - set(rows))
     if missing:

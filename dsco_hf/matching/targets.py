@@ -116,7 +116,7 @@ class MatchingTargets:
         return fourier_embedding(standardised, self.frequencies)
 
     def rows_of(self, generator_labels: Sequence[int]) -> torch.Tensor:
-        """Row of the targets for each of the generator's classes.
+        """Row of the targets for each of n classes of the generator, `(n,)`.
 
         Raises:
             ValueError: for a class that has no target.
@@ -219,8 +219,7 @@ class MatchingTargets:
             "batch_size": batch_size,
             "processes": None if mapped or accelerator is None else accelerator.num_processes,
         }
-        shared: dict[str, Any] = {"seed": seed, "accelerator": accelerator}
-        population = _population(source, names, identity, source.parts(), work_dir, **shared)
+        population = _population(source, names, identity, source.parts(), work_dir, seed, accelerator)
         options["threads"] = default_threads() if decode_threads is None else decode_threads
         options["classes"] = names
         options["progress"] = progress and (accelerator is None or accelerator.is_main_process)
@@ -322,8 +321,7 @@ class MatchingTargets:
             "batch_size": batch_size,
         }
         parts = components_of(pipe) | source.parts()
-        shared: dict[str, Any] = {"seed": seed, "accelerator": accelerator}
-        population = _population(source, names, identity, parts, work_dir, **shared)
+        population = _population(source, names, identity, parts, work_dir, seed, accelerator)
         units = template_units(len(labels), samples_per_class, batch_size)
         with population:
             population.resume(population.finished)
@@ -393,7 +391,8 @@ def _population(
     identity: Mapping[str, Any],
     parts: Mapping[str, Any],
     work_dir: str | Path | None,
-    **shared: Any,
+    seed: int,
+    accelerator: Accelerator | PartialState | None,
 ) -> Population:
     """The features of one pass; a pass that goes on in `work_dir` knows itself by all that decides them."""
     known = {
@@ -403,7 +402,9 @@ def _population(
         "networks": {} if work_dir is None else _digests(parts),
         "versions": versions(),
     }
-    return Population(names, work_dir=work_dir, identity=known, device=source.device, **shared)
+    return Population(
+        names, work_dir=work_dir, identity=known, device=source.device, seed=seed, accelerator=accelerator
+    )
 
 
 def _add_templates(

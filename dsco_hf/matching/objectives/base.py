@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,6 +18,9 @@ from ...utils.values import Choice
 from ..feature_spec import POOLED, FeatureSource
 from ..features import Observation
 from ..targets import MatchingTargets
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Objective(Choice):
         """Whether images are observed at BatchNorm layers, too."""
         return False
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError if the targets and the pipeline's networks do not fit the objective."""
         if self.needs is None:
             if targets is not None:
@@ -50,9 +53,9 @@ class Objective(Choice):
                     f"The {self.name!r} objective uses no targets: leave `targets` out, or choose objective='rkhs'."
                 )
             return
-        check_kind(f"objective={self.name!r}", MatchingTargets, targets)
-        targets.check_pipeline(pipe)
-        if self.needs == "second_moment" and targets.second_moment is None:
+        known = check_kind(f"objective={self.name!r}", MatchingTargets, targets)
+        known.check_pipeline(pipe)
+        if self.needs == "second_moment" and known.second_moment is None:
             raise ValueError(
                 f"objective={self.name!r} takes targets with a second moment, and these have none: make them with "
                 "`MatchingTargets.from_dataset(dataset, pipe)`, or choose objective='rkhs'."
@@ -65,13 +68,14 @@ class Objective(Choice):
         ids: Sequence[int],
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Bound:
-        """The loss of images of the generator's classes `ids`; done once per call.
+        """The loss of B images of the generator's classes `ids`; done once per call.
 
         Args:
             pipe (`DiffusionPipeline`): its networks see the images.
             targets (`MatchingTargets`, *optional*): what `needs` says.
             ids (sequence of `int`): each image's class of the generator.
-            previous (`tuple`, *optional*): the finished images, see `each_image`.
+            previous (`tuple`, *optional*): the finished images, `(n, D)` and `(n,)` or `(C, D)` and `(C,)`; see
+                `each_image`.
         """
         device = pipe._execution_device
         if targets is None:
@@ -113,13 +117,14 @@ class Bound:
         return self.objective.losses(seen, self)
 
 
-def check_kind(what: str, wanted: type, targets: Any) -> None:
-    """Raises ValueError unless the targets are of the wanted class."""
+def check_kind(what: str, wanted: type[T], targets: object) -> T:
+    """The targets; ValueError unless they are of the wanted class."""
     if not isinstance(targets, wanted):
         raise ValueError(
             f"{what} takes {wanted.__name__}, got {type(targets).__name__}: make them with "
             f"`{wanted.__name__}.from_dataset(dataset, pipe)`."
         )
+    return targets
 
 
 def class_sums(values: torch.Tensor, index: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ class ClassifierEvidence(Objective):
         """Where their distance from the classifier's counts."""
         return self.batchnorm > 0
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError if there are targets, or there is no classifier."""
         super().check(pipe, targets)
         if pipe.classifier is None:
@@ -57,11 +57,11 @@ class ClassifierEvidence(Objective):
         ids: Sequence[int],
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Bound:
-        """Rows are the classifier's labels; ValueError if it was trained on other classes."""
+        """Rows `(B,)` are the classifier's labels; ValueError if it was trained on other classes."""
         return super().bind(pipe, None, pipe.classifier_labels(ids))
 
     def losses(self, seen: Observation, bound: Bound) -> torch.Tensor:
-        """The weighted sum of the three parts."""
+        """The weighted sum of the three parts, `(K,)`."""
         classifier = bound.pipe.classifier
         present, index = bound.rows.unique(return_inverse=True)
         evidence = class_means(

@@ -33,7 +33,7 @@ class RKHS(Objective):
         check_real("contrast", self.contrast, 0)
 
     def losses(self, seen: Observation, bound: Bound) -> torch.Tensor:
-        """MMD² of each class."""
+        """MMD² of each class, `(K,)`."""
         return rkhs(seen, bound.rows, bound.targets, bound.previous, self.contrast)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -35,7 +35,7 @@ class Ridge(Objective):
         super().__post_init__()
         check_real("regularization", self.regularization, 0, open_low=True)
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Also refuses targets of a single class."""
         if isinstance(targets, MatchingTargets) and targets.num_classes < 2:
             raise ValueError(
@@ -45,7 +45,7 @@ class Ridge(Objective):
         super().check(pipe, targets)
 
     def losses(self, seen: Observation, bound: Bound) -> torch.Tensor:
-        """The regression's error on each class."""
+        """The regression's error on each class, `(K,)`."""
         return ridge(seen, bound.rows, bound.targets, bound.previous, self.regularization)
 
 
