@@ -263,7 +263,7 @@ def as_concentrated(small: Dataset) -> Dataset:
     """
     image_column, label_column = find_columns(small)
     names = class_names(small)
-    features = row_features(names)
+    features = row_features(names, weighted={"weight", "source"} <= set(small.column_names))
     small = small.with_format(None)
     renamed = {key: value for key, value in {image_column: "image", label_column: "label"}.items() if key != value}
     if clash := [value for value in renamed.values() if value in small.column_names]:
@@ -322,6 +322,7 @@ def _as_rows(pool: Pool, chosen: torch.Tensor, small: Dataset, size: int | None)
         "seed": [-1] * count,
         "block": [-1] * count,
         "real_index": pool.rows[chosen].tolist(),
+        "weight": [1.0] * count,
     }
     return Dataset.from_dict({name: columns[name] for name in features}, features=features)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROWS_PER_GROUP = 256
 MAX_SHARD_BYTES = 500_000_000
 DRAWN_COLUMNS = ("image", "label", "source", "seed", "block", "real_index")
-COLUMN_ORDER = (*DRAWN_COLUMNS, "soft_label")
+COLUMN_ORDER = (*DRAWN_COLUMNS, "weight", "soft_label")
 CONFIG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
@@ -244,14 +244,14 @@ def rows_record(dataset: Dataset) -> dict[str, Any]:
             columns of a drawn set, as [`rows_sha256`] makes it, unless one of them is missing.
     """
     names = dataset.features["label"].names
-    known = [name for name in DRAWN_COLUMNS if name in dataset.features]
+    known = [name for name in (*DRAWN_COLUMNS, "weight") if name in dataset.features]
     rows, images = hashlib.sha256(), hashlib.sha256()
     for row in dataset.with_format(None).select_columns(known):
         _add_row(rows, row)
         label = row["label"]
         _add_row(images, {"image": row["image"], "label": names[label] if label is not None and label >= 0 else None})
     found = {"rows": len(dataset), "images_sha256": images.hexdigest()}
-    return found if len(known) < len(DRAWN_COLUMNS) else {**found, "rows_sha256": rows.hexdigest()}
+    return found if not set(DRAWN_COLUMNS) <= set(known) else {**found, "rows_sha256": rows.hexdigest()}
 
 
 def file_sha256(path: Path) -> str:

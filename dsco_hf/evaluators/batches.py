@@ -34,6 +34,8 @@ class ImageSet:
         names (`tuple[str, ...]`): of the classes; a network that is trained has its own.
         soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): probabilities.
         fingerprint (`str`): of the dataset it came from.
+        weights (`torch.Tensor` of shape `(N,)`, *optional*): how much each image counts in the training loss; only
+            their ratios matter.
     """
 
     pixels: torch.Tensor
@@ -41,11 +43,13 @@ class ImageSet:
     names: tuple[str, ...] = ()
     soft_labels: torch.Tensor | None = None
     fingerprint: str = ""
+    weights: torch.Tensor | None = None
 
     def select(self, rows: torch.Tensor) -> ImageSet:
         """The images at `rows`, of shape `(n,)`."""
         soft = None if self.soft_labels is None else self.soft_labels[rows]
-        return ImageSet(self.pixels[rows], self.labels[rows], self.names, soft, self.fingerprint)
+        weights = None if self.weights is None else self.weights[rows]
+        return ImageSet(self.pixels[rows], self.labels[rows], self.names, soft, self.fingerprint, weights)
 
     def first_of(self, labels: Sequence[int], count: int) -> torch.Tensor:
         """The first images of each of these classes, `(K, n, C, H, W)`: `count`, or fewer if they all have fewer."""
@@ -59,7 +63,8 @@ class ImageSet:
     @cached_property
     def digest(self) -> str:
         """A hash of the content."""
-        return fingerprint(self.names, self.pixels, self.labels, self.soft_labels)
+        weights = () if self.weights is None else (self.weights,)
+        return fingerprint(self.names, self.pixels, self.labels, self.soft_labels, *weights)
 
 
 def fast_layout(model: torch.nn.Module, device: torch.device) -> torch.memory_format:
@@ -132,8 +137,28 @@ def part_size(image_size: int, mixed_precision: str) -> int:
     return max(2, CPU_PIXELS * (2 if mixed_precision in ("bf16", "fp16") else 1) // image_size**2)
 
 
+def counts_of(
+    weights: torch.Tensor, indices: torch.Tensor, partner: torch.Tensor | None = None, share: float = 1.0
+) -> torch.Tensor:
+    """How often each image of a batch counts `(B,)`: once in the mean over the set, so that the learning rate holds.
+
+    Args:
+        weights (`torch.Tensor` of shape `(N,)`): of all images.
+        indices (`torch.Tensor` of shape `(B,)`): which of them the batch has.
+        partner (`torch.Tensor` of shape `(B,)`, *optional*): places in the batch of images that were mixed in.
+        share (`float`): of the image itself in the mixture, in [0, 1].
+    """
+    own = (weights.double() / weights.double().mean()).float()[indices]
+    return own if partner is None else share * own + (1 - share) * own[partner]
+
+
 def hard_label_loss(
-    logits: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, *, weight: float = 1.0
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    others: torch.Tensor,
+    *,
+    weight: float = 1.0,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy; where images were mixed, the same mixture of the cross entropies of both labels.
 
@@ -142,20 +167,30 @@ def hard_label_loss(
         labels (`torch.Tensor` of shape `(B,)`): class indices.
         others (`torch.Tensor` of shape `(B,)`): classes of the images that were mixed in.
         weight (`float`): share of `labels` in [0, 1]; at 1 the others are not looked at.
+        counts (`torch.Tensor` of shape `(B,)`, *optional*): how often each image counts, (1/B) Σ w·ℓ; once if None.
     """
-    loss = F.cross_entropy(logits, labels)
-    return loss if weight == 1.0 else weight * loss + (1 - weight) * F.cross_entropy(logits, others)
+    reduction = "mean" if counts is None else "none"
+    loss = F.cross_entropy(logits, labels, reduction=reduction)
+    if weight != 1.0:
+        loss = weight * loss + (1 - weight) * F.cross_entropy(logits, others, reduction=reduction)
+    return loss if counts is None else (loss * counts).mean()
 
 
-def soft_label_loss(logits: torch.Tensor, targets: torch.Tensor, *, temperature: float) -> torch.Tensor:
+def soft_label_loss(
+    logits: torch.Tensor, targets: torch.Tensor, *, temperature: float, counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """KL divergence of the softened student from given probabilities, mean over the batch, without a factor T².
 
     Args:
         logits (`torch.Tensor` of shape `(B, K)`): of the student.
         targets (`torch.Tensor` of shape `(B, K)`): probabilities, softened already.
         temperature (`float`): T of the student's softmax.
+        counts (`torch.Tensor` of shape `(B,)`, *optional*): as of [`hard_label_loss`].
     """
-    return F.kl_div((logits / temperature).log_softmax(1), targets, reduction="batchmean")
+    student = (logits / temperature).log_softmax(1)
+    if counts is None:
+        return F.kl_div(student, targets, reduction="batchmean")
+    return (F.kl_div(student, targets, reduction="none").sum(1) * counts).mean()
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -200,6 +235,19 @@ def check_images(pixels: torch.Tensor, labels: torch.Tensor, num_labels: int, *,
             f"All {len(labels)} training images have the label {labels[0]}; a classifier needs at least two classes. "
             "Check the label column and the filters that made the dataset."
         )
+
+
+def check_weights(weights: torch.Tensor | None, images: int) -> None:
+    """Raises ValueError unless there is a weight of at least 0 for each of the images, and one above 0; or none."""
+    if weights is None:
+        return
+    if tuple(weights.shape) != (images,):
+        raise ValueError(
+            f"Weights have shape {tuple(weights.shape)}, but {images} images need ({images},): pass one for each "
+            "image."
+        )
+    if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+        raise ValueError("Weights must be finite numbers of at least 0, and not all 0.")
 
 
 def check_soft_labels(soft_labels: torch.Tensor, images: int, num_labels: int) -> None:

@@ -57,7 +57,8 @@ def load_image_set(
     """Reads a dataset at the size that a protocol trains or tests on.
 
     Where the protocol has no `image_size`, training images keep their own; are they of several sizes, or no squares,
-    they are brought to 32 pixels, as the log then says (a stream must have one size). Test images follow them.
+    they are brought to 32 pixels, as the log then says (a stream must have one size). Test images follow them. The
+    column `weight` of a concentrated dataset says how much each training image counts.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): one split.
@@ -117,7 +118,28 @@ def load_image_set(
     if stored:
         soft = read_soft_labels(dataset, soft_label_column, num_classes=len(own))[rows]
         soft = soft[:, class_columns(names, own, what="the soft labels' dataset")]
-    return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset, **columns))
+    weights = read_weights(dataset)[rows] if test_for is None and has_weights(dataset) else None
+    return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset, **columns), weights)
+
+
+def has_weights(dataset: AnyDataset) -> bool:
+    """Whether a dataset is a concentrated one whose images count unequally: others may weigh something else."""
+    return isinstance(dataset, Dataset) and {"weight", "source", "real_index"} <= set(dataset.features or {})
+
+
+def read_weights(dataset: Dataset) -> torch.Tensor:
+    """How much each row counts in training, `(N,)`, as `dsco_hf.sampling.peers.d4m.DDOQ` says it.
+
+    Raises:
+        ValueError: for a row without a number.
+    """
+    values = dataset.with_format(None)["weight"][:]
+    if missing := [row for row, value in enumerate(values) if not isinstance(value, int | float)]:
+        raise ValueError(
+            f"Row {missing[0]} has no weight, but {values[missing[0]]!r}: give each row one, or remove the column, "
+            "`dataset.remove_columns('weight')`."
+        )
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def read_soft_labels(dataset: AnyDataset, column: str, *, num_classes: int) -> torch.Tensor:

@@ -29,7 +29,9 @@ from .batches import (
     ImageSet,
     check_images,
     check_label_source,
+    check_weights,
     class_columns,
+    counts_of,
     epoch_seed,
     hard_label_loss,
     model_classes,
@@ -136,6 +138,7 @@ class _Run:
         self.pixels, self.labels = images.pixels.to(self.device), images.labels.to(self.device)
         soft_labels = stored_labels(images, protocol)
         self.log_soft_labels = None if soft_labels is None else soft_labels.to(self.device).float().log()
+        self.weights = images.weights if images.weights is None else images.weights.to(self.device)
         self.optimizer = make_optimizer(self.model, protocol)
         self.network = accelerator.prepare_model(self.model) if self.world > 1 else self.model
         self.compiled = execution.compiled
@@ -199,16 +202,18 @@ class _Run:
         labels, layout = self.labels[indices], self.layout
         others = labels if mixed.partner is None else labels[mixed.partner]
         soft = None if self.protocol.label_type == "hard" else self.soft_targets(indices, mixed)
+        counts = None if self.weights is None else counts_of(self.weights, indices, mixed.partner, mixed.weight)
         total = torch.zeros((), device=self.device)
         for start in range(0, len(indices), self.part_size):
             rows = slice(start, start + self.part_size)
             with self.accelerator.autocast():
                 inputs = preprocess(mixed.pixels[rows], self.model).contiguous(memory_format=layout)
                 logits = self.network(inputs).logits.float()
+            own = None if counts is None else counts[rows]
             if soft is None:
-                loss = hard_label_loss(logits, labels[rows], others[rows], weight=mixed.weight)
+                loss = hard_label_loss(logits, labels[rows], others[rows], weight=mixed.weight, counts=own)
             else:
-                loss = soft_label_loss(logits, soft[rows], temperature=self.protocol.temperature)
+                loss = soft_label_loss(logits, soft[rows], temperature=self.protocol.temperature, counts=own)
             loss = loss * (len(logits) / len(indices))
             self.scaler.scale(loss * share).backward()
             total += loss.detach()
@@ -295,6 +300,7 @@ class _Run:
             compiled=self.compiled,
             processes=self.world,
             versions=versions(),
+            **({} if self.weights is None else {"weights_of_images": self.weights}),
         )
 
     def checkpoint(self, path: Path, test: ImageSet | None = None) -> Checkpoint:
@@ -365,6 +371,7 @@ def train_evaluator(
                 check_images(each.pixels, each.labels, model.config.num_labels, what=what)
         protocol = protocol.for_model(model.config.num_labels, model.config.model_type)
         check_label_source(model, protocol, len(images.pixels), teacher, stored_labels(images, protocol))
+        check_weights(images.weights, len(images.pixels))
         run = _Run(model, images, protocol, seed, teacher, execution)
         path = None if checkpoint is None else Path(checkpoint)
         loss = _train(run, test if track_best else None, path, checkpoint_seconds, on_epoch, progress)

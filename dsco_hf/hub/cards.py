@@ -54,6 +54,7 @@ COLUMNS = {
     "seed": "seed of the image's noise: with the class and the block it fixes the image",
     "block": "block of images optimised jointly: the first k blocks are themselves a smaller set",
     "real_index": "row of the image in the source dataset; -1 for a synthetic image",
+    "weight": "how much the image counts in the training loss; 1 is the mean of a class",
     "soft_label": "class probabilities of the teacher",
 }
 CAPTIONS = {

@@ -23,7 +23,7 @@ from dsco_hf.evaluators import (
     train_evaluator,
 )
 from dsco_hf.evaluators.augmentation import CutMix, HorizontalFlip, RandomShift
-from dsco_hf.evaluators.batches import hard_label_loss, soft_label_loss
+from dsco_hf.evaluators.batches import counts_of, hard_label_loss, soft_label_loss
 from dsco_hf.evaluators.training import epoch_batches, fast_layout, make_optimizer
 
 
@@ -158,6 +158,42 @@ def test_hard_labels_of_mixed_images_by_hand():
     other = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-1))) / 2
     assert hard_label_loss(logits, labels, others).item() == pytest.approx(own)
     assert hard_label_loss(logits, labels, others, weight=0.3).item() == pytest.approx(0.3 * own + 0.7 * other)
+
+
+def test_weighted_losses_by_hand():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
+    first, second = math.log(1 + math.exp(-2)), math.log(1 + math.exp(1))
+    counts = counts_of(torch.tensor([9.0, 3.0, 0.0]), torch.tensor([0, 1]))  # 4 in the mean
+    assert counts.tolist() == [2.25, 0.75]
+    found = hard_label_loss(logits, labels, labels, counts=counts)
+    assert found.item() == pytest.approx((2.25 * first + 0.75 * second) / 2)
+    targets = torch.nn.functional.one_hot(labels, 2).float()
+    assert soft_label_loss(logits, targets, temperature=1.0, counts=counts).item() == pytest.approx(found.item())
+    mixed = counts_of(torch.tensor([9.0, 3.0, 0.0]), torch.tensor([0, 1]), torch.tensor([1, 0]), 0.8)
+    assert mixed.tolist() == pytest.approx([0.8 * 2.25 + 0.2 * 0.75, 0.8 * 0.75 + 0.2 * 2.25])
+    once = hard_label_loss(logits, labels, labels, counts=torch.ones(2))
+    torch.testing.assert_close(once, hard_label_loss(logits, labels, labels))
+
+
+def test_images_of_weight_zero_teach_nothing(tmp_path):
+    pixels, labels = toy()
+    wrong = torch.cat([labels, (labels + 1) % 3])
+    twice, weights = torch.cat([pixels, pixels]), torch.cat([torch.full((30,), 7.0), torch.zeros(30)])
+    test = ImageSet(*toy(15, seed=9))
+    given = {"protocol": dataclasses.replace(QUICK, steps=60), "seed": 3, "test": test}
+    misled = train_evaluator(builder(), ImageSet(twice, wrong), **given)
+    taught = train_evaluator(builder(), ImageSet(twice, wrong, weights=weights), **given)
+    assert taught.accuracy > 0.9 > misled.accuracy
+    ones = ImageSet(pixels, labels, weights=torch.full((30,), 2.0))
+    assert ones.digest != ImageSet(pixels, labels).digest
+    assert ones.select(torch.tensor([3, 1])).weights.tolist() == [2, 2]
+    for bad, message in (
+        (torch.ones(29), r"Weights have shape \(29,\), but 30 images need \(30,\): pass one for each image"),
+        (torch.full((30,), math.nan), "finite numbers of at least 0"),
+        (torch.zeros(30), "not all 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_evaluator(builder(), ImageSet(pixels, labels, weights=bad), **given)
 
 
 def test_soft_labels_are_kl_without_a_temperature_factor():

@@ -6,12 +6,23 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import save_file
 
-from dsco_hf import Sampling, SamplingMethod, concentrate, concentrate_and_report, concentrate_to_folder
+from dsco_hf import (
+    Sampling,
+    SamplingMethod,
+    concentrate,
+    concentrate_and_report,
+    concentrate_to_folder,
+    dope,
+    get_protocol,
+    load_image_set,
+    save_dataset_folder,
+)
 from dsco_hf.concentration.concentrate import UnitSampler, divide, plan_units
 from dsco_hf.concentration.records import record_parameters
-from dsco_hf.concentration.set_records import record_of
+from dsco_hf.concentration.set_records import changed_since, record_of
 from dsco_hf.costs.passes import Rehearsal
 from dsco_hf.sampling.call import calls, counted_in_class
 from dsco_hf.sampling.peers import D4M, DDOQ, MGD3, UAG, BestOfN, ClassStatistics
@@ -174,6 +185,29 @@ def test_weights_are_the_shares_of_the_cells(pipe, real_images):
     assert weights.mean(axis=1) == pytest.approx([1, 1, 1]) and (weights[:, 0] >= weights[:, 1]).all()
     plain = concentrate(pipe, real_images, 1, method=Sampling(2, 1.0, method="d4m"), progress=False)
     assert "weight" not in plain.column_names
+
+
+def test_weights_are_kept_doped_published_and_read(pipe, real_images, tmp_path):
+    small = concentrate(pipe, real_images, 2, method=Sampling(2, 1.0, method="ddoq"), progress=False)
+    protocol = get_protocol("quick", steps=1)
+    read = load_image_set(small, protocol=protocol, num_channels=1)
+    assert read.weights.tolist() == small["weight"][:]
+    assert load_image_set(small, protocol=protocol, num_channels=1, test_for=read).weights is None
+    assert load_image_set(small.remove_columns("real_index"), protocol=protocol).weights is None  # not known as ours
+    save_dataset_folder(small, tmp_path / "set")
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    assert "how much the image counts in the training loss" in card
+    stored = load_dataset("parquet", data_dir=str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert stored["weight"][:] == small["weight"][:]
+    mixed = dope(small, real_images, strategy="random", images_per_class=3, progress=False)
+    assert mixed["weight"][:6] == small["weight"][:] and mixed["weight"][6:] == [1, 1, 1]
+    lacking = small.map(lambda row, index: {"weight": row["weight"] if index else None}, with_indices=True)
+    with pytest.raises(ValueError, match="Row 0 has no weight, but None: give each row one, or remove the column"):
+        load_image_set(lacking, protocol=protocol)
+    assert load_image_set(lacking.remove_columns("weight"), protocol=protocol).weights is None
+    changed = small.map(lambda row: {"weight": 1.0})
+    record = record_of(small)
+    assert changed_since(record, small) is None and "columns" in changed_since(record, changed)
 
 
 def test_the_surest_of_each_class_stay_right_ones_first():
