@@ -35,6 +35,17 @@ def launch_environment():
     return {**os.environ, **offline, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
+def ranks(world):
+    """The variables that the launcher would give each of so many processes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"ACCELERATE_MIXED_PRECISION": "no"}
+    given = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
+    return [{name: str(value) for name, value in rank.items()} for rank in given]
+
+
 def _ranks(command):
     """What each process of a command runs, and the variables that the launcher would give it."""
     if command[: len(LAUNCHER)] != LAUNCHER:
@@ -44,13 +55,7 @@ def _ranks(command):
     world = int(options[options.index("--num_processes") + 1]) if "--num_processes" in options else 1
     if world == 1:
         return command[start:], [{"ACCELERATE_USE_CPU": "true"}]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"ACCELERATE_MIXED_PRECISION": "no"}
-    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
-    return command[start:], [{name: str(value) for name, value in rank.items()} for rank in ranks]
+    return command[start:], ranks(world)
 
 
 def _work(words, folder, environment, outputs):
@@ -81,8 +86,8 @@ class Launch:
         self.folder = tempfile.TemporaryDirectory()
         self.outputs = [Path(self.folder.name, name) for name in ("out", "err")]
         self.command, environment = command, dict(os.environ if env is None else env)
-        words, ranks = _ranks(list(command))
-        given = [(words, str(cwd), environment | rank, self.outputs) for rank in ranks]
+        words, variables = _ranks(list(command))
+        given = [(words, str(cwd), environment | rank, self.outputs) for rank in variables]
         self.processes = [CONTEXT.Process(target=_work, args=arguments) for arguments in given]
         serve()
         for process in self.processes:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-
 from ..sampling.loading import StoredPipeline
 from ..utils.markdown import merge_cards
 from ..utils.origins import without_places
+from ..utils.processes import is_main_process
 from ..utils.safety import explained
 from ..utils.values import plain_arguments
 from .model_cards import render_evaluator_card, render_pipeline_card
@@ -142,7 +141,7 @@ def _publish_model(
     save: Callable[[Path], object], card: Callable[..., str], repo_id: str, push: PushOptions | None, message: str
 ) -> PublishResult | None:
     push = push or PushOptions()
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return None
     with explained(repo_id, token=push.token, action="publish to"), tempfile.TemporaryDirectory() as scratch:
         target = make_target(repo_id, "model", push)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from accelerate import PartialState
 from datasets import Features
 from datasets.info import DatasetInfosDict
 from huggingface_hub import HfApi
@@ -19,6 +18,7 @@ from huggingface_hub import HfApi
 from ..concentration.records import Records, TargetsLike
 from ..data.shards import DatasetLike
 from ..utils.markdown import split_card
+from ..utils.processes import is_main_process
 from ..utils.safety import Token, explained, is_pickle
 from ..utils.values import plain_arguments
 from .cards import DatasetCardFields
@@ -89,7 +89,7 @@ def publish(
         FileNotFoundError: If the repository or revision cannot be seen.
         ConnectionError: If the Hub cannot be reached, or kept refusing.
     """
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return None
     given: dict[str, Any] = {"default_config": default_config, "card": card, "results": results, "figures": figures}
     given |= {"concentration": concentration, "targets": targets}

@@ -19,6 +19,11 @@ class RunError(RuntimeError):
     """A run that cannot begin or go on; the message says what to do. Finished units are kept."""
 
 
+def is_main_process() -> bool:
+    """Whether this is the process of a launch that publishes; without a GPU, accelerate connects processes if told."""
+    return bool(PartialState(cpu=not torch.accelerator.is_available()).is_main_process)
+
+
 class Team:
     """Meetings of all processes without a time limit, whatever that of the accelerator is; a context manager.
 

@@ -1,19 +1,26 @@
+import logging
+import warnings
+
 import pytest
 from huggingface_hub import constants
 
 from recipes.benchmarks import bad_inputs
 
 
-@pytest.mark.slow
-def test_nothing_is_silently_wrong():
-    figures = bad_inputs.main([])
-    assert figures["silent"] == figures["unclear"] == 0, figures["failures"]
-    assert figures["inputs"] == figures["right"] + figures["clear_error"] >= 150
-
-
-@pytest.mark.parametrize("kind", ["settings", "published"])
-def test_settings_and_records_have_their_right_value_or_a_clear_error(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", bad_inputs.KINDS)
+def test_inputs_have_their_right_value_or_a_clear_error(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    judged = {item.name: bad_inputs.judge(item) for item in bad_inputs.KINDS[kind](tmp_path)}
-    assert len(judged) >= 30
+    with warnings.catch_warnings(action="ignore"):
+        judged = {item.name: bad_inputs.judge(item) for item in bad_inputs.KINDS[kind](tmp_path)}
+    assert judged
     assert {name: said for name, said in judged.items() if said[0] not in ("right", "clear_error")} == {}
+
+
+def test_the_figures_count_all(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    try:
+        figures = bad_inputs.main(["--kinds", "settings", "published"])
+    finally:
+        logging.disable(logging.NOTSET)
+    assert figures["silent"] == figures["unclear"] == 0, figures["failures"]
+    assert figures["inputs"] == figures["right"] + figures["clear_error"] >= 60

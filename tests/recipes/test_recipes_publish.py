@@ -1,11 +1,12 @@
+import contextlib
 import json
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import launches
 from dsco_hf.hub.folder import save_dataset_folder
-from hub.client import ROOT, environment
+from hub import Client
 from hub.samples import RECORD, TOKEN, tiny_dataset
 
 
@@ -58,20 +59,14 @@ def test_errors_are_one_line(hub, ann, folder):
     assert printed.startswith("PermissionError: Cannot publish to bob/errors: the Hub refused (403)")
 
 
-@pytest.mark.slow
 def test_only_the_main_process_of_a_launch_pushes(hub, folder, tmp_path):
-    process = subprocess.run(
-        [
-            *[sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],
-            *["--mixed_precision", "no", str(ROOT / "recipes" / "publish.py")],
-            *["--folder", str(folder), "--repo_id", "ann/launched"],
-        ],
-        env=environment(hub.url, tmp_path / "home", token=TOKEN),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("sent 5 files") == 1 and TOKEN not in process.stdout + process.stderr
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor() as threads:
+        variables = [rank | {"ACCELERATE_USE_CPU": "true"} for rank in launches.ranks(2)]
+        ranks = [
+            opened.enter_context(Client(hub.url, tmp_path / f"home{index}", token=TOKEN, **rank))
+            for index, rank in enumerate(variables)
+        ]
+        told = threads.map(lambda rank: call(rank, "--folder", folder, "--repo_id", "ann/launched"), ranks)
+        printed, logged = "".join(told), "".join(rank.output() for rank in ranks)
+    assert printed.count("sent 5 files") == 1 and TOKEN not in printed + logged
     assert len(hub.requests("POST", "/ann/launched/commit/")) == 1

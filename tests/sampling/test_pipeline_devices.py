@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor.exc import InductorError
 
 from dsco_hf import DsCoPipeline, MatchingTargets
 from dsco_hf.generators.failures import cannot_run
@@ -20,20 +19,18 @@ def draw(pipe, make, targets=None, **options):
     return pipe([0, 0, 1], targets, generator=make.generators(range(3)), **from_flat(OPTIONS | options))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["in place", "wrapped"])
 def test_a_compiled_denoiser_draws_the_same_images(pipe, targets, make, way, tmp_path):
     options = {"guidance_scale": 1.0}  # one shape, one compilation
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain, optimised = draw(pipe, make, **options).images, draw(pipe, make, targets, **options).images
     stored = pipe.transformer
     if way == "in place":
-        pipe.denoiser.compile()
+        pipe.denoiser.compile(backend="aot_eager")  # all but the C++ code, which is not ours
     else:
-        pipe.transformer = torch.compile(pipe.transformer)
-    try:
-        found = draw(pipe, make, **options).images
-    except InductorError as error:
-        pytest.skip(f"there is no C++ compiler: {error}")
+        pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
+    found = draw(pipe, make, **options).images
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
     torch.testing.assert_close(draw(pipe, make, targets, **options).images, optimised, atol=1e-3, rtol=0)
