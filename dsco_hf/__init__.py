@@ -1,7 +1,8 @@
 """dsco_hf: concentrates image-classification datasets with class-conditional diffusion models."""
 
+from .concentration.additions.doping import dope, recorded_doping, select
+from .concentration.additions.soft_labels import add_learned_labels, add_soft_labels
 from .concentration.concentrate import ConcentrationReport, concentrate, concentrate_and_report
-from .concentration.doping import dope, recorded_doping, select
 from .concentration.records import concentration_record
 from .concentration.runs import concentrate_to_folder
 from .concentration.selection import (
@@ -108,6 +109,8 @@ __all__ = [
     "Selection",
     "Study",
     "TrainingLog",
+    "add_learned_labels",
+    "add_soft_labels",
     "build_evaluator",
     "check_generator",
     "concentrate",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dsco_hf.concentration.doping import select
+from dsco_hf.concentration.additions.doping import select
 from dsco_hf.data.pixels import default_image_size
 from dsco_hf.studies.options import ClassifierOptions, ReadOptions, StudyOptions
 from dsco_hf.studies.study import FULL, ComparedOptions, Study, real_baselines
@@ -74,10 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
 def described_study(recipe: ComparisonRecipe, accelerator: Accelerator) -> tuple[Study, dict[str, Any]]:
     """The study of the compared sets and the real ones beside them, and what is told of its images."""
     protocol = recipe.get_protocol("label_type", "image_size")
-    if protocol.label_type == "stored":
+    if protocol.label_type in ("stored", "learned"):
         raise ValueError(
-            "compare.py needs labels that all datasets can have, but label_type is 'stored'. Use --label_type hard, "
-            "or teacher with --teacher; recipes/train_evaluator.py evaluates one dataset with its stored labels."
+            f"compare.py needs labels that all datasets can have, but label_type is {protocol.label_type!r}. "
+            "Use --label_type hard, or teacher with --teacher; recipes/train_evaluator.py evaluates one dataset with "
+            "its stored labels."
         )
     compared = recipe.open_compared()
     train, tested, splits = recipe.open_splits(recipe.real, recipe.real_name, recipe.train_split, tested=True)

@@ -40,10 +40,10 @@ class EvaluatorRecipe(ReadOptions, StudyOptions):
     Attributes:
         dataset, dataset_name, split, revision: the small dataset; see `dsco_hf.data.datasets.load_image_dataset`.
         test_dataset, test_name, test_revision: the real dataset to test on; the same one by default.
-        soft_label_column: of stored soft labels.
+        soft_label_column: of stored or learned labels, "soft_label" or "learned_label" by default.
         test_image_column, test_label_column: of the `test_dataset`; as the others if it is the same dataset.
         first_seed: the seeds are first_seed, first_seed + 1, ...
-        label_type: "hard", "teacher" or "stored"; the protocol's own by default, "teacher" where one is given.
+        label_type: "hard", "teacher", "stored" or "learned"; the protocol's own by default, "teacher" if there is one.
         temperature: a change to the protocol.
         best: also report the best epoch on the test set, as most of the field does.
         report_to: "tensorboard", "trackio" or "none".
@@ -56,7 +56,7 @@ class EvaluatorRecipe(ReadOptions, StudyOptions):
     test_dataset: str | None = None
     test_name: str | None = None
     test_revision: str | None = None
-    soft_label_column: str = "soft_label"
+    soft_label_column: str | None = None
     test_image_column: str | None = None
     test_label_column: str | None = None
     first_seed: int = 0

@@ -27,7 +27,7 @@ ORDER = {
     "sampling": ["models", "loading", "call", "methods", "peers", "flat", "checks", "pipeline"],
     "concentration": [
         *["methods", "selection", "config_records", "set_records", "concentrate"],
-        *["doping", "records", "run_folder", "runs"],
+        *["additions", "records", "run_folder", "runs"],
     ],
     "costs": ["tracing", "passes", "probe", "plan"],
     "studies": [
@@ -42,6 +42,7 @@ FOLDERS = {
     "sampling.methods": ["noise", "nopt", "released"],
     "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag"],
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
+    "concentration.additions": ["doping", "soft_labels"],
     "studies.figures": ["accuracy", "features", "efficiency"],
     "studies.lossless": ["curves", "noninferiority", "search", "find", "report", "efficiency"],
 }

@@ -118,6 +118,8 @@ PARTS = {
     "doping": "doping",
     "generator_check": "plain samples",
     "discrepancy": "discrepancy",
+    "soft_labels": "soft labels",
+    "learned_labels": "learned labels",
 }
 NOT_RECORDED = "How its images were made is not recorded."
 
@@ -155,6 +157,23 @@ def _drawn(record: Mapping[str, Any]) -> str:
     return f"{NOISE} {Objective.sentence}" if label.startswith("nopt") else ""
 
 
+def what_labels_are(record: Mapping[str, Any]) -> dict[str, Trusted]:
+    """A sentence on each of the label columns that a record tells of, by the name of its entry."""
+    found = {}
+    if isinstance(soft := record.get("soft_labels"), Mapping):
+        views, seen = _short(soft.get("views")), escape_id(_short(soft.get("augmentation")))
+        text = f"The teacher is {escape_id(soft.get('id') or soft.get('folder') or 'a network without a name')}, at "
+        text += f"temperature {escape_id(_short(soft.get('temperature')))}, "
+        text += "asked once" if views == 1 else f"mean over {escape_id(views)} views of each image ({seen})"
+        kept = soft.get("top_k")
+        found["soft_labels"] = Trusted(f"{text}; {escape_id(kept)} classes are kept." if kept else f"{text}.")
+    if isinstance(learned := record.get("learned_labels"), Mapping):
+        strength = escape_id(_short(learned.get("regularization")))
+        text = f"A ridge regression (λ = {strength}) learns most of the targets' population from these labels."
+        found["learned_labels"] = Trusted(text)
+    return found
+
+
 def method_label(record: Mapping[str, Any]) -> str:
     """What tables call the way in which a config was made."""
     method = str(record.get("method") or "")
@@ -190,6 +209,8 @@ def _short(value: Any) -> Any:
     """
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) and one.get("name") for one in value):
+        return ", ".join(str(one["name"]) for one in value)
     if not isinstance(value, Mapping):
         return value
     if value and all(isinstance(number, int | float) for number in value.values()):

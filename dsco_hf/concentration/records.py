@@ -25,7 +25,15 @@ from .concentrate import BLOCK_SIZE, COSTS, IMAGES_PER_CALL, ConcentrationReport
 from .config_records import by_config, to_json
 from .set_records import PARTS as PARTS
 from .set_records import cached_origin as cached_origin
-from .set_records import changed_since, drawn_record, more_exact, named_source, record_of, without_paths
+from .set_records import (
+    changed_since,
+    drawn_record,
+    more_exact,
+    named_source,
+    record_of,
+    without_lost_labels,
+    without_paths,
+)
 from .set_records import library_versions as library_versions
 from .set_records import targets_record as targets_record
 
@@ -166,7 +174,7 @@ def _joined_record(name: str, splits: Mapping[str, Dataset], told: Mapping[str, 
     own = carried.pop(first, {})
     if isinstance(source := told.get("source"), Mapping):
         told = {**told, "source": named_source((own.get("source") or {}).get("dataset"), source)}
-    record = _join(own, without_paths(told), f"Config {name!r}", "")
+    record = _join(own, without_lost_labels(without_paths(told), splits[first]), f"Config {name!r}", "")
     if changed := changed_since(record, splits[first]):
         record["changed"] = changed
     others = {}

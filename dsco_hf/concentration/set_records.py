@@ -27,6 +27,8 @@ from .config_records import MARK, as_description
 LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "datasets", "accelerate", "numpy")
 # Components that are often added to a generator by hand, so that they have an origin of their own.
 PARTS = ("classifier", "classifier_2", "preview_vae")
+# Columns of labels that were added, by what a record calls them.
+LABELS = {"soft_labels": "soft_label", "learned_labels": "learned_label"}
 # What datasets of files, or made in memory, are called: no name of their source.
 _BUILDERS = {"imagefolder", "parquet", "arrow", "generator", "webdataset", "json", "csv", "text", "pandas", "default"}
 
@@ -91,7 +93,13 @@ def record_of(dataset: Dataset | DatasetDict) -> dict[str, Any] | None:
         found = json.loads(dataset.info.description or "null")
     except ValueError:
         return None
-    return found.get(MARK) if isinstance(found, dict) else None
+    record = found.get(MARK) if isinstance(found, dict) else None
+    return without_lost_labels(record, dataset) if isinstance(record, dict) else None
+
+
+def without_lost_labels(record: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """A record without what it tells of labels whose column is no longer there."""
+    return {key: value for key, value in record.items() if LABELS.get(key, "label") in {"label", *dataset.features}}
 
 
 def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -165,16 +173,21 @@ def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] 
     return _without_none({**published_origin(name), "revision": revision, "sha256": sha256, "family": path})
 
 
+def network_record(model: Any) -> dict[str, Any] | None:
+    """Repository and commit of a network, or the name of its folder, and the SHA-256 of its weights."""
+    name = _name_of(model)
+    origin: dict[str, Any] = cached_origin(name) or {**published_origin(name), "revision": commit_of(model)}
+    return _without_none({**origin, "sha256": model_sha256(model)})
+
+
 def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | None) -> dict[str, Any] | None:
     model = getattr(pipe, part, None)
     if model is None:
         return None
-    name, sha256 = _name_of(model), model_sha256(model)
-    origin: dict[str, Any] = cached_origin(name) or {**published_origin(name), "revision": commit_of(model)}
-    of_pipe = str(getattr(pipe, "name_or_path", None) or "")
-    if of_pipe and Path(name) == Path(of_pipe) / part:  # a component of a local pipeline
-        origin = {**published_origin(of_pipe), "subfolder": part}
-    return _without_none({**origin, "sha256": sha256})
+    of_pipe, told = str(getattr(pipe, "name_or_path", None) or ""), network_record(model) or {}
+    if of_pipe and Path(_name_of(model)) == Path(of_pipe) / part:  # a component of a local pipeline
+        return _without_none({**published_origin(of_pipe), "subfolder": part, "sha256": told["sha256"]})
+    return told
 
 
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ROWS_PER_GROUP = 256
 MAX_SHARD_BYTES = 500_000_000
+HALF_LEAST = 2.0**-24  # the smallest number above 0 of half precision
 DRAWN_COLUMNS = ("image", "label", "source", "seed", "block", "real_index")
 COLUMN_ORDER = (*DRAWN_COLUMNS, "weight", "soft_label")
 CONFIG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -145,26 +146,30 @@ def compact_soft_labels(dataset: Dataset, *, top_k: int | None = None, column: s
             f"{num_classes}."
         )
     features = dataset.features.copy()
-    if top_k is None:
-        features[column] = List(Value("float16"), length=num_classes)
-        if dataset.features[column] == features[column]:
-            return dataset
-    elif 1 <= top_k <= num_classes:
-        features[column] = {"indices": List(Value("int32"), length=top_k),
-                            "probabilities": List(Value("float16"), length=top_k)}  # fmt: skip
-    else:
-        raise ValueError(f"top_k must be between 1 and the number of classes, {num_classes}, but is {top_k}.")
-
-    def compact(row: Sequence[float]) -> np.ndarray | dict[str, np.ndarray]:
-        if top_k is None:
-            return np.asarray(row, dtype=np.float16)
-        values = np.asarray(row, dtype=np.float32)
-        indices = np.argsort(-values, kind="stable")[:top_k].astype(np.int32)
-        return {"indices": indices, "probabilities": values[indices].astype(np.float16)}
-
+    features[column] = compact_feature(num_classes, top_k)
+    if dataset.features[column] == features[column]:
+        return dataset
     return dataset.map(
-        lambda batch: {column: [compact(row) for row in batch[column]]}, batched=True, features=features
+        lambda batch: {column: [compact_row(row, top_k) for row in batch[column]]}, batched=True, features=features
     )
+
+
+def compact_feature(num_classes: int, top_k: int | None) -> List | dict[str, List]:
+    """The type of a column of soft labels as they are stored; ValueError for a `top_k` out of range."""
+    if top_k is None:
+        return List(Value("float16"), length=num_classes)
+    if not 1 <= top_k <= num_classes:
+        raise ValueError(f"top_k must be between 1 and the number of classes, {num_classes}, but is {top_k}.")
+    return {"indices": List(Value("int32"), length=top_k), "probabilities": List(Value("float16"), length=top_k)}
+
+
+def compact_row(row: Sequence[float] | np.ndarray, top_k: int | None) -> np.ndarray | dict[str, np.ndarray]:
+    """Probabilities `(K,)` as they are stored."""
+    if top_k is None:
+        return np.asarray(row, dtype=np.float16)
+    values = np.asarray(row, dtype=np.float32)
+    indices = np.argsort(-values, kind="stable")[:top_k].astype(np.int32)
+    return {"indices": indices, "probabilities": values[indices].astype(np.float16)}
 
 
 def embedded(dataset: Dataset) -> pa.Table:

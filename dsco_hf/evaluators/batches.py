@@ -15,7 +15,7 @@ from ..utils.names import find_classes, nearest
 from ..utils.origins import fingerprint
 from ..utils.values import plain_arguments
 from .preprocessing import preprocess
-from .protocol_fields import CHANGED
+from .protocol_fields import CHANGED, COLUMNS
 from .protocols import Protocol
 
 
@@ -32,7 +32,7 @@ class ImageSet:
         pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): images.
         labels (`torch.Tensor` of shape `(N,)`): class indices.
         names (`tuple[str, ...]`): of the classes; a network that is trained has its own.
-        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): probabilities.
+        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): probabilities, or learned labels.
         fingerprint (`str`): of the dataset it came from.
         weights (`torch.Tensor` of shape `(N,)`, *optional*): how much each image counts in the training loss; only
             their ratios matter.
@@ -193,6 +193,21 @@ def soft_label_loss(
     return (F.kl_div(student, targets, reduction="none").sum(1) * counts).mean()
 
 
+def learned_label_loss(
+    logits: torch.Tensor, targets: torch.Tensor, *, counts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Squared error, sum over classes and mean over the batch: how KIP and FRePo train networks on learned labels.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): of the student.
+        targets (`torch.Tensor` of shape `(B, K)`): labels less 1 / K, so that they are about 0 in the mean (Nguyen et
+            al. 2021, arXiv 2011.00050; Zhou et al. 2022, arXiv 2206.00719).
+        counts (`torch.Tensor` of shape `(B,)`, *optional*): as of [`hard_label_loss`].
+    """
+    errors = (logits - targets).square().sum(1)
+    return (errors if counts is None else errors * counts).mean()
+
+
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of images whose largest logit is their label's.
 
@@ -250,13 +265,14 @@ def check_weights(weights: torch.Tensor | None, images: int) -> None:
         raise ValueError("Weights must be finite numbers of at least 0, and not all 0.")
 
 
-def check_soft_labels(soft_labels: torch.Tensor, images: int, num_labels: int) -> None:
+def check_soft_labels(soft_labels: torch.Tensor, images: int, num_labels: int, *, learned: bool = False) -> None:
     """Checks stored soft labels: a probability for each image and class.
 
     Args:
         soft_labels (`torch.Tensor` of shape `(N, K)`): rows that sum to 1 within 0.005 (what float16 keeps).
         images (`int`): N.
         num_labels (`int`): K.
+        learned (`bool`): they are learned labels, any finite numbers.
 
     Raises:
         ValueError: where one of these does not hold.
@@ -267,6 +283,10 @@ def check_soft_labels(soft_labels: torch.Tensor, images: int, num_labels: int) -
             f"({images}, {num_labels}). Were they made by a teacher with other classes?"
         )
     values = soft_labels.double()
+    if learned:
+        if not values.isfinite().all():
+            raise ValueError("Learned labels are no finite numbers: make them again with `add_learned_labels`.")
+        return
     wrong = ~(((values.sum(1) - 1).abs() <= 5e-3) & (values >= 0).all(1))  # NaN is wrong too
     if wrong.any():
         row = int(wrong.int().argmax())
@@ -333,16 +353,16 @@ def check_label_source(
         protocol (`Protocol`): its `label_type` decides what is needed.
         images (`int`): size of the training set.
         teacher (`PreTrainedModel`, *optional*): for `"teacher"`.
-        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): for `"stored"`.
+        soft_labels (`torch.Tensor` of shape `(N, K)`, *optional*): for `"stored"` and `"learned"`.
 
     Raises:
         ValueError: where something is missing, superfluous or does not fit.
     """
-    for kind, value, option in (
-        ("teacher", teacher, "`teacher`"),
-        ("stored", soft_labels, "`soft_labels` of the images"),
+    for kinds, value, option in (
+        (["teacher"], teacher, "`teacher`"),
+        (COLUMNS, soft_labels, "`soft_labels` of the images"),
     ):
-        if (protocol.label_type == kind) != (value is not None):
+        if (protocol.label_type in kinds) != (value is not None):
             state, fix = ("missing", "Pass it") if value is None else ("given", "Leave it out")
             name = protocol.name.removesuffix(CHANGED)
             raise ValueError(
@@ -350,7 +370,7 @@ def check_label_source(
                 f"{fix}, or change the protocol: get_protocol({name!r}, label_type=...)."
             )
     if soft_labels is not None:
-        check_soft_labels(soft_labels, images, model.config.num_labels)
+        check_soft_labels(soft_labels, images, model.config.num_labels, learned=protocol.label_type == "learned")
     if teacher is not None:
         class_columns(*(model_classes(m) for m in (model, teacher)), what="the teacher")
 

@@ -24,12 +24,14 @@ from transformers import PreTrainedModel
 
 from ..data.datasets import AnyDataset, class_names, dataset_fingerprint, load_pixels, present_classes
 from ..data.pixels import default_image_size
+from ..data.shards import HALF_LEAST
 from ..utils.files import DamagedFileError, read_json, write_json
 from ..utils.origins import differences, identity, in_words, versions
 from ..utils.values import plain, plain_arguments
 from .batches import ImageSet as ImageSet
 from .batches import class_columns
 from .models import build_evaluator, is_own_architecture
+from .protocol_fields import COLUMNS
 from .protocols import Protocol
 from .training import Execution, train_evaluator
 
@@ -50,7 +52,7 @@ def load_image_set(
     num_channels: int = 3,
     image_column: str | None = None,
     label_column: str | None = None,
-    soft_label_column: str = "soft_label",
+    soft_label_column: str | None = None,
     on_error: str = "raise",
     progress: bool = False,
 ) -> ImageSet:
@@ -70,8 +72,8 @@ def load_image_set(
         num_channels (`int`): 1 or 3.
         image_column (`str`, *optional*): see `data.find_columns`.
         label_column (`str`, *optional*): likewise.
-        soft_label_column (`str`): probabilities per class, or their most probable classes as `indices` and
-            `probabilities`.
+        soft_label_column (`str`, *optional*): probabilities per class, or their most probable classes as `indices` and
+            `probabilities`; "soft_label" by default, and "learned_label" where learned labels are trained on.
         on_error (`str`): `"raise"` or `"skip"` images that cannot be decoded.
         progress (`bool`): show a progress bar.
 
@@ -95,7 +97,7 @@ def load_image_set(
             size = default_image_size(dataset, **columns)
     else:
         size = protocol.test_size or protocol.image_size or test_for.pixels.shape[-1]
-    stored = test_for is None and protocol.label_type == "stored"
+    stored = test_for is None and protocol.label_type in COLUMNS
     if test_for is not None:
         classes = test_for.names
     elif classes is None and not stored:
@@ -116,7 +118,8 @@ def load_image_set(
     own = class_names(dataset, label_column=label_column)
     names, soft = tuple(classes or own), None
     if stored:
-        soft = read_soft_labels(dataset, soft_label_column, num_classes=len(own))[rows]
+        column = soft_label_column or COLUMNS[protocol.label_type]
+        soft = read_soft_labels(dataset, column, num_classes=len(own))[rows]
         soft = soft[:, class_columns(names, own, what="the soft labels' dataset")]
     weights = read_weights(dataset)[rows] if test_for is None and has_weights(dataset) else None
     return ImageSet(pixels, labels, names, soft, dataset_fingerprint(dataset, **columns), weights)
@@ -148,7 +151,8 @@ def read_soft_labels(dataset: AnyDataset, column: str, *, num_classes: int) -> t
     Args:
         dataset (`Dataset`): one split.
         column (`str`): a list of probabilities in each row, or `{"indices", "probabilities"}` of the most probable
-            classes; what is missing to 1 is then spread evenly over the others.
+            classes; what is missing to 1 is then spread evenly over the others, of which none gets less than half
+            precision can hold: a protocol may soften it.
         num_classes (`int`): K.
 
     Returns:
@@ -168,7 +172,7 @@ def read_soft_labels(dataset: AnyDataset, column: str, *, num_classes: int) -> t
             if len(indices) and not 0 <= indices.min() <= indices.max() < num_classes:
                 raise ValueError(f"Soft labels name class {indices.max()}, but there are {num_classes} classes.")
             if num_classes > len(indices):
-                row[:] = max(0.0, 1 - probabilities.sum()) / (num_classes - len(indices))
+                row[:] = max(HALF_LEAST, (1 - probabilities.sum()) / (num_classes - len(indices)))
             row[indices] = probabilities
         return torch.from_numpy(soft)
     lengths = {len(row) for row in values}

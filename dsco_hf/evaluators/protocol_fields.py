@@ -14,7 +14,8 @@ from .configurations import check_norm
 
 ByBudget = int | tuple[tuple[int | None, int], ...]
 
-LABEL_TYPES = ("hard", "teacher", "stored")
+LABEL_TYPES = ("hard", "teacher", "stored", "learned")
+COLUMNS = {"stored": "soft_label", "learned": "learned_label"}  # where the labels of these types are
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "half-cosine", "multistep")
 CHANGED = " (changed)"  # ends the name of a protocol of which something was changed
@@ -82,7 +83,8 @@ class Protocol:
         schedule_milestones (`tuple[float, ...]`): for multistep, shares of the length after which the rate falls.
         schedule_factor (`float`): for multistep, what the rate is multiplied by.
         augmentation (`tuple[Transform | CutMix, ...]`): applied to each batch in this order.
-        label_type (`str`): `"hard"`, `"teacher"` (its labels on each augmented batch) or `"stored"` (a column).
+        label_type (`str`): `"hard"`, `"teacher"` (its labels on each augmented batch), `"stored"` (a column of
+            probabilities) or `"learned"` (a column of numbers, learned by their squared error).
         temperature (`float`): of the softmax of student and teacher, for soft labels.
         image_size (`int`, *optional*): height and width the evaluator sees, to which images are brought as they are
             loaded (shorter side, then the centre); None for the training images' own.

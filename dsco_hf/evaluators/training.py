@@ -34,6 +34,7 @@ from .batches import (
     counts_of,
     epoch_seed,
     hard_label_loss,
+    learned_label_loss,
     model_classes,
     part_size,
     predict_logits,
@@ -42,6 +43,7 @@ from .batches import (
 from .batches import epoch_batches as epoch_batches
 from .batches import fast_layout as fast_layout
 from .preprocessing import preprocess
+from .protocol_fields import COLUMNS
 from .protocols import Protocol, by_budget, learning_rate_factor
 
 
@@ -136,8 +138,10 @@ class _Run:
             columns = class_columns(model_classes(model), model_classes(teacher), what="the teacher")
             self.columns = None if columns == list(range(teacher.config.num_labels)) else columns
         self.pixels, self.labels = images.pixels.to(self.device), images.labels.to(self.device)
-        soft_labels = stored_labels(images, protocol)
-        self.log_soft_labels = None if soft_labels is None else soft_labels.to(self.device).float().log()
+        # Logarithms of probabilities are logits: softening them is softening the teacher's own.
+        given, learned = stored_labels(images, protocol), protocol.label_type == "learned"
+        given = None if given is None else given.to(self.device).float()
+        self.given = given if given is None else given - 1 / given.shape[1] if learned else given.log()
         self.weights = images.weights if images.weights is None else images.weights.to(self.device)
         self.optimizer = make_optimizer(self.model, protocol)
         self.network = accelerator.prepare_model(self.model) if self.world > 1 else self.model
@@ -212,6 +216,8 @@ class _Run:
             own = None if counts is None else counts[rows]
             if soft is None:
                 loss = hard_label_loss(logits, labels[rows], others[rows], weight=mixed.weight, counts=own)
+            elif self.protocol.label_type == "learned":
+                loss = learned_label_loss(logits, soft[rows], counts=own)
             else:
                 loss = soft_label_loss(logits, soft[rows], temperature=self.protocol.temperature, counts=own)
             loss = loss * (len(logits) / len(indices))
@@ -225,16 +231,16 @@ class _Run:
 
     @torch.no_grad()
     def soft_targets(self, indices: torch.Tensor, mixed: Augmented) -> torch.Tensor:
-        """Softened probabilities of shape `(B, K)` for an augmented batch."""
+        """Softened probabilities of shape `(B, K)` for an augmented batch; learned labels as they are."""
         temperature = self.protocol.temperature
         if self.teacher is not None:
             with self.accelerator.autocast():
                 logits = predict_logits(self.teacher, mixed.pixels, batch_size=len(mixed.pixels))
             logits = logits if self.columns is None else logits[:, self.columns]
             return (logits / temperature).softmax(1)
-        assert self.log_soft_labels is not None  # checked by check_label_source
-        # Logarithms of probabilities are logits: softening them is softening the teacher's own.
-        stored = (self.log_soft_labels[indices] / temperature).softmax(1)
+        assert self.given is not None  # checked by check_label_source
+        stored = self.given[indices]
+        stored = stored if self.protocol.label_type == "learned" else (stored / temperature).softmax(1)
         if mixed.partner is None:
             return stored
         return mixed.weight * stored + (1 - mixed.weight) * stored[mixed.partner]
@@ -292,7 +298,7 @@ class _Run:
             weights=self.model,
             images=self.pixels,
             labels=self.labels,
-            soft_labels=self.log_soft_labels,
+            soft_labels=self.given,
             teacher=self.teacher,
             teacher_classes=self.columns,
             test_images=None if test is None else (test.pixels, test.labels),
@@ -342,7 +348,7 @@ def train_evaluator(
         model (`PreTrainedModel` or a function that builds one): a function is called with PyTorch's generator seeded
             with `seed`, so that the initial weights follow from it; a model is trained from where it is, in place.
         images (`ImageSet`): the whole training set, of at least two classes; its soft labels are used where the
-            protocol has `label_type="stored"`.
+            protocol has `label_type="stored"` or "learned".
         protocol (`Protocol`): see `get_protocol`.
         seed (`int`): decides initial weights, order, augmentation and dropout; at least 0.
         test (`ImageSet`, *optional*): images to test on.
@@ -391,8 +397,8 @@ def share_of(correct: torch.Tensor) -> float:
 
 
 def stored_labels(images: ImageSet, protocol: Protocol) -> torch.Tensor | None:
-    """The probabilities `(N, K)` that a protocol trains on; None where it asks for other labels, or there are none."""
-    return images.soft_labels if protocol.label_type == "stored" else None
+    """The labels `(N, K)` that a protocol trains on; None where it asks for other labels, or there are none."""
+    return images.soft_labels if protocol.label_type in COLUMNS else None
 
 
 def _train(

@@ -24,6 +24,7 @@ from ..concentration.config_records import (
     method_label,
     shared,
     ways,
+    what_labels_are,
 )
 from ..concentration.methods import find_method, in_order
 from ..utils.markdown import (
@@ -56,6 +57,7 @@ COLUMNS = {
     "real_index": "row of the image in the source dataset; -1 for a synthetic image",
     "weight": "how much the image counts in the training loss; 1 is the mean of a class",
     "soft_label": "class probabilities of the teacher",
+    "learned_label": "a number for each class, which a regression learned as the best label of the image in this set",
 }
 CAPTIONS = {
     "samples": "Images of every class",
@@ -325,6 +327,8 @@ def _template_values(
         "classes": names,
         "class_list": Trusted(listed(names, 100)),
         "soft_labels": _soft_labels(features),
+        "learned_labels": "learned_label" in features,
+        "labels": what_labels_are(records[default]),
         "figures": [
             (Trusted(path), CAPTIONS.get(stem := Path(path).stem, stem.replace("_", " "))) for path in figures
         ],

@@ -125,6 +125,34 @@ def regression_errors(
     return ((second_moment @ weights - 2 * cross) * weights).sum(dim=0)
 
 
+def learned_labels(
+    psi: torch.Tensor, second_moment: torch.Tensor, cross: torch.Tensor, regularization: float
+) -> torch.Tensor:
+    """The labels of a few images from which a kernel ridge regression learns most: those of the smallest error.
+
+    The "label solve" of "Dataset Meta-Learning from Kernel Ridge-Regression" (Nguyen, Chen & Lee 2021, arXiv
+    2011.00050), min over Y of ‖Y_t - K_ts (K_ss + λI)⁻¹ Y‖², written in the embedding: with P = Ψᵀ(ΨΨᵀ +
+    λI)⁻¹ and the weights W = PY of [`regression_errors`], E‖Wᵀψ - y‖² is smallest at Y = (PᵀMP)⁺ PᵀB. Of several such
+    labels the pseudo-inverse takes the smallest; what it cuts off, 1e-6 of the largest eigenvalue, is the precision of
+    M. The weights do not depend on λ where the images' embeddings are independent, but the range of the labels does.
+
+    Args:
+        psi (`torch.Tensor` of shape `(n, D)`): Ψ, embeddings of the few images.
+        second_moment (`torch.Tensor` of shape `(D, D)`): M = E ψψᵀ of the population.
+        cross (`torch.Tensor` of shape `(D, K)`): B = E ψyᵀ, y what is to be predicted.
+        regularization (`float`): λ > 0, in units of the mean ‖ψ‖² of the few images.
+
+    Returns:
+        `torch.Tensor` of shape `(n, K)`: Y, float64, in units of y; any numbers.
+    """
+    psi, second_moment, cross = psi.double(), second_moment.double(), cross.double()
+    gram = psi @ psi.T  # (n, n)
+    ridge = regularization * gram.diagonal().mean()
+    weights = torch.linalg.solve(gram + torch.diag(ridge.expand(len(gram))), psi).T  # P: (D, n)
+    curvature = weights.T @ second_moment @ weights  # (n, n)
+    return torch.linalg.pinv((curvature + curvature.T) / 2, rtol=1e-6, hermitian=True) @ (weights.T @ cross)
+
+
 def frechet_distance(mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tensor, cov2: torch.Tensor) -> torch.Tensor:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson & Landau 1982): the formula of the FID.
 

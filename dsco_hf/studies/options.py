@@ -413,7 +413,7 @@ class StudyOptions(NetworkOptions):
     Attributes:
         architectures: names or model types, see `dsco_hf.evaluators.build_evaluator`.
         seeds: trainings of each network.
-        label_type: "hard", "teacher" or "stored"; the protocol's own by default.
+        label_type: "hard", "teacher", "stored" or "learned"; the protocol's own by default.
         image_size: what all images are brought to (shorter side, then the centre); the protocol's by default, or else
             that of the small sets' images, or 32 if they have several sizes.
         teacher, teacher_revision: a classifier (folder or Hub id); soft labels are then made by it on each batch.

@@ -13,8 +13,8 @@ from typing import Any, Self
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..concentration.additions.doping import dope, select
 from ..concentration.concentrate import concentrate_and_report
-from ..concentration.doping import dope, select
 from ..concentration.selection import Clearest, Selection, find_selection
 from ..data.datasets import Pool
 from ..data.schema import nearest

@@ -14,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..concentration.doping import select, selected_rows
+from ..concentration.additions.doping import select, selected_rows
 from ..concentration.methods import in_order
 from ..concentration.selection import Herding
 from ..data.datasets import Pool, find_columns, load_image_dataset

@@ -43,7 +43,7 @@ from datasets import disable_progress_bars
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dsco_hf.concentration.doping import select
+from dsco_hf.concentration.additions.doping import select
 from dsco_hf.data.datasets import load_image_dataset
 from dsco_hf.evaluators import Execution, build_evaluator, get_protocol, load_image_set, train_evaluator
 from dsco_hf.evaluators.augmentation import IMAGENET_MEAN, IMAGENET_STD, LUMA

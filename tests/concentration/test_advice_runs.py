@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 
 from advice import FAST, follow, is_of
 from dsco_hf import (
@@ -11,13 +11,18 @@ from dsco_hf import (
     MatchingTargets,
     QuantileTargets,
     Released,
+    add_learned_labels,
+    add_soft_labels,
     concentrate,
     dope,
     get_protocol,
+    load_image_set,
     save_dataset_folder,
+    train_evaluator,
 )
 from dsco_hf.concentration.concentrate import plan_units
 from dsco_hf.concentration.run_folder import RunFolder, check_settings
+from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 from dsco_hf.matching.kernels import herd
 from dsco_hf.studies.metrics import Coverage
@@ -283,7 +288,55 @@ def quantile_set(w):
     return quiet(w, targets, method=Released(iterations=1))
 
 
-TABLE = MATCHING | SETS | RUNS
+def learned(w, values):
+    """A training on the learned labels of three images."""
+    rows = w.real.select(range(3)).add_column("learned_label", values)
+    protocol = get_protocol("quick", steps=2, label_type="learned")
+    images = load_image_set(rows, protocol=protocol, num_channels=1)
+    return train_evaluator(w.make.convnet(norm="instance"), images, protocol=protocol).steps
+
+
+def labelled(w, rows=None, **options):
+    return add_soft_labels(w.real if rows is None else rows, w.pipe.classifier, progress=False, **options)
+
+
+def taught(w, targets):
+    return add_learned_labels(w.real, w.pipe, targets, progress=False)
+
+
+LABELS = {
+    "views that do not differ": (
+        lambda w: labelled(w, views=2, augmentation=[]),
+        "pass `views=1`, or augmentations",
+        lambda w: [labelled(w, views=1, augmentation=[]), labelled(w, views=2, augmentation=[RandomShift(1)])],
+        is_of(2),
+    ),
+    "labels of a stream": (
+        lambda w: labelled(w, streamed(w)),
+        "choose one split, and make a stream one with `Dataset.from_generator`",
+        lambda w: labelled(w, Dataset.from_generator(streamed(w).__iter__, features=w.real.features)),
+        is_of(21),
+    ),
+    "labels that are there already": (
+        lambda w: labelled(w, labelled(w)),
+        r"remove it with `dataset.remove_columns\('soft_label'\)`",
+        lambda w: labelled(w, labelled(w).remove_columns("soft_label")),
+        is_of(21),
+    ),
+    "labels of targets without a second moment": (
+        lambda w: taught(w, targets_of(w, second_moment=False)),
+        r"make them with `MatchingTargets.from_dataset\(dataset, pipe\)`",
+        lambda w: taught(w, MatchingTargets.from_dataset(w.real, w.pipe, progress=False)),
+        is_of(21),
+    ),
+    "learned labels that are no numbers": (
+        lambda w: learned(w, [[float("nan"), 0.0, 1.0]] * 3),
+        "no finite numbers: make them again with `add_learned_labels`",
+        lambda w: learned(w, taught(w, w.targets)["learned_label"][:3]),
+        2,
+    ),
+}
+TABLE = MATCHING | SETS | RUNS | LABELS
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsco_hf import Clarity, Clearest, Herding, Pool, Random, Selection, dope, get_protocol, recorded_doping, select
+from dsco_hf.concentration.additions.doping import selected_rows
 from dsco_hf.concentration.config_records import what_was_done
-from dsco_hf.concentration.doping import selected_rows
 from dsco_hf.concentration.selection import clarity_scores, find_selection
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import load_pixels

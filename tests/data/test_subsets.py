@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from dsco_hf import Clearest, Herding, MatchingTargets, concentrate, dope
-from dsco_hf.concentration.doping import select
+from dsco_hf.concentration.additions.doping import select
 from dsco_hf.data.datasets import class_names, load_pixels
 from dsco_hf.data.labels import class_mapping
 from dsco_hf.evaluators.batches import check_same_classes

@@ -23,7 +23,7 @@ from dsco_hf.evaluators import (
     train_evaluator,
 )
 from dsco_hf.evaluators.augmentation import CutMix, HorizontalFlip, RandomShift
-from dsco_hf.evaluators.batches import counts_of, hard_label_loss, soft_label_loss
+from dsco_hf.evaluators.batches import counts_of, hard_label_loss, learned_label_loss, soft_label_loss
 from dsco_hf.evaluators.training import epoch_batches, fast_layout, make_optimizer
 
 
@@ -227,6 +227,19 @@ def test_stored_labels_match_the_teachers_where_nothing_is_augmented():
     live = train(protocol=dataclasses.replace(EXACT, label_type="teacher", temperature=4.0), teacher=teacher)
     for a, b in zip(soft.model.parameters(), live.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_learned_labels_are_learned_by_their_squared_error_from_the_mean_label():
+    assert learned_label_loss(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]])) == 5.5
+    pixels, labels = toy()
+    wanted = F.one_hot(labels, 3).float() * 3 - 1  # below 0 and above 1
+    protocol = get_protocol("quick", steps=200, learning_rate=0.01, label_type="learned", augmentation=(CutMix(0.2),))
+    result = train(protocol=protocol, data=(pixels, labels.roll(1)), soft_labels=wanted)
+    assert result.accuracy == 1.0
+    logits = predict_logits(result.model, pixels)
+    assert (logits - wanted + 1 / 3).abs().mean() < 0.3
+    with pytest.raises(ValueError, match="are no finite numbers"):
+        train(protocol=protocol, soft_labels=wanted * math.nan)
 
 
 def test_one_hot_stored_labels_are_hard_labels():

@@ -175,6 +175,25 @@ def test_soft_labels_and_real_rows(hub, ann, stranger):
     assert len(stranger.run(code)[0]) == 5 and verify(ann, "ann/soft-full") == ["doped"]
 
 
+def test_labels_that_were_made_are_loaded_by_plain_code_and_the_card_says_whose_they_are(
+    hub, ann, stranger, make, tmp_path
+):
+    make.convnet(names=["cat", "dog"]).save_pretrained(tmp_path / "my_[teacher]")
+    code = """
+    from dsco_hf import add_soft_labels, publish
+    from hub.samples import tiny_dataset
+    publish(add_soft_labels(tiny_dataset(3), folder, views=2, top_k=1, progress=False), "ann/made")
+    """
+    ann.run(code, folder=str(tmp_path / "my_[teacher]"))
+    card = hub.files("ann/made")["README.md"].decode()
+    assert "The teacher is my\\_\\[teacher\\], at temperature 1, mean over 2 views of each image" in card
+    assert "1 classes are kept" in card and str(tmp_path) not in card and validate_card(card, "dataset") == []
+    code = "import datasets\nreturn datasets.load_dataset('ann/made', split='train')['soft_label'][:]"
+    labels = stranger.run(code)
+    assert len(labels) == 6 and all(0.5 <= one["probabilities"][0] <= 1 for one in labels)
+    assert verify(ann, "ann/made") == ["default"]
+
+
 def test_a_dataset_pushed_by_datasets_itself_is_taken_over(hub, ann, stranger):
     ann.run("from hub.samples import tiny_dataset\ntiny_dataset(3).push_to_hub('ann/plain')")
     assert "data/train-00000-of-00001.parquet" in hub.files("ann/plain")

@@ -10,6 +10,7 @@ from dsco_hf.matching.kernels import (
     frechet_distance,
     gaussian_kernel,
     herd,
+    learned_labels,
     median_bandwidth,
     mmd2,
     mmd2_exact,
@@ -164,6 +165,28 @@ def test_regression_errors_are_those_of_a_kernel_ridge_regression(n):
     moment, cross = many.T @ many / 50, many.T @ answers / 50
     torch.testing.assert_close(regression_errors(few, labels, moment, cross, regularization), expected)
     assert not regression_errors(few, torch.zeros_like(labels), moment, cross, regularization).any()
+
+
+def test_learned_labels_of_orthogonal_images_undo_the_regularisation():
+    """Ψ = I: weights are labels / (1 + λ), and the population's own weights are b / m."""
+    psi, moment = torch.eye(2), torch.diag(torch.tensor([0.5, 0.25]))
+    cross = torch.tensor([[0.2, -0.1], [0.05, 0.1]])
+    expected = 1.5 * torch.tensor([[0.4, -0.2], [0.2, 0.4]], dtype=torch.float64)
+    torch.testing.assert_close(learned_labels(psi, moment, cross, 0.5), expected)
+    twice = learned_labels(torch.cat([psi, psi]), moment, cross, 0.5)  # ΨᵀΨ = 2I: weights are (y + y') / (2 + λ)
+    torch.testing.assert_close(twice, torch.cat([expected, expected]) * 2.5 / 2 / 1.5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_learned_labels_make_the_smallest_error_on_the_population(n):
+    generator = torch.Generator().manual_seed(0)
+    few, many, answers = (
+        torch.randn(rows, size, generator=generator, dtype=torch.float64) for rows, size in ((n, 6), (50, 6), (50, 2))
+    )
+    moment, cross = many.T @ many / 50, many.T @ answers / 50
+    found = learned_labels(few, moment, cross, 0.3).requires_grad_()
+    (slope,) = torch.autograd.grad(regression_errors(few, found, moment, cross, 0.3).sum(), found)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
 
 
 def test_frechet_distance_of_diagonal_gaussians_is_that_of_means_and_deviations():

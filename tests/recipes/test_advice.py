@@ -25,7 +25,7 @@ from test_recipe_options import RECIPES
 import dsco_hf
 from advice import FAST, follow, is_of
 from dsco_hf import DsCoPipeline, ImageSet, MatchingTargets, concentrate, dope, get_protocol, load_image_dataset
-from dsco_hf.concentration.doping import select
+from dsco_hf.concentration.additions.doping import select
 from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
 from dsco_hf.data.splits import divide, refuse_slice
 from dsco_hf.evaluators.batches import check_same_classes

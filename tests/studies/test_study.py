@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from conftest import striped_images
 from dsco_hf import RKHS, Herding, NOpt, Plain, Pool, Released, Ridge, get_protocol
-from dsco_hf.concentration.doping import select, selected_rows
+from dsco_hf.concentration.additions.doping import select, selected_rows
 from dsco_hf.evaluators import load_image_set
 from dsco_hf.studies.figures.accuracy import draw_study_samples
 from dsco_hf.studies.options import RealOptions

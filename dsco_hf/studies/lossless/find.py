@@ -84,7 +84,7 @@ def find_lossless_budget(
     check_choice("length", length, LENGTHS)
     rule, accelerator = Selection.of(strategy), accelerator or make_accelerator()
     given = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    if given.label_type == "stored":
+    if given.label_type in ("stored", "learned"):
         raise ValueError(
             "A search trains on real images, which have no stored soft labels: set the protocol's label_type='hard', "
             "or 'teacher' and pass `teacher=`."

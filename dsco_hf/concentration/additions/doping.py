@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from datasets import Dataset, Image, concatenate_datasets
 
-from ..data.datasets import Pool
-from ..data.images import stored_at
-from ..data.schema import class_names, find_columns
-from ..data.shards import rows_record, synthetic_rows
-from ..evaluators import ImageSet
-from ..sampling.pipeline import DsCoPipeline
-from ..utils.origins import model_sha256
-from ..utils.values import check_whole, plain_arguments
-from .concentrate import SOURCES, row_features
-from .selection import Selection, recorded_selection
-from .set_records import record_of, with_record
+from ...data.datasets import Pool
+from ...data.images import stored_at
+from ...data.schema import class_names, find_columns
+from ...data.shards import rows_record, synthetic_rows
+from ...evaluators import ImageSet
+from ...sampling.pipeline import DsCoPipeline
+from ...utils.origins import model_sha256
+from ...utils.values import check_whole, plain_arguments
+from ..concentrate import SOURCES, row_features
+from ..selection import Selection, recorded_selection
+from ..set_records import record_of, with_record
 
 
 logger = logging.getLogger(__name__)
