@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ from ..matching.targets import MatchingTargets
 from ..sampling.call import KINDS as CALL_KINDS
 from ..sampling.call import Sampling, SamplingMethod, calls
 from ..sampling.pipeline import DsCoPipeline
+from ..sampling.methods.released import Targets
 from ..utils.values import plain_arguments
 from .tracing import PassCost, predict_memory
 
@@ -94,11 +95,11 @@ class Rehearsal:
             self._known[key] = self._count(*key)
         return self._known[key]
 
-    def _count(self, *key: Any) -> Counter[str]:
+    def _count(self, *key: *tuple[int, int, str]) -> Counter[str]:
         """One call; of its iterations, which all are alike, two are done."""
         method = self.sampling.method
         iterations = getattr(method, "iterations", 1)
-        few: Any = [{"iterations": count} for count in range(1, min(iterations, 2) + 1)] if iterations > 1 else [{}]
+        few: list[dict[str, Any]] = [{"iterations": 1}, {"iterations": 2}] if iterations > 1 else [{}]
         one, *two = (self._counts_of(dataclasses.replace(method, **changes), *key) for changes in few)
         for kind, count in (two[0] - one if two else Counter()).items():
             one[kind] += count * (iterations - 1)
@@ -147,11 +148,13 @@ class Rehearsal:
 class FreeConvolutions(TorchFunctionMode):
     """Convolutions give zeros of their shape; gradients, which are zeros too, pass."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if function is not torch.conv2d:
             return function(*args, **(kwargs or {}))
         meta = [part.detach().to("meta") if torch.is_tensor(part) else part for part in args]
-        shape = cast(Any, function)(*meta, **(kwargs or {})).shape
+        shape = cast(Callable, function)(*meta, **(kwargs or {})).shape
         return args[0].mul(0).sum().expand(shape)
 
 
@@ -180,8 +183,8 @@ def stand_in_pipeline(pipe: DsCoPipeline, classes: int) -> DsCoPipeline:
 
 
 def stand_in_targets(
-    pipe: DsCoPipeline, method: Any = None, *, features: Features = None, embedding_dim: int = 2048
-) -> Any:
+    pipe: DsCoPipeline, method: SamplingMethod | None = None, *, features: Features = None, embedding_dim: int = 2048
+) -> Targets | None:
     """Targets of the right shapes for all of a pipeline's classes, without data: their values change no cost.
 
     Args:

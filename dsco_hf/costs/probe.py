@@ -15,8 +15,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..generators.dit import dit_xl_2
 from ..matching.feature_spec import FeatureSource
+from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline
+from ..sampling.methods.released import Targets
 from ..utils.values import plain_arguments
 from .passes import Rehearsal, stand_in_targets
 
@@ -57,7 +59,8 @@ def probe_seconds(
     images = min(images, -(-2 * batch_size // candidates))
     labels = [index // images_per_class % pipe.num_classes for index in range(images)]
     targets = stand_in_targets(pipe, sampling.method, features=rehearsal.features, embedding_dim=embedding_dim)
-    targets = targets.to(pipe.device) if hasattr(targets, "to") else targets
+    if isinstance(targets, MatchingTargets):
+        targets = targets.to(pipe.device)
     runs: list[list[Mark]] = []
     while len(runs) <= repeats and (len(runs) < 2 or sum(run[-1][0] for run in runs[1:]) < max_seconds):
         runs.append(timed_call(pipe, labels, targets, sampling))
@@ -83,7 +86,7 @@ def few_steps(rehearsal: Rehearsal) -> Sampling:
     return sampling
 
 
-def timed_call(pipe: DsCoPipeline, labels: list[int], targets: Any, sampling: Sampling) -> list[Mark]:
+def timed_call(pipe: DsCoPipeline, labels: list[int], targets: Targets | None, sampling: Sampling) -> list[Mark]:
     """Seconds since the beginning, and passes so far, after every step of a call and at its end."""
     marks: list[Mark] = []
     begin = time.perf_counter()
@@ -126,7 +129,7 @@ def rates(runs: list[list[Mark]], images: int) -> dict[str, float]:
 
 
 def median_seconds(
-    run: Callable[[], Any], device: torch.device, *, repeats: int = 3, max_seconds: float = 10.0
+    run: Callable[[], object], device: torch.device, *, repeats: int = 3, max_seconds: float = 10.0
 ) -> float:
     """Median wall time of a function, after one run that is not counted; arguments as of [`probe_seconds`]."""
     run()
@@ -174,7 +177,7 @@ def imagenet_pipeline(
     try:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
-            denoiser: Any = dit_xl_2(tiny=tiny)
+            denoiser = dit_xl_2(tiny=tiny)
             vae = AutoencoderKL(
                 block_out_channels=channels,
                 down_block_types=("DownEncoderBlock2D",) * len(channels),

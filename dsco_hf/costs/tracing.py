@@ -86,7 +86,9 @@ class TensorMemory(TorchDispatchMode):
         self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in self.known)
         self.alive = self.peak = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         output = function(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._add, output)
         return output
@@ -146,7 +148,7 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
 
 
 def looker(source: FeatureSource) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Sum of what the networks see in pixels, or in latents if none takes pixels: something to take a gradient of.
+    """Sum, a scalar, of what networks see in pixels, or in latents if none takes pixels: to take a gradient of.
 
     Where both are needed, the latents are zeros: their network's work is counted, though not its part of the gradient.
     """
@@ -193,14 +195,21 @@ def predict_memory(
 
 
 def largest_batch(
-    pipe: DsCoPipeline, images: int, costs: Mapping[str, PassCost], memory_bytes: float, **options: Any
+    pipe: DsCoPipeline,
+    images: int,
+    costs: Mapping[str, PassCost],
+    memory_bytes: float,
+    *,
+    optimised: bool = True,
+    guidance_scale: float = 4.0,
 ) -> int:
     """The largest `batch_size` with which a call of `images` fits into `memory_bytes`; 0 if none does.
 
     Other arguments as of [`predict_memory`].
     """
-    one, two = (predict_memory(pipe, max(images, 2), costs, batch_size=size, **options) for size in (1, 2))
-    rest = predict_memory(pipe, images, costs, batch_size=1, **options) - (two - one)
+    known: dict[str, Any] = {"optimised": optimised, "guidance_scale": guidance_scale}
+    one, two = (predict_memory(pipe, max(images, 2), costs, batch_size=size, **known) for size in (1, 2))
+    rest = predict_memory(pipe, images, costs, batch_size=1, **known) - (two - one)
     return max(0, min(images, int((memory_bytes - rest) // (two - one))))  # memory grows evenly with the batch
 
 
