@@ -92,7 +92,7 @@ class DatasetCardFields:
     tags: list[str] = field(default_factory=list)
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: object) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -261,7 +261,7 @@ def dataset_metadata(concentration: Mapping[str, Any], *, fields: DatasetCardFie
     return metadata
 
 
-def _pretty_name(source: Any) -> str:
+def _pretty_name(source: object) -> str:
     return f"{last_part(str(source or 'An image dataset'))}, concentrated"
 
 

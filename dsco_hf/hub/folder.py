@@ -153,13 +153,18 @@ class Content:
         soft_label_top_k: int | None,
         default_config: str | None,
         concentration: Mapping[str, Any] | None,
-        **given: Any,
+        card: DatasetCardFields | None,
+        results: Mapping[str, Any] | None,
+        figures: Sequence[Path | str],
+        targets: TargetsLike,
     ) -> Content:
         """What is given, checked before anything is written."""
         configs = as_configs(dataset, config_name=config_name, soft_label_top_k=soft_label_top_k)
-        check_given(list(configs), concentration=concentration, **given)
-        told = said(given["card"], concentration)
-        return cls(configs, joined_records(configs, concentration), default_config, told, **given)
+        check_given(
+            list(configs), concentration=concentration, results=results, targets=targets, card=card, figures=figures
+        )
+        records, told = joined_records(configs, concentration), said(card, concentration)
+        return cls(configs, records, default_config, told, card, results, figures, targets)
 
     def write(
         self, folder: Path, before: Remote, described: Mapping[str, Mapping[str, Any]], repo_id: str | None = None
@@ -256,7 +261,9 @@ def save_study_folder(
     results: Mapping[str, Any],
     source: Mapping[str, Any],
     doped: str = "doped{budget}",
-    **options: Any,
+    card: DatasetCardFields | None = None,
+    figures: Sequence[Path | str] = (),
+    default_config: str | None = None,
 ) -> Path | None:
     """Writes the sets of a study that are of the first seed as they are published, with targets and discrepancies.
 
@@ -267,7 +274,9 @@ def save_study_folder(
         results: Of the study.
         source: Where the real images are from; None among its values is left out.
         doped: Names of the configs with real images in them.
-        **options: Of [`save_dataset_folder`].
+        card: As for [`save_dataset_folder`], like the others.
+        figures: For the card.
+        default_config: That loads when none is named.
     """
     chosen = made.plan.published(doped)
     if not chosen:
@@ -281,7 +290,10 @@ def save_study_folder(
     }
     targets = {config: own for config, name in chosen.items() if (own := made.targets_of(name)) is not None}
     rows = {config: made.kept.rows(name) for config, name in chosen.items()}
-    return save_dataset_folder(rows, folder, results=results, concentration=record, targets=targets or None, **options)
+    return save_dataset_folder(
+        rows, folder, default_config=default_config, card=card, results=results, concentration=record,
+        figures=figures, targets=targets or None,
+    )  # fmt: skip
 
 
 def parse_record(text: str, name: str) -> dict[str, Any]:

@@ -24,11 +24,11 @@ LEAST = {"accuracy_mean": -math.inf, "accuracy_std": 0, "discrepancy": 0, "secon
 def check_given(
     names: Sequence[str],
     *,
-    concentration: Any = None,
-    results: Any = None,
-    targets: Any = None,
-    card: Any = None,
-    figures: Any = (),
+    concentration: object = None,
+    results: object = None,
+    targets: object = None,
+    card: object = None,
+    figures: object = (),
 ) -> None:
     """Refuses by name what `save_dataset_folder` and `publish` cannot take, see there; `names` are of the configs.
 
@@ -57,9 +57,10 @@ def check_given(
         _check_results(results)
 
 
-def _check_record(what: str, record: Any) -> Mapping[str, Any]:
+def _check_record(what: str, given: object) -> Mapping[str, Any]:
     """Checks what is recorded of the whole dataset or of a config; returns the records of its configs."""
-    for key in _mapping(what, record):
+    record = _mapping(what, given)
+    for key in record:
         if not isinstance(key, str):
             raise TypeError(f"The keys of `{what}` must be text, got {key!r}.")
     if not isinstance(record.get("method"), str | None):
@@ -81,8 +82,9 @@ def _check_hashes(what: str, entry: Mapping[str, Any]) -> None:
                 raise ValueError(f"`{what}[{key!r}]` must be a SHA-256, 64 digits 0-9 and a-f, got {value!r}.")
 
 
-def _check_results(results: Any) -> None:
-    rows = _mapping("results", results).get("rows") or []
+def _check_results(given: object) -> None:
+    results = _mapping("results", given)
+    rows = results.get("rows") or []
     if not isinstance(rows, list | tuple):
         raise TypeError(f"`results['rows']` must be a list of rows, got {rows!r}.")
     entries = {f"results['rows'][{place}]": row for place, row in enumerate(rows)}
@@ -99,7 +101,7 @@ def _check_results(results: Any) -> None:
                 raise TypeError(f"`{what}[{key!r}]` must be a number, got {row[key]!r}.")
 
 
-def _mapping(what: str, value: Any) -> Mapping[str, Any]:
+def _mapping(what: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"`{what}` must be a dict, got {value!r}.")
     return value

@@ -131,7 +131,7 @@ def publish_evaluator(
     return _publish_model(model.save_pretrained, card, repo_id, push, "Publish an evaluator with dsco_hf")
 
 
-def _check_texts(**values: Any) -> None:
+def _check_texts(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, str | None):
             raise TypeError(f"`{name}` must be text, or None where it is not known, got {value!r}.")

@@ -83,7 +83,7 @@ def load_recorded(
             Further errors are those of `verify`.
     """
     options = {"token": token, "cache_dir": cache_dir}
-    folder, name, whole = _read(repo_or_folder, revision=revision, **options)
+    folder, name, whole = _read(repo_or_folder, revision=revision, token=token, cache_dir=cache_dir)
     record = config_record(whole, config)
     place: dict[str, Any] = {"id": str(generator), "revision": generator_revision}
     if generator is None:
@@ -137,13 +137,18 @@ def fetch(
     check_path(repo_or_folder, wanted="Give the folder of a published dataset, or an id such as 'user/name'.")
     with explained(name, token=token, action=action):
         api = HfApi(token=token, library_name="dsco_hf")
-        options: Any = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": list(patterns)}
-        return Path(api.snapshot_download(name, repo_type="dataset", **options))
+        return Path(
+            api.snapshot_download(
+                name, repo_type="dataset", revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns)
+            )
+        )
 
 
-def _read(repo_or_folder: str | Path, **options: Any) -> tuple[Path, str, dict[str, Any]]:
+def _read(
+    repo_or_folder: str | Path, *, revision: str | None, token: Token, cache_dir: str | Path | None
+) -> tuple[Path, str, dict[str, Any]]:
     """The folder of a dataset, how errors call its record, and that record."""
-    folder = fetch(repo_or_folder, RECORDS, **options)
+    folder = fetch(repo_or_folder, RECORDS, revision=revision, token=token, cache_dir=cache_dir)
     name = f"{CONCENTRATION} of {repo_or_folder}"
     if not (folder / CONCENTRATION).is_file():
         raise FileNotFoundError(f"{repo_or_folder} has no {CONCENTRATION}: it was not published with `publish`.")
@@ -178,7 +183,9 @@ def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dic
     return entry
 
 
-def _load_part(record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path) -> Any:
+def _load_part(
+    record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path
+) -> torch.nn.Module | None:
     """A component that was added to the generator by hand; None if the generator's own repository has it."""
     if not record.get(part):
         return None
@@ -334,7 +341,7 @@ class Job:
         cache.unlink()
         return record
 
-    def results(self, result: RunResult, record: Mapping[str, Any], **told: Any) -> tuple[dict[str, Any], str]:
+    def results(self, result: RunResult, record: Mapping[str, Any], **told: object) -> tuple[dict[str, Any], str]:
         """The content of results.json of a run whose set was saved with this record, and what to tell of it."""
         report = vars(result.report)
         measured = {name: value for name, value in report.items() if "discrepancy" in name}
