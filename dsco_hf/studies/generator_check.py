@@ -264,7 +264,13 @@ def _of_real(
 
 
 def draw_plain_samples(
-    pipe: DsCoPipeline, path: str | Path, *, images_per_class: int = 8, seed: int = 0, **sampling: Any
+    pipe: DsCoPipeline,
+    path: str | Path,
+    *,
+    images_per_class: int = 8,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Path:
     """A picture with plain samples of up to ten classes.
 
@@ -273,12 +279,14 @@ def draw_plain_samples(
         path (`str` or `Path`): the PNG file to write.
         images_per_class (`int`): of every class.
         seed (`int`): of their noise.
-        **sampling: `num_inference_steps` and `guidance_scale`.
+        num_inference_steps (`int`, *optional*): of the sampling, like the next one; see `Sampling`.
+        guidance_scale (`float`, *optional*): likewise.
     """
     shown = sorted(pipe.id2label)[:10]
     drawn: Any = pipe(
         class_labels=[label for label in shown for _ in range(images_per_class)],
-        generator=torch.Generator().manual_seed(seed), output_type="pt", **sampling,
+        generator=torch.Generator().manual_seed(seed), output_type="pt", num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
     )  # fmt: skip
     rows = drawn.images.float().cpu().mul(2).sub(1).unflatten(0, (len(shown), images_per_class))
     return sample_grid({"generated": rows}, [pipe.id2label[label] for label in shown], path)

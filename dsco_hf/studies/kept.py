@@ -55,7 +55,7 @@ class KeptSets:
         except (DamagedFileError, KeyError):
             return False
 
-    def save(self, name: str, rows: Dataset, made_with: Mapping[str, Any], **told: Any) -> None:
+    def save(self, name: str, rows: Dataset, made_with: Mapping[str, Any], **told: object) -> None:
         """Keeps a set, in place of an earlier one of the name; `told` are JSON values."""
         self._rows(name).unlink(missing_ok=True)
         remove_partials(self.folder, self._rows(name).name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import evaluate
@@ -31,6 +31,7 @@ CHUNK_ROWS = 1024
 LEAST_SEEDS = 3  # below, no significance is claimed
 _NUMBER, _CLASS = datasets.Value("float64"), datasets.Value("int64")
 _VECTOR = datasets.Sequence(datasets.Value("float32"))
+Numbers: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | torch.Tensor
 
 
 class SmallDatasetMetric(evaluate.Metric):
@@ -46,7 +47,7 @@ class SmallDatasetMetric(evaluate.Metric):
 
     columns: dict[str, Any] = {}
 
-    def __new__(cls, config_name: str | None = None, **kwargs: Any) -> SmallDatasetMetric:
+    def __new__(cls, config_name: str | None = None, **kwargs: object) -> SmallDatasetMetric:
         """Lets `evaluate.load(path, config_name)`, which takes the first class of a file, reach all of them."""
         if cls is not SmallDatasetMetric:
             return super().__new__(cls)
@@ -79,7 +80,7 @@ class Accuracy(SmallDatasetMetric):
 
     columns = {"predictions": _VECTOR, "references": _CLASS}
 
-    def _compute(self, predictions: Any, references: Any, k: int = 5) -> dict[str, float]:
+    def _compute(self, predictions: Numbers, references: Numbers, k: int = 5) -> dict[str, float]:
         scores, labels, k = _tensor(predictions), _tensor(references), check_whole("k", k, 1)
         if k > scores.shape[1]:
             raise ValueError(
@@ -106,7 +107,7 @@ class Retention(SmallDatasetMetric):
 
     columns = dict.fromkeys(("predictions", "full_predictions", "references"), _CLASS)
 
-    def _compute(self, predictions: Any, full_predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Numbers, full_predictions: Numbers, references: Numbers) -> dict[str, float]:
         small, full = (float(np.mean(np.equal(p, references))) for p in (predictions, full_predictions))
         if not full > 0:
             raise ValueError(f"The accuracy on the full data is {full}; retention needs one above 0.")
@@ -135,10 +136,10 @@ class Discrepancy(SmallDatasetMetric):
 
     def _compute(
         self,
-        predictions: Any,
-        real_features: Any = None,
-        labels: Any = None,
-        real_labels: Any = None,
+        predictions: Numbers,
+        real_features: Numbers | None = None,
+        labels: Numbers | None = None,
+        real_labels: Numbers | None = None,
         embedding_dim: int = 2048,
         seed: int = 0,
     ) -> dict[str, float]:
@@ -179,7 +180,7 @@ class Coverage(SmallDatasetMetric):
 
     columns = {"predictions": _VECTOR}
 
-    def _compute(self, predictions: Any, real_features: Any = None, k: int = 5) -> dict[str, float]:
+    def _compute(self, predictions: Numbers, real_features: Numbers | None = None, k: int = 5) -> dict[str, float]:
         small, real = _feature_sets(predictions, real_features)
         if check_whole("k", k, 1) >= len(real):
             raise ValueError(f"Coverage needs k < {len(real)} real images, got k={k}.")
@@ -210,7 +211,9 @@ class LabelRobustScore(SmallDatasetMetric):
 
     columns = dict.fromkeys(("predictions", "random", "hard", "full"), _NUMBER)
 
-    def _compute(self, predictions: Any, random: Any, hard: Any, full: Any, weight: float = 0.5) -> dict[str, float]:
+    def _compute(
+        self, predictions: Numbers, random: Numbers, hard: Numbers, full: Numbers, weight: float = 0.5
+    ) -> dict[str, float]:
         mean = _means(predictions=predictions, random=random, hard=hard, full=full)
         improvement, recovery = mean["predictions"] - mean["random"], mean["full"] - mean["hard"]
         score = _robust_score(improvement, -recovery, weight)
@@ -236,7 +239,12 @@ class AugmentationRobustScore(SmallDatasetMetric):
     columns = dict.fromkeys(("predictions", "random", "predictions_plain", "random_plain"), _NUMBER)
 
     def _compute(
-        self, predictions: Any, random: Any, predictions_plain: Any, random_plain: Any, weight: float = 0.5
+        self,
+        predictions: Numbers,
+        random: Numbers,
+        predictions_plain: Numbers,
+        random_plain: Numbers,
+        weight: float = 0.5,
     ) -> dict[str, float]:
         mean = _means(
             predictions=predictions, random=random, predictions_plain=predictions_plain, random_plain=random_plain
@@ -290,7 +298,7 @@ def paired_difference(accuracies: Sequence[float], others: Sequence[float]) -> d
     return {"mean": mean, "low": float(interval.low), "high": float(interval.high), "p": float(test.pvalue)}
 
 
-def _feature_sets(predictions: Any, real_features: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _feature_sets(predictions: Numbers, real_features: Numbers | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Both feature sets as float32 tensors of shapes `(n, d)` and `(N, d)`, checked."""
     if real_features is None:
         raise ValueError("Pass the features of the real dataset as `real_features`.")
@@ -307,13 +315,14 @@ def _feature_sets(predictions: Any, real_features: Any) -> tuple[torch.Tensor, t
     return small, real
 
 
-def _tensor(values: Any) -> torch.Tensor:
+def _tensor(values: Numbers) -> torch.Tensor:
     return values.detach().cpu() if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
 
 
-def _means(**accuracies: Any) -> dict[str, float]:
+def _means(**accuracies: Numbers) -> dict[str, float]:
     """Means of accuracies, which are fractions."""
-    for name, values in accuracies.items():
-        if not all(0 <= check_real(name, value) <= 1 for value in plain(values)):
-            raise ValueError(f"`{name}` must be accuracies in [0, 1], not percent; got {list(values)[:5]}.")
-    return {name: float(np.mean(values)) for name, values in accuracies.items()}
+    found = {name: plain(values) for name, values in accuracies.items()}
+    for name, values in found.items():
+        if not all(0 <= check_real(name, value) <= 1 for value in values):
+            raise ValueError(f"`{name}` must be accuracies in [0, 1], not percent; got {values[:5]}.")
+    return {name: float(np.mean(values)) for name, values in found.items()}

@@ -14,7 +14,7 @@ from datasets import Dataset
 from diffusers import AutoencoderKL, AutoencoderTiny
 from transformers import PreTrainedModel
 
-from ..data.datasets import load_pixels, load_splits
+from ..data.datasets import AnyDataset, load_pixels, load_splits
 from ..evaluators import ImageSet, Protocol, get_protocol, load_image_set
 from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.targets import MatchingTargets
@@ -69,8 +69,8 @@ class ReadOptions:
         return {"image_column": self.image_column, "label_column": self.label_column}
 
     def open_splits(
-        self, path: str, name: str | None, split: str, *, tested: bool = False, **options: Any
-    ) -> tuple[Any, Any, dict[str, Any]]:
+        self, path: str, name: str | None, split: str, *, tested: bool = False, streaming: bool = False
+    ) -> tuple[AnyDataset, AnyDataset | None, dict[str, Any]]:
         """Training images, test images or None, and what was taken; see [`~dsco_hf.data.opening.load_splits`].
 
         Raises:
@@ -78,23 +78,26 @@ class ReadOptions:
         """
         train, test, taken = load_splits(
             path, name, train_split=split, test_split=self.test_split, holdout=self.holdout, revision=self.revision,
-            label_column=self.label_column, **options,
+            label_column=self.label_column, streaming=streaming,
         )  # fmt: skip
         if tested and test is None:
             raise ValueError("Networks are tested: `test_split` is a split or 'auto' here, not 'none'.")
         return train, test, taken
 
-    def images(self, train: Any, test: Any, **options: Any) -> tuple[ImageSet, Any]:
+    def images(self, train: AnyDataset, test: AnyDataset | None, **options: Any) -> tuple[ImageSet, ImageSet | None]:
         """Both in memory; `options` are those of [`~dsco_hf.evaluators.load_image_set`], `protocol` among them."""
         options |= {"on_error": self.on_error, **self.columns}
         images = load_image_set(train, **options)
         return images, None if test is None else load_image_set(test, test_for=images, **options)
 
-    def readable(self, rows: Dataset, images: ImageSet, **options: Any) -> Dataset:
+    def readable(
+        self, rows: Dataset, images: ImageSet, *, num_channels: int = 3, image_size: int | None = None
+    ) -> Dataset:
         """The rows that became `images`: the others cannot be decoded, and nobody is to meet them again."""
         if len(images.labels) == len(rows):
             return rows
-        return rows.select(load_pixels(rows, on_error=self.on_error, **options, **self.columns)[2].tolist())
+        options = {"num_channels": num_channels, "image_size": image_size, "on_error": self.on_error, **self.columns}
+        return rows.select(load_pixels(rows, **options)[2].tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +114,11 @@ class RealOptions(ReadOptions):
     dataset_name: str | None = None
     train_split: str = "train"
 
-    def splits(self, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    def splits(
+        self, *, tested: bool = False, streaming: bool = False
+    ) -> tuple[AnyDataset, AnyDataset | None, dict[str, Any]]:
         """As of [`ReadOptions.open_splits`]."""
-        return self.open_splits(self.dataset, self.dataset_name, self.train_split, **options)
+        return self.open_splits(self.dataset, self.dataset_name, self.train_split, tested=tested, streaming=streaming)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +144,17 @@ class MatchOptions(ReadOptions):
     weighting: str = "confidence"
     features: str | None = None
 
-    def splits(self, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    def splits(self, *, streaming: bool = False) -> tuple[AnyDataset | None, AnyDataset | None, dict[str, Any]]:
         """As of [`ReadOptions.open_splits`]; nothing where there is no dataset."""
-        return (
-            self.open_splits(self.dataset, self.dataset_name, self.split, **options)
-            if self.dataset
-            else (None, None, {})
-        )
+        if not self.dataset:
+            return None, None, {}
+        return self.open_splits(self.dataset, self.dataset_name, self.split, streaming=streaming)
 
     def classes(self, pipe: DsCoPipeline) -> list[int | str]:
         """The generator's classes, by index or name; a number is an index unless its classes are named by numbers."""
         return [pipe.get_label_ids([label])[0] if label.isdecimal() else label for label in self.class_labels]
 
-    def targets_options(self, pipe: DsCoPipeline, **drawing: Any) -> dict[str, Any]:
+    def targets_options(self, pipe: DsCoPipeline, **drawing: object) -> dict[str, Any]:
         """Options of `MatchingTargets.from_dataset`, or of `from_generator`, which takes `drawing`, too."""
         shared: dict[str, Any] = {"features": self.features}
         with contextlib.suppress(TypeError, json.JSONDecodeError):  # none; or YAML, which is read where it is used
@@ -161,7 +164,7 @@ class MatchOptions(ReadOptions):
         samples = {"samples_per_class": self.samples_per_class, "weighting": self.weighting}
         return shared | samples | drawing | {"class_labels": self.classes(pipe) or None}
 
-    def make_targets(self, pipe: DsCoPipeline, real: Any, **options: Any) -> MatchingTargets:
+    def make_targets(self, pipe: DsCoPipeline, real: AnyDataset | None, **options: Any) -> MatchingTargets:
         """Targets of real images, or of the generator's own where there are none."""
         if self.data_free:
             return MatchingTargets.from_generator(pipe, **options)
@@ -266,7 +269,7 @@ class PipelineOptions(ClassifierOptions):
     generator: str | None = None
     generator_revision: str | None = None
 
-    def load_pipeline(self, **parts: Any) -> DsCoPipeline:
+    def load_pipeline(self, **parts: object) -> DsCoPipeline:
         """The pipeline, on the CPU; `parts` take the place of its own."""
         named = {"classifier": self.classifier, "classifier_revision": self.classifier_revision}
         parts = {**(named if self.classifier else {}), **parts}
@@ -312,7 +315,7 @@ class PreviewOptions(DtypeOptions):
     preview_vae: str | None = None
     preview_vae_revision: str | None = None
 
-    def load_pipeline(self, **parts: Any) -> DsCoPipeline:
+    def load_pipeline(self, **parts: object) -> DsCoPipeline:
         """The pipeline, on the CPU; `parts` take the place of its own."""
         if self.preview_vae is not None:
             options: dict[str, Any] = {"revision": self.preview_vae_revision, "dtype": self.torch_dtype}
@@ -383,7 +386,7 @@ class TrainingOptions(OutputOptions):
         values: dict[str, Any] = json.loads(self.model_options)
         return values
 
-    def get_protocol(self, *names: str, **changes: Any) -> Protocol:
+    def get_protocol(self, *names: str, **changes: object) -> Protocol:
         """The protocol with these changes, and those of the options, also of `names`, that were given."""
         named = {name: getattr(self, name) for name in ("epochs", "steps", "batch_size", "learning_rate", *names)}
         return get_protocol(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -350,10 +351,10 @@ class PlannedSets:
         return makers
 
     def _targets(self, name: str, make: Callable[..., MatchingTargets]) -> MatchingTargets:
-        def timed(**shared: Any) -> MatchingTargets:
+        def timed(accelerator: Accelerator, work_dir: Path) -> MatchingTargets:
             self.clock.say(f"targets: {name}")
             start = time.perf_counter()
-            targets = make(progress=False, **shared)
+            targets = make(progress=False, accelerator=accelerator, work_dir=work_dir)
             targets.provenance["seconds"] = round(time.perf_counter() - start, 2)
             return targets
 
@@ -370,8 +371,8 @@ class PlannedSets:
         for name in tqdm(self.plan.set_names()[rank :: self.accelerator.num_processes], desc="Sets", disable=rank > 0):
             method, budget, seed = set_parts(name)
             population, options = self.plan.drawing(method, budget)
-            targets: Any = self.targets.get(population or "")
-            matched = self.plan.pivots if method == "nopt-quantile" else targets
+            targets = self.targets.get(population or "")
+            matched: object = self.plan.pivots if method == "nopt-quantile" else targets
             made_with = {**self.made_with, "set": identity(seed=seed, budget=budget, targets=matched, **options)}
             if self.kept.is_made(name, made_with) or self.clock.is_over():
                 continue

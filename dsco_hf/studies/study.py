@@ -201,7 +201,7 @@ class Study:
         """The small sets that are the same for every training."""
         return {name: own for name, own in self.sets.items() if name != FULL and isinstance(own, ImageSet)}
 
-    def results(self, made: PlannedSets | None = None, **told: Any) -> dict[str, Any]:
+    def results(self, made: PlannedSets | None = None, **told: object) -> dict[str, Any]:
         """The content of results.json, once all is trained.
 
         Args:

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
+from numpy.typing import ArrayLike
 
 from ...concentration.methods import Method, chance_level, dataset_title, find_method, find_methods, network_title
 from ...evaluators import ImageSet
@@ -284,7 +285,7 @@ def _space_by_error(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     )
     least = 5e-4
 
-    def height(accuracy: Any) -> Any:
+    def height(accuracy: ArrayLike) -> np.ndarray:
         return -np.log(np.maximum(1 - np.asarray(accuracy) + least, least / 10))
 
     axes.set_yscale("function", functions=(height, lambda place: 1 + least - np.exp(-place)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -114,7 +114,12 @@ def _draw_rates(axes: Axes, rates: list[Mapping[str, Any]], style: Method) -> No
                   markerfacecolor="white", zorder=6)  # fmt: skip
 
 
-def _finish(figure: Figure, results: Mapping[str, Any], rows: Any, budget_axes: list[Axes] | None = None) -> None:
+def _finish(
+    figure: Figure,
+    results: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    budget_axes: list[Axes] | None = None,
+) -> None:
     """Axes of budgets, a grid, and one legend below for all methods, in their order."""
     budgets = sorted({row["images_per_class"] for row in rows or results["rows"]})
     everywhere = [axes for axes in figure.axes if axes.get_visible()]

@@ -60,7 +60,7 @@ def draw_features(
     *,
     classes: Sequence[int] | None = None,
 ) -> Figure:
-    """The figure of [`feature_figure`]; arguments as there."""
+    """The figure of [`feature_figure`]; arguments as there, features `(N, D)` with labels `(N,)`."""
     _check_features(real, sets)
     common = set(real[1].tolist()).intersection(*(labels.tolist() for _, labels in sets.values()))
     if classes is None:
