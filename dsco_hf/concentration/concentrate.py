@@ -298,7 +298,7 @@ def concentrate_and_report(
     images_per_call: int = IMAGES_PER_CALL,
     measure_by: MatchingTargets | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: object,
 ) -> tuple[Dataset, ConcentrationReport]:
     """Draws a small dataset whose class means match the targets, in memory and by this process alone.
 
@@ -381,7 +381,7 @@ def targets_in(
     seed: int,
     progress: bool,
     images_per_class: int,
-) -> Any:
+) -> Targets | None:
     """The targets that are given, or made of what is given and kept in a folder, where a later session finds them."""
 
     def make(**shared: Any) -> Any:

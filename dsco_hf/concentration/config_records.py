@@ -147,7 +147,7 @@ def _drawn(record: Mapping[str, Any]) -> str:
     if label.startswith("plain"):
         return Plain.sentence
     with contextlib.suppress(AttributeError, TypeError, ValueError):  # written by hand, or by another version
-        recorded: Any = from_flat(parameters if isinstance(parameters, Mapping) else {}).get("method")
+        recorded = from_flat(parameters if isinstance(parameters, Mapping) else {}).get("method", {})
         if isinstance(recorded, SamplingMethod):
             return recorded.sentence
         if ":" in str(recorded.get("name")):  # somebody's own, which need not be imported
@@ -202,7 +202,7 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(Trusted(escape_markdown(k)), Trusted(escape_id(v))) for k, v in rows if v is not None]
 
 
-def _short(value: Any) -> Any:
+def _short(value: object) -> object:
     """What a card has room for, as all of it is in the records.
 
     Of something that has a name and many fields its name; of numbers by class the five least.

@@ -45,7 +45,7 @@ RUN_OPTIONS = {"images_per_class": None, "class_labels": None, "block_size": BLO
 _NOT_RECORDED = {"seed", "progress", "measure_by"}
 
 
-def resolve_parameters(**given: Any) -> dict[str, Any]:
+def resolve_parameters(**given: object) -> dict[str, Any]:
     """Fills in the defaults of all parameters that are not given; as plain JSON values.
 
     What says nothing about the images (`progress`, ...) is left out.

@@ -186,7 +186,7 @@ class RunFolder:
         """The rows of a finished unit, in memory."""
         return Dataset(self._table(unit, features), info=DatasetInfo(features=features))
 
-    def log(self, process: int, event: str, **values: Any) -> None:
+    def log(self, process: int, event: str, **values: object) -> None:
         """Appends one line to the log of a process. A log that cannot be written stops no run."""
         line = {"time": datetime.now(UTC).isoformat(), "clock": time.monotonic(), "event": event, **values}
         path = self.logs / f"process-{process:05d}.jsonl"

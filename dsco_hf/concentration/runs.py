@@ -134,7 +134,7 @@ def concentrate_to_folder(
     accept_changed: Sequence[str] = (),
     accelerator: Accelerator | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: object,
 ) -> RunResult:
     """Draws the images of [`concentrate`] into a folder; every process of a launch calls this.
 

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from ..data.shards import embedded, rows_record, synthetic_rows
 from ..matching.targets import MatchingTargets
+from ..sampling.released import Targets
 from ..utils.files import whole
 from ..utils.origins import cached_origin as cached_origin
 from ..utils.origins import commit_of, model_sha256, targets_sha256, versions
@@ -40,12 +41,12 @@ def library_versions() -> dict[str, str]:
 
 def drawn_record(
     pipe: DiffusionPipeline,
-    targets: Any,
+    targets: Targets | None,
     *,
     method: str,
     seed: int,
     parameters: Mapping[str, Any],
-    doping: Any = None,
+    doping: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
     generator_revision: str | None = None,
     targets_origin: Mapping[str, str | None] | None = None,
@@ -102,7 +103,7 @@ def without_lost_labels(record: Mapping[str, Any], dataset: Dataset) -> dict[str
     return {key: value for key, value in record.items() if LABELS.get(key, "label") in {"label", *dataset.features}}
 
 
-def _source(targets: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _source(targets: Targets | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     population = dict(getattr(targets, "provenance", None) or {})
     origin: dict[str, Any] = {}
     if population.get("population") == "data":
@@ -131,19 +132,19 @@ def named_source(own: str | None, given: Mapping[str, Any] | None) -> dict[str, 
     return given
 
 
-def more_exact(place: str, here: Any, there: Any) -> bool:
+def more_exact(place: str, here: object, there: object) -> bool:
     """Whether `there` says the same as `here` and more: the id of a dataset for its name, a part for a split."""
-    here, there = str(here), str(there)
+    short, long = str(here), str(there)
     if place == "source.dataset":
-        return here in _BUILDERS or _plain_name(here) == _plain_name(there)
-    return place == "source.split" and there.startswith((f"{here}[", f"{here},"))
+        return short in _BUILDERS or _plain_name(short) == _plain_name(long)
+    return place == "source.split" and long.startswith((f"{short}[", f"{short},"))
 
 
 def _plain_name(dataset: str) -> str:
     return re.sub(r"[-_. ]", "", re.split(r"[\\/]", dataset.rstrip("\\/"))[-1].lower())
 
 
-def _targets(targets: Any, origin: Mapping[str, str | None]) -> dict[str, Any] | None:
+def _targets(targets: Targets | None, origin: Mapping[str, str | None]) -> dict[str, Any] | None:
     if not isinstance(targets, MatchingTargets):
         return None if targets is None else {"kind": type(targets).__name__}
     return targets_record(targets) | (_without_none(origin) or {})
@@ -167,7 +168,7 @@ def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] 
         name = found["id"] if name is None or Path(str(name)).is_dir() else name
         revision = revision or found["revision"]
     sha256 = model_sha256(denoiser) if denoiser is not None else None
-    family: Any = type(getattr(pipe, "family", None))
+    family = type(getattr(pipe, "family", None))
     outside = denoiser is not None and not family.__module__.startswith("dsco_hf.")  # a name that the loader must know
     path = f"{family.__module__}.{family.__qualname__}" if outside else None
     return _without_none({**published_origin(name), "revision": revision, "sha256": sha256, "family": path})
@@ -204,12 +205,12 @@ def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
-def is_place(name: Any) -> bool:
+def is_place(name: object) -> bool:
     """Whether a recorded name is a path on this machine."""
     return isinstance(name, str) and "folder" in published_origin(name)
 
 
-def _name_of(model: Any) -> str:
+def _name_of(model: object) -> str:
     """What a model was loaded from: transformers keeps it as an attribute, diffusers in the configuration."""
     config = getattr(model, "config", None)
     return str(getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or "")

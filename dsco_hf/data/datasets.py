@@ -72,7 +72,7 @@ def stratified_split(
 
 
 def check_classes(labels: torch.Tensor, names: Sequence[str], *, images_per_class: int = 1) -> None:
-    """Raises ValueError with those of the classes `names` of which `labels` (N,) has fewer than `images_per_class`."""
+    """Raises ValueError with those of the classes `names` of which `labels` `(N,)` has fewer than are wanted."""
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     lacking = [f"{name!r} has {count}" for name, count in zip(names, counts, strict=False) if count < images_per_class]
     if lacking:

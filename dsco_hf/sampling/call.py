@@ -212,7 +212,7 @@ class Sampling:
         check_real("guidance_scale", self.guidance_scale, 0)
 
     @classmethod
-    def of(cls, method: Any = None, objective: Any = None, **fields: Any) -> Self:
+    def of(cls, method: object = None, objective: object = None, **fields: object) -> Self:
         """Options as callers give them.
 
         Args:
@@ -230,7 +230,7 @@ class Sampling:
                 names = [*known, "method", "objective"]
                 raise TypeError(f"There is no option `{name}`.{nearest(name, names)} The options are {names}.")
         base = method if isinstance(method, cls) else cls() if method is None else cls(method=method)
-        changed = {name: value for name, value in fields.items() if value is not None}
+        changed: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         if objective is not None:
             if "objective" not in [field.name for field in dataclasses.fields(base.method)]:
                 raise ValueError(f"`objective` is a field of 'nopt', and {base.method.name!r} has none: leave it out.")

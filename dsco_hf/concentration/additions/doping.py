@@ -115,7 +115,7 @@ def dope(
     return with_record(mixed, {**record, **{key: value for key, value in given.items() if value is not None}})
 
 
-def recorded_doping(doping: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+def recorded_doping(doping: Mapping[str, Any], **given: object) -> dict[str, Any]:
     """A recorded doping as arguments of [`dope`]: `dope(small, real, pipe, **recorded_doping(record["doping"]))`.
 
     Args:
@@ -327,7 +327,7 @@ def _as_rows(pool: Pool, chosen: torch.Tensor, small: Dataset, size: int | None)
     return Dataset.from_dict({name: columns[name] for name in features}, features=features)
 
 
-def check_size(image_size: Any, small: Dataset) -> int | None:
+def check_size(image_size: object, small: Dataset) -> int | None:
     """The size to store images at; None for their own.
 
     By default it is that of the images of the small set, which must be one; or their own, if that is not square.

@@ -384,7 +384,7 @@ def _teacher(pipe: DsCoPipeline | None, names: Sequence[str]) -> PreTrainedModel
     return None
 
 
-def find_selection(strategy: str | Selection, **offered: Any) -> Selection:
+def find_selection(strategy: str | Selection, **offered: object) -> Selection:
     """A rule by its name, or the rule itself.
 
     Args:
@@ -397,7 +397,7 @@ def find_selection(strategy: str | Selection, **offered: Any) -> Selection:
     return Selection.of({"name": strategy, **{key: value for key, value in offered.items() if key in known}})
 
 
-def recorded_selection(told: Mapping[str, Any], **given: Any) -> Selection:
+def recorded_selection(told: Mapping[str, Any], **given: object) -> Selection:
     """The rule that was recorded, see [`Selection.record`].
 
     Args:
@@ -420,7 +420,7 @@ def recorded_selection(told: Mapping[str, Any], **given: Any) -> Selection:
     return Selection.of(fields)
 
 
-def _told(value: Any) -> Any:
+def _told(value: object) -> object:
     """A field of a rule as plain values; of a model its type and SHA-256, of targets and logs their SHA-256."""
     if isinstance(value, torch.nn.Module):
         return {"architecture": type(value).__name__, "sha256": model_sha256(value)}
