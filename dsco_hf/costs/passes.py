@@ -27,8 +27,8 @@ from ..matching.kernels import draw_frequencies
 from ..matching.targets import MatchingTargets
 from ..sampling.call import KINDS as CALL_KINDS
 from ..sampling.call import Sampling, SamplingMethod, calls
-from ..sampling.pipeline import DsCoPipeline
 from ..sampling.methods.released import Targets
+from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import plain_arguments
 from .tracing import PassCost, predict_memory
 

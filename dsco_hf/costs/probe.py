@@ -17,8 +17,8 @@ from ..generators.dit import dit_xl_2
 from ..matching.feature_spec import FeatureSource
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
-from ..sampling.pipeline import DsCoPipeline
 from ..sampling.methods.released import Targets
+from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import plain_arguments
 from .passes import Rehearsal, stand_in_targets
 

@@ -229,7 +229,9 @@ class Sampling:
             if name not in known:
                 names = [*known, "method", "objective"]
                 raise TypeError(f"There is no option `{name}`.{nearest(name, names)} The options are {names}.")
-        base = method if isinstance(method, cls) else cls() if method is None else cls(method=method)
+        base = (
+            method if isinstance(method, cls) else cls() if method is None else cls(method=SamplingMethod.of(method))
+        )
         changed: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         if objective is not None:
             if "objective" not in [field.name for field in dataclasses.fields(base.method)]:

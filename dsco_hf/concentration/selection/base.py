@@ -420,7 +420,7 @@ def recorded_selection(told: Mapping[str, Any], **given: object) -> Selection:
     return Selection.of(fields)
 
 
-def _told(value: object) -> object:
+def _told(value: Any) -> object:
     """A field of a rule as plain values; of a model its type and SHA-256, of targets and logs their SHA-256."""
     if isinstance(value, torch.nn.Module):
         return {"architecture": type(value).__name__, "sha256": model_sha256(value)}
