@@ -187,10 +187,10 @@ def write_targets(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
 def find_targets(
     name_or_path: str | Path,
     *,
-    revision: str | None,
-    subfolder: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> tuple[Path, Path]:
     """The paths of both files, in a folder or downloaded; arguments as for `hf_hub_download`.
 
