@@ -23,9 +23,8 @@ from ..matching.discrepancy import PreviousBlocks, measure_discrepancy, random_d
 from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.objectives import Objective
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Sampling, SamplingMethod, is_population
+from ..sampling.call import Sampling, SamplingMethod, Targets, is_population
 from ..sampling.checks import check_targets
-from ..sampling.methods.released import Targets
 from ..sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
 from ..utils.progress import peak_bytes
 from ..utils.values import LARGEST_SET, plain_arguments

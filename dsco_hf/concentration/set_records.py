@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 from ..data.shards import embedded, rows_record, synthetic_rows
 from ..matching.targets import MatchingTargets
-from ..sampling.methods.released import Targets
+from ..sampling.call import Targets
 from ..utils.files import whole
 from ..utils.origins import cached_origin as cached_origin
 from ..utils.origins import commit_of, model_sha256, targets_sha256, versions

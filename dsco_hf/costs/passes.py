@@ -26,8 +26,7 @@ from ..matching.feature_spec import Features, FeatureSource, features_of
 from ..matching.kernels import draw_frequencies
 from ..matching.targets import MatchingTargets
 from ..sampling.call import KINDS as CALL_KINDS
-from ..sampling.call import Sampling, SamplingMethod, calls
-from ..sampling.methods.released import Targets
+from ..sampling.call import Sampling, SamplingMethod, Targets, calls
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import plain_arguments
 from .tracing import PassCost, predict_memory

@@ -16,8 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from ..generators.dit import dit_xl_2
 from ..matching.feature_spec import FeatureSource
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Sampling
-from ..sampling.methods.released import Targets
+from ..sampling.call import Sampling, Targets
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import plain_arguments
 from .passes import Rehearsal, stand_in_targets

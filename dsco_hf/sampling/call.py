@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -24,6 +24,8 @@ from ..matching.targets import MatchingTargets
 from ..utils.values import Choice, check_real, plain_fields
 
 
+Population: TypeAlias = Dataset | IterableDataset | Sequence[int | str] | str
+"""What targets are made of: real images; or, data-free, a label set's name or a list of the generator's classes."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 _STEP = {"use_clipped_model_output": True}
 # Kinds of passes, each counted in images and networks. `_backward` is forward and backward to the input.
@@ -42,6 +44,14 @@ _CALLS = {
     "decoder_calls": ("decoder", "preview", "preview_backward"),
     "classifier_calls": ("classifier", "classifier_backward", "extractor_backward"),
 }
+
+
+class Targets(Protocol):
+    """What a set of images is held against; it names its classes and, by index, the generator's."""
+
+    class_names: list[str]
+    class_labels: list[int]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +98,7 @@ class SamplingMethod(Choice):
         """Whether the pipeline's classifiers see the images, and so must be able to."""
         return False
 
-    def label(self, targets: Any) -> str:
+    def label(self, targets: object) -> str:
         """What results call a set that was drawn so."""
         return self.name.split(":")[-1].lower()
 
@@ -96,10 +106,10 @@ class SamplingMethod(Choice):
         """What is drawn where there are no targets: this, or plain samples if it is nothing without."""
         return self
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError for targets, or parts of a pipeline, that do not fit."""
 
-    def stand_in_targets(self, pipe: DiffusionPipeline) -> Any:
+    def stand_in_targets(self, pipe: DiffusionPipeline) -> Targets | None:
         """Targets of the right shapes for all classes of a pipeline, without data, by which costs are counted.
 
         None where [`MatchingTargets`], or nothing, stand in.
@@ -109,14 +119,14 @@ class SamplingMethod(Choice):
     def make_targets(
         self,
         pipe: DiffusionPipeline,
-        given: Any,
+        given: Population,
         sampling: Sampling,
         *,
         seed: int = 0,
         progress: bool = True,
         images_per_class: int | None = None,
         **shared: Any,
-    ) -> Any:
+    ) -> Targets:
         """Targets of what is given in their place.
 
         Args:
@@ -169,7 +179,7 @@ class SamplingMethod(Choice):
         return torch.arange(len(call.wanted))
 
     def weights(self, call: Call) -> torch.Tensor:
-        """How much each image that stays counts in training, `(len(call.wanted),)`: 1 is as much as others.
+        """How much each of the N images that stay counts in training, `(N,)`: 1 is as much as others.
 
         Asked only of a method that `weighs`.
         """
@@ -239,11 +249,11 @@ class Sampling:
             changed["method"] = dataclasses.replace(base.method, objective=objective)  # type: ignore[call-arg]
         return dataclasses.replace(base, **changed)
 
-    def for_targets(self, targets: Any) -> Self:
+    def for_targets(self, targets: object) -> Self:
         """The same, or plain sampling where the method needs targets and there are none."""
         return self if targets is not None else dataclasses.replace(self, method=self.method.without_targets())
 
-    def make_targets(self, pipe: DiffusionPipeline, given: Any, **options: Any) -> Any:
+    def make_targets(self, pipe: DiffusionPipeline, given: Any, **options: Any) -> Targets | None:
         """The targets that are given, or those of a dataset, a label set's name or a list of classes.
 
         Options are those of [`SamplingMethod.make_targets`].
@@ -263,7 +273,7 @@ class Sampling:
         return {**fields, "method": self.method.as_record()}
 
 
-def is_population(given: Any) -> bool:
+def is_population(given: object) -> bool:
     """Whether targets are to be made of this: real images, a label set's name or a list of classes."""
     return isinstance(given, Dataset | IterableDataset | str | list | tuple)
 
@@ -288,7 +298,7 @@ class Call:
         self,
         pipe: DiffusionPipeline,
         ids: Sequence[int],
-        targets: Any = None,
+        targets: Targets | None = None,
         sampling: Sampling | None = None,
         *,
         generator: Generators = None,
@@ -296,7 +306,8 @@ class Call:
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
         indices: Sequence[int] | None = None,
     ) -> None:
-        self.pipe, self.targets, self.sampling = pipe, targets, (sampling or Sampling()).for_targets(targets)
+        self.pipe, self.sampling = pipe, (sampling or Sampling()).for_targets(targets)
+        self.targets: Any = targets  # of whatever class the method takes
         self.method = self.sampling.method
         self.wanted, self.ids = list(ids), [*ids] * self.method.candidates
         counted = counted_in_class(self.wanted) if indices is None else list(indices)
@@ -338,7 +349,7 @@ class Call:
         self.counts[f"{kind}_backward" if torch.is_grad_enabled() else kind] += images
 
     def decode(self, latents: torch.Tensor, *, preview: bool = False) -> torch.Tensor:
-        """Pixels of latents, see [`DsCoPipeline.decode_latents`], counted."""
+        """Pixels `(B, C, H, W)` of latents `(B, C, h, w)`, see [`DsCoPipeline.decode_latents`], counted."""
         if preview and (self.pipe.vae is not None or self.pipe.preview_vae is not None):
             self.passed("preview", len(latents))
         elif self.pipe.vae is not None:
@@ -346,7 +357,7 @@ class Call:
         return self.pipe.decode_latents(latents, preview=preview)
 
     def chosen(self, rows: torch.Tensor) -> torch.Tensor:
-        """The indices that a method chose; ValueError unless they are of the wanted classes, in order."""
+        """The indices `(N,)` that a method chose; ValueError unless they are of the wanted classes, in order."""
         found = [self.ids[row] for row in rows.tolist()]
         if found != self.wanted:
             raise ValueError(
@@ -356,7 +367,7 @@ class Call:
         return rows
 
     def step(self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x_{t-1} of step i; gradients reach the noise."""
+        """x_{t-1} of step i, all `(B, C, h, w)`; gradients reach the noise."""
         t = self.timesteps[i]
         found = self.scheduler.step(noise_pred, t, latents, eta=self.eta, variance_noise=noise, **_STEP)
         return found.prev_sample

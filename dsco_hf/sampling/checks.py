@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -19,7 +18,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 def check_call(
     pipe: DiffusionPipeline,
     ids: Sequence[int],
-    targets: Any,
+    targets: object,
     sampling: Sampling,
     *,
     generator: torch.Generator | Sequence[torch.Generator] | None,
@@ -27,7 +26,7 @@ def check_call(
     output_type: str,
     tensor_inputs: Sequence[str] | None,
 ) -> None:
-    """Raises ValueError for arguments of [`DsCoPipeline.__call__`] that cannot work."""
+    """Raises ValueError for arguments of [`DsCoPipeline.__call__`] that cannot work; latents are `(B, C, h, w)`."""
     if not ids:
         raise ValueError("`class_labels` is empty: pass one class per image, for example `[0, 0, 1, 1]`.")
     check_choice("output_type", output_type, OUTPUT_TYPES)
@@ -55,7 +54,7 @@ def check_call(
     sampling.method.check(pipe, targets)
 
 
-def check_targets(targets: Any) -> None:
+def check_targets(targets: object) -> None:
     """Raises TypeError for anything but targets (which name their classes and the generator's) or None."""
     if targets is not None and not (hasattr(targets, "class_names") and hasattr(targets, "class_labels")):
         raise TypeError(
@@ -73,10 +72,10 @@ _NEEDED = {  # by component: what it must have, of its config or of itself, and 
 }
 
 
-def check_kinds(**components: Any) -> None:
+def check_kinds(**components: object) -> None:
     """Raises TypeError for a component that is something else than its place says, by position for example."""
 
-    def fits(component: Any, place: str) -> bool:
+    def fits(component: object, place: str) -> bool:
         return any(hasattr(part, _NEEDED[place][0]) for part in (component, getattr(component, "config", None)))
 
     for name, component in components.items():

@@ -52,7 +52,7 @@ class StoredPipeline(DiffusionPipeline):
 
     publisher: ClassVar[Callable[..., Any]]
 
-    def register_modules(self, **kwargs: Any) -> None:
+    def register_modules(self, **kwargs: object) -> None:
         """Sets components; see [`DiffusionPipeline.register_modules`]. Their weights are aligned in memory."""
         for component in kwargs.values():
             if isinstance(component, torch.nn.Module):
@@ -92,7 +92,7 @@ class StoredPipeline(DiffusionPipeline):
             kwargs["revision"] = CONVERSIONS[name]
             logger.info("The main branch of %s holds pickled weights: loading %s of it.", name, kwargs["revision"])
         with explained(name, token=kwargs.get("token"), action="load"):
-            options: Any = {key: kwargs[key] for key in DOWNLOAD_OPTIONS if key in kwargs}
+            options: dict[str, Any] = {key: kwargs[key] for key in DOWNLOAD_OPTIONS if key in kwargs}
             found = hf_hub_download(name, INDEX, **options)
             kwargs["revision"] = Path(found).parent.name  # one commit for all that follows
             return cls._load(name, Path(found).parent, kwargs)
@@ -155,7 +155,7 @@ class StoredPipeline(DiffusionPipeline):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs, **own)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **options: object) -> Any:
         """Publishes the pipeline with its card: `dsco_hf.publish_pipeline(self, repo_id, ...)`.
 
         Args:
@@ -359,7 +359,7 @@ def check_components(name: str, folder: Path, components: Sequence[str], options
         raise ValueError(f"{name} has no variant {variant!r}: leave `variant` out{others}.")
 
 
-def _is_stored(value: Any) -> bool:
+def _is_stored(value: object) -> bool:
     """Whether an entry of a pipeline's index is a component with a folder."""
     return isinstance(value, list) and len(value) == 2 and None not in value
 

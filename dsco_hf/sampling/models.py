@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, PreTrainedModel
@@ -31,7 +32,7 @@ _WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<var
 
 
 def load_model(
-    kind: Any,
+    kind: type[ModelMixin | PreTrainedModel],
     name: str,
     *,
     revision: str | None = None,
@@ -39,8 +40,8 @@ def load_model(
     variant: str | None = None,
     dtype: torch.dtype | None = None,
     token: Token = None,
-    **options: Any,
-) -> Any:
+    **options: object,
+) -> ModelMixin | PreTrainedModel:
     """A model of transformers or diffusers, in eval mode.
 
     Args:
@@ -65,7 +66,10 @@ def load_model(
     check_path(name, wanted="Give a folder that `save_pretrained` wrote, or an id such as 'user/name'.")
     given = {"revision": revision, "subfolder": subfolder, "variant": variant, "dtype": dtype, "token": token}
     options = {"use_safetensors": True, **options, **{key: value for key, value in given.items() if value is not None}}
-    with explained(name, token=token, action="load"), explained_model(name, **given):
+    with (
+        explained(name, token=token, action="load"),
+        explained_model(name, variant=variant, subfolder=subfolder or "", revision=revision, token=token),
+    ):
         model = kind.from_pretrained(name, **options).eval()
     if Path(name).is_dir():
         check_own_weights(Path(name) / (subfolder or ""), model, remedy="Save the model again, or copy it again.")
@@ -176,28 +180,37 @@ def listed_files(name: str, *, revision: str | None, token: Token) -> list[str] 
 
 
 @contextlib.contextmanager
-def explained_model(name: str, **options: Any) -> Iterator[None]:
+def explained_model(
+    name: str,
+    *,
+    variant: str | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    token: Token = None,
+) -> Iterator[None]:
     """Turns the errors of a library that loads one model into ones that name the file and the way out.
 
     Args:
         name (`str`): a folder, or the id of a repository, whose list of files is looked at. What the Hub itself
             answers is for [`~dsco_hf.utils.safety.explained`].
-        options: `variant`, `subfolder`, `revision` and `token`, as the library is given them.
+        variant (`str`, *optional*): as the library is given it, like the others.
+        subfolder (`str`): "" for none.
+        revision (`str`, *optional*): branch, tag or commit.
+        token (`str` or `bool`, *optional*): for private repositories.
     """
-    subfolder = options.get("subfolder") or ""
     folder = Path(name) / subfolder
     try:
         yield
     except Exception as error:
         if not Path(name).is_dir() and status_of(hub_error(error)) is None:
-            listed = listed_files(name, revision=options.get("revision"), token=options.get("token"))
+            listed = listed_files(name, revision=revision, token=token)
             files = [path for path in listed or () if path.rpartition("/")[0] == subfolder]
             if "config.json" in {path.rpartition("/")[2] for path in files}:
                 check_weights(
                     [path.rpartition("/")[2] for path in files],
                     name=name,
                     component=subfolder,
-                    variant=options.get("variant"),
+                    variant=variant,
                 )
         if folder.is_dir():
             remedy = "Save the model again, or copy it again."
@@ -205,7 +218,7 @@ def explained_model(name: str, **options: Any) -> Iterator[None]:
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError(f"{folder} is not the folder of a model: it has no config.json.") from None
             files = [path.name for path in folder.iterdir()]
-            check_weights(files, name=str(folder), component="", variant=options.get("variant"))
+            check_weights(files, name=str(folder), component="", variant=variant)
         raise
 
 

@@ -19,10 +19,10 @@ from ..evaluators.preprocessing import ensure_preprocessing
 from ..generators.base import Denoiser, denoiser_of
 from ..generators.denoisers import SLOTS, as_components, with_slots
 from ..generators.failures import explained_out_of_memory, refuse_nonfinite
-from ..generators.latents import decode, encode, to_output
+from ..generators.latents import Output, decode, encode, to_output
 from ..matching.objectives import Objective
 from ..utils.values import LARGEST_SEED, check_whole
-from .call import Call, Sampling, SamplingMethod, calls
+from .call import Call, Sampling, SamplingMethod, Targets, calls
 from .checks import check_call, check_kinds
 from .loading import StoredPipeline
 from .methods import NOpt as NOpt  # methods are known by name once they are imported
@@ -128,7 +128,7 @@ class DsCoPipeline(StoredPipeline):
                 ensure_preprocessing(model)
 
     @property
-    def denoiser(self) -> Any:
+    def denoiser(self) -> ModelMixin:
         """The noise predictor, whatever component it is; None if it was taken out."""
         return next((network for slot in SLOTS if (network := getattr(self, slot)) is not None), None)
 
@@ -267,7 +267,7 @@ class DsCoPipeline(StoredPipeline):
     def start_call(
         self,
         class_labels: Sequence[int | str],
-        targets: Any = None,
+        targets: Targets | None = None,
         sampling: Sampling | None = None,
         *,
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -279,7 +279,8 @@ class DsCoPipeline(StoredPipeline):
     ) -> Call:
         """What [`DsCoPipeline.__call__`] does first: the state of a call, whose parts can then be called alone.
 
-        Arguments and errors are those of the call; `indices` say which image of its class each is, counted if None.
+        Arguments, such as latents `(B, C, h, w)`, and errors are those of the call; `indices` say which image of its
+        class each is, counted if None.
         """
         ids = self.get_label_ids(class_labels)
         sampling = (sampling or Sampling()).for_targets(targets)
@@ -294,13 +295,13 @@ class DsCoPipeline(StoredPipeline):
     def sample(
         self,
         class_labels: Sequence[int],
-        targets: Any = None,
+        targets: Targets | None = None,
         *,
         seeds: Sequence[int],
         previous: tuple[torch.Tensor, torch.Tensor] | None = None,
         output_type: str = "pt",
         indices: Sequence[int] | None = None,
-        **options: Any,
+        **options: object,
     ) -> DsCoPipelineOutput:
         """One call without its own progress bar and one seed per image; images as tensors `(B, C, H, W)` in [0, 1].
 
@@ -315,7 +316,7 @@ class DsCoPipeline(StoredPipeline):
     def __call__(
         self,
         class_labels: Sequence[int | str],
-        targets: Any = None,
+        targets: Targets | None = None,
         *,
         method: SamplingMethod | Sampling | str | None = None,
         objective: Objective | str | None = None,
@@ -397,7 +398,7 @@ class DsCoPipeline(StoredPipeline):
         Args:
             call ([`Call`]): keeps what the method left in its state, and the passes that it counted.
             output_type (`str`): as of the call.
-            after_step (`Callable`): is told the step, the latents and the noise, and gives latents back.
+            after_step (`Callable`): is told the step, the latents and the noise `(B, C, h, w)`; gives latents back.
         """
         parts = {"latent": self.vae is not None, "preview": self.preview_vae is not None}
         try:
@@ -423,7 +424,7 @@ class DsCoPipeline(StoredPipeline):
         call.watch.check()
         return latents
 
-    def _finish(self, call: Call, latents: torch.Tensor, output_type: str) -> Any:
+    def _finish(self, call: Call, latents: torch.Tensor, output_type: str) -> Output:
         """Decodes, leaves what the method chooses, refuses images that are not finite, and converts."""
         images, chosen = latents, torch.arange(len(call.ids))
         if output_type != "latent" or call.method.candidates > 1:

@@ -127,7 +127,7 @@ def momentum_descent(
     """The released noise optimisation: SGD with momentum on z (repository kkkkqq/Dataset-Concentration).
 
     Returns:
-        `tuple`: the noise after `iterations` steps, and the losses before the first.
+        `tuple`: the noise, `(B, C, h, w)` as it was given, after `iterations` steps, and the loss before the first.
     """
     leaf = noise.detach().clone().requires_grad_(True)
     optimizer = torch.optim.SGD([leaf], lr=learning_rate, momentum=momentum)

@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 from ...generators.failures import refuse_nonfinite
 from ...matching.features import Observation
 from ...matching.objectives import Bound, Objective, Ridge
+from ...matching.targets import MatchingTargets
 from ...utils.values import check_choice, check_real, plain_fields
-from ..call import Call, Plain, Sampling, SamplingMethod
+from ..call import Call, Plain, Population, Sampling, SamplingMethod, Targets
 from .noise import joint_gradient, shell_step
 
 
@@ -75,21 +76,22 @@ class NOpt(SamplingMethod):
         """Networks see every preview."""
         return True
 
-    def label(self, targets: Any) -> str:
+    def label(self, targets: object) -> str:
         """With the data, data-free, or of a classifier only."""
         if self.objective.needs is None:
             return f"{self.name}-{self.objective.name}-only"
-        return self.name if targets.provenance.get("population") == "data" else f"{self.name}-data-free"
+        real = isinstance(targets, MatchingTargets) and targets.provenance.get("population") == "data"
+        return self.name if real else f"{self.name}-data-free"
 
     def without_targets(self) -> SamplingMethod:
         """Plain samples, but for an objective that needs no targets."""
         return self if self.objective.needs is None else Plain()
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """As the objective says."""
         self.objective.check(pipe, targets)
 
-    def make_targets(self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, **options: Any) -> Any:
+    def make_targets(self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any) -> Targets:
         """As all methods do; ValueError for an objective that matches nothing."""
         if self.objective.needs is None:
             raise ValueError(
@@ -108,7 +110,7 @@ class NOpt(SamplingMethod):
         return self.step_size * (1 + progress * (self.step_decay - 1))
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        """Binds the objective to the call's images."""
+        """Binds the objective to the call's images; latents `(B, C, h, w)` and step as of all methods."""
         if call.eta > 0:
             call.state = self.objective.bind(call.pipe, call.targets, call.ids, call.previous)
         return super().begin(call)
@@ -157,7 +159,7 @@ def models_of(bound: Bound) -> list[torch.nn.Module]:
 def observation(
     call: Call, bound: Bound, predict: Callable[[torch.Tensor, slice], torch.Tensor]
 ) -> Callable[[torch.Tensor, slice], Observation]:
-    """What the networks see in the images, as a function of the noise of a slice of them, and the slice."""
+    """What the networks see in the images, as a function of a slice of them and its noise `(b, C, h, w)`."""
     source = bound.source
 
     def observe(z: torch.Tensor, part: slice) -> Observation:
@@ -172,7 +174,7 @@ def observation(
 def preview(
     call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor, lookahead: str
 ) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-    """The predicted clean latents as a function of step i's noise z, with everything but z held fixed.
+    """The predicted clean latents `(b, C, h, w)` as a function of step i's noise z of b images, all else held fixed.
 
     With look-ahead the denoiser is asked once, at the x_{t-1} that `noise` leads to; without, the current prediction
     is taken to move with z as x_{t-1} does.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -21,9 +21,8 @@ from ...data.schema import image_seed
 from ...matching.features import RandomExtractor as RandomExtractor
 from ...matching.objectives import check_kind
 from ...matching.population import refuse_empty_classes, rows_of_labels
-from ...matching.targets import MatchingTargets
 from ...utils.values import plain_arguments, plain_fields
-from ..call import Call, Plain, Sampling, SamplingMethod
+from ..call import Call, Plain, Population, Sampling, SamplingMethod
 from .noise import momentum_descent
 from .nopt import NOISE, check_interval, optimized_steps
 
@@ -97,7 +96,7 @@ class QuantileTargets:
         return cls(names, labels, [torch.cat(chunks) for chunks in found], draws, seed, tuple(counts))
 
     def rows_of(self, generator_labels: Sequence[int]) -> torch.Tensor:
-        """Row of the targets for each of the generator's classes, see [`MatchingTargets.rows_of`]."""
+        """Row of the targets for each of n classes of the generator, `(n,)`; see [`MatchingTargets.rows_of`]."""
         return rows_of_labels(self.class_labels, generator_labels)
 
     def pivots(
@@ -121,10 +120,6 @@ class QuantileTargets:
         return self._pivots[key]
 
 
-Targets = MatchingTargets | QuantileTargets
-"""What a set of images is held against."""
-
-
 @dataclasses.dataclass
 class QuantilePivots:
     """Quantiles of a population's features: `pivots` `(n, d)`, and `mean` and `std` `(d,)` that standardise them."""
@@ -143,7 +138,7 @@ def quantile_pivots(features: torch.Tensor, count: int) -> QuantilePivots:
 
 
 def pivots_by_count(features: torch.Tensor, counts: Iterable[int]) -> dict[int, QuantilePivots]:
-    """[`quantile_pivots`] for several numbers of images; the features are sorted once."""
+    """[`quantile_pivots`] of `(N, d)` for several numbers of images; the features are sorted once."""
     found, ordered = {}, {}
     for count in counts:
         repeats = -(-count // len(features)) if len(features) < count else 1
@@ -194,7 +189,7 @@ class Released(SamplingMethod):
         plain_fields(self, iterations=1)
         check_interval(self.start, self.stop)
 
-    def label(self, targets: Any) -> str:
+    def label(self, targets: object) -> str:
         """By which the results of this baseline are known."""
         return "nopt-quantile"
 
@@ -202,7 +197,7 @@ class Released(SamplingMethod):
         """Plain samples."""
         return Plain()
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError for targets of another kind."""
         check_kind(f"method={self.name!r}", QuantileTargets, targets)
 
@@ -214,7 +209,7 @@ class Released(SamplingMethod):
         return QuantileTargets(names, list(range(len(names))), latents)
 
     def make_targets(
-        self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, *, progress: bool = True, **_: Any
+        self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, *, progress: bool = True, **_: object
     ) -> QuantileTargets:
         """Of real images only."""
         if not isinstance(given, Dataset | IterableDataset):
@@ -226,7 +221,7 @@ class Released(SamplingMethod):
         return optimized_steps(num_steps, self.start, self.stop)
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        """Makes the random network, and finds each image's class of the targets."""
+        """Makes the random network, and finds each image's row `(B,)` of the targets."""
         if call.eta > 0:
             denoiser, device = call.pipe.denoiser, call.pipe._execution_device
             extractor = RandomExtractor(call.pipe.latent_shape[0], seed=call.targets.seed)
@@ -239,7 +234,7 @@ class Released(SamplingMethod):
     def noise(
         self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """The classes of a call share their passes through the network; their losses do not touch each other."""
+        """Moves the noise `(B, C, h, w)`; classes share their passes through the network, but not their losses."""
         if call.state is None or i not in self.steps(len(call.timesteps)):
             return noise
         extractor, rows = call.state

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ...matching.features import features_and_logits
 from ...utils.values import plain_fields
-from ..call import Call, Sampling, SamplingMethod
+from ..call import Call, Population, Sampling, SamplingMethod
 from .statistics import ClassStatistics, names_only
 
 
@@ -46,21 +46,23 @@ class BestOfN(SamplingMethod):
         """It is the teacher."""
         return True
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError without a teacher; targets only name classes."""
         need_teacher(self.name, pipe)
 
-    def make_targets(self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, **options: Any) -> ClassStatistics:
+    def make_targets(
+        self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any
+    ) -> ClassStatistics:
         """The classes alone."""
         return names_only(pipe, given, **options)
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        """Finds the classifier's label of each image; ValueError if it was trained on other classes."""
+        """Finds the classifier's label of each image, `(B,)`; ValueError if it was trained on other classes."""
         call.state = torch.tensor(call.pipe.classifier_labels(call.ids))
         return super().begin(call)
 
     def choose(self, call: Call, latents: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """The classifier's surest of each class, see [`surest`]."""
+        """The classifier's surest of each class, `(N,)`; see [`surest`]."""
         logits = []
         for part in pixels.split(call.batch_size):
             call.passed("classifier", len(part))

@@ -44,7 +44,7 @@ class MGD3(FromCentroids, SamplingMethod):
         check_real("stop", self.stop, 0, 1)
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        """Finds each image's centroid."""
+        """Finds each image's centroid `(C, h, w)`."""
         call.state = own_of_slots(call, "centroids")
         return super().begin(call)
 

@@ -21,7 +21,7 @@ from ...matching.population import mix_keys, refuse_empty_classes, rows_of_label
 from ...matching.targets import source_of
 from ...utils.files import DamagedFileError
 from ...utils.values import check_whole, plain_arguments
-from ..call import Call, Sampling
+from ..call import Call, Population, Sampling
 
 
 MOST_IMAGES = 1000  # of a class, that are kept in memory
@@ -126,7 +126,7 @@ def sample_classes(
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
-    **_: Any,
+    **_: object,
 ) -> tuple[ClassStatistics, list[torch.Tensor]]:
     """Reads a dataset once, and keeps up to `most` images of each class: 4·d bytes for each, d values an image.
 
@@ -181,7 +181,7 @@ def sample_classes(
 
 
 def names_only(
-    pipe: DiffusionPipeline, given: Any, *, label_column: str | None = None, mapping: Mapped = None, **_: Any
+    pipe: DiffusionPipeline, given: Population, *, label_column: str | None = None, mapping: Mapped = None, **_: object
 ) -> ClassStatistics:
     """The classes of what is given and nothing else: no image of a dataset is read.
 
@@ -203,7 +203,7 @@ def names_only(
     return ClassStatistics("names", names, labels, provenance={"population": "none", "images": 0})
 
 
-def check_statistics(method: str, kind: str, targets: Any, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+def check_statistics(method: str, kind: str, targets: object, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
     """Raises ValueError for anything but the statistics that a method takes.
 
     Args:
@@ -217,14 +217,14 @@ def check_statistics(method: str, kind: str, targets: Any, shapes: Mapping[str, 
             f"method={method!r} takes real images: pass a dataset, `concentrate(pipe, dataset, ...)`. Data-free there "
             "are 'nopt', 'uag', 'best-of-n' and 'plain'."
         )
-    check_kind(f"method={method!r}", ClassStatistics, targets)
-    if targets.kind != kind:
+    known = check_kind(f"method={method!r}", ClassStatistics, targets)
+    if known.kind != kind:
         raise ValueError(
-            f"method={method!r} takes {kind} of real images, and these targets are {targets.kind}: pass the dataset, "
+            f"method={method!r} takes {kind} of real images, and these targets are {known.kind}: pass the dataset, "
             "and they are made."
         )
     for name, shape in shapes.items():
-        found = tuple(targets.tensors[name].shape[1:])
+        found = tuple(known.tensors[name].shape[1:])
         if len(found) != len(shape) or any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
             raise ValueError(
                 f"The {name} of these targets have shape {found} a class, and the generator needs "
@@ -232,7 +232,7 @@ def check_statistics(method: str, kind: str, targets: Any, shapes: Mapping[str, 
             )
 
 
-def refuse_without_images(method: str, given: Any) -> None:
+def refuse_without_images(method: str, given: object) -> None:
     """Raises ValueError for classes without images, which is how a data-free run names them."""
     if not isinstance(given, Dataset | IterableDataset):
         raise ValueError(
@@ -257,7 +257,7 @@ class FromCentroids:
         """Unless their number is fixed."""
         return self.clusters is None
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError for anything but centroids of the generator's size."""
         check_statistics(self.name, "centroids", targets, {"centroids": (None, *pipe.latent_shape), "shares": (None,)})
 
@@ -274,7 +274,7 @@ class FromCentroids:
     def make_targets(
         self,
         pipe: DiffusionPipeline,
-        given: Any,
+        given: Population,
         sampling: Sampling,
         *,
         images_per_class: int | None = None,

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ...matching.features import features_and_logits
 from ...utils.values import check_real, plain_fields
-from ..call import Call, Sampling, SamplingMethod
+from ..call import Call, Population, Sampling, SamplingMethod
 from ..methods.noise import loss_gradient
 from .best_of_n import need_teacher
 from .statistics import ClassStatistics, names_only
@@ -50,11 +50,13 @@ class UAG(SamplingMethod):
         """It says how sure it is."""
         return True
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError without a classifier; targets only name classes."""
         need_teacher(self.name, pipe)
 
-    def make_targets(self, pipe: DiffusionPipeline, given: Any, sampling: Sampling, **options: Any) -> ClassStatistics:
+    def make_targets(
+        self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any
+    ) -> ClassStatistics:
         """The classes alone."""
         return names_only(pipe, given, **options)
 
