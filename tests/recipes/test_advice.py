@@ -9,6 +9,7 @@ the Hub (test_opening).
 import ast
 import builtins
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -322,6 +323,7 @@ def test_what_the_error_says_is_done_and_works(world, name):
     follow(world, TABLE[name])
 
 
+@functools.cache
 def messages(path):
     """The texts of a file that are no documentation, with `{}` where a value comes in."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -330,12 +332,14 @@ def messages(path):
         for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False)
     }
-    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    told |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    texts = []
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (told | inner):
-            yield node.value
+            texts.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            texts.append(node.value)
+    return texts
 
 
 # options of other programs, and those that `parse_config` adds itself
@@ -361,15 +365,15 @@ def test_every_option_that_a_message_names_exists():
 
 def all_callables():
     """Every function, class and method of the package by its name, and those of datasets that messages name."""
+    modules = [importlib.import_module(found.name) for found in pkgutil.walk_packages(dsco_hf.__path__, "dsco_hf.")]
+    named = {(name, id(value)): value for module in modules for name, value in vars(module).items() if callable(value)}
+    classes = {id(value): value for value in [*named.values(), Dataset] if inspect.isclass(value)}
+    inner = {
+        (name, id(method)): method for one in classes.values() for name, method in inspect.getmembers(one, callable)
+    }
     found = {}
-    for module in pkgutil.walk_packages(dsco_hf.__path__, "dsco_hf."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if callable(value):
-                found.setdefault(name, []).append(value)
-                for inner, method in inspect.getmembers(value, callable) if inspect.isclass(value) else ():
-                    found.setdefault(inner, []).append(method)
-    for name, method in inspect.getmembers(Dataset, callable):
-        found.setdefault(name, []).append(method)
+    for (name, _), value in (named | inner).items():
+        found.setdefault(name, []).append(value)
     return found
 
 

@@ -1,6 +1,7 @@
 """Every error that says what to do is followed somewhere: in a table of advice, or in a test that is named here."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -86,12 +87,15 @@ def text_of(node):
     return "\0"
 
 
+@functools.cache
 def sites():
     """Every error that says what to do: where it is made, and its text."""
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if (error := raised(node)) is not None and ADVICE.search(text := text_of(error)):
-                yield f"{path.relative_to(ROOT).as_posix()}:{node.lineno}", text
+    return [
+        (f"{path.relative_to(ROOT).as_posix()}:{node.lineno}", text)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (error := raised(node)) is not None and ADVICE.search(text := text_of(error))
+    ]
 
 
 def followed():
@@ -122,7 +126,7 @@ def is_of(pattern, text):
 
 
 def test_every_error_that_says_what_to_do_is_followed_in_a_test():
-    patterns, found = list(followed()), list(sites())
+    patterns, found = list(followed()), sites()
     assert len(patterns) > 150 and len(found) > 140
     missing = [
         f"{place}: {text}"
