@@ -18,6 +18,8 @@ THREADS ?= 1
 LAUNCH = $(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu --main_process_port 0) \
 	--num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
+# By files, because tests of a file share what is made once; in the order of tests/conftest.py
+SPREAD = --dist loadfile --no-loadscope-reorder
 
 # Many tiny tensors: more threads only get into each other's way
 export OMP_NUM_THREADS ?= $(THREADS)
@@ -45,10 +47,10 @@ demo-small: $(STAMP)  ## the same at a small setting, under 2 minutes
 	$(LAUNCH) recipes/quickstart.py --small $(ARGS)
 
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(SPREAD) $(ARGS)
 
 test-fast: $(STAMP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(SPREAD) -m "not slow" $(ARGS)
 
 quality: $(STAMP)  ## what must pass before a commit: lint, format, types
 	$(BIN)/ruff check .

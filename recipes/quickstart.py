@@ -94,7 +94,7 @@ class Quickstart(StudyPlan):
 
 
 SMALL: dict[str, Any] = {
-    "generator_steps": 300, "num_inference_steps": 10, "samples_per_class": 20, "quantile_iterations": 3,
+    "generator_steps": 60, "num_inference_steps": 10, "samples_per_class": 20, "quantile_iterations": 3,
     "synthesis_seeds": 1, "single_seeds": 1, "random_seeds": 1, "herding_seeds": 2, "training_seeds": 2,
 }  # fmt: skip
 
@@ -123,7 +123,7 @@ class Run:
 
     def __init__(self, recipe: Quickstart, accelerator: Accelerator) -> None:
         self.accelerator, self.clock, self.output = accelerator, Clock(accelerator), Path(recipe.output_dir)
-        steps = ((10, 100), (None, 200)) if recipe.small else ((10, 400), (None, 1500))
+        steps = ((10, 30), (None, 60)) if recipe.small else ((10, 400), (None, 1500))
         self.protocol = protocol = get_protocol("quick", steps=steps, augmentation=(RandomShift(1),))
         digits, reading = load_digits_dataset(), {"protocol": protocol, "num_channels": 1}
         self.real, self.train = digits["train"], load_image_set(digits["train"], **reading)

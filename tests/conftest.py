@@ -141,6 +141,12 @@ def striped_images(counts=(9, 7, 5), *, names=NAMES, size=8, seed=0):
     return Dataset.from_dict(columns, features=features)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: the others fill up what is left of the time at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def make():
     """The builders above, by name: `make.transformer()`, `make.vae()`, `make.convnet()`, ..."""

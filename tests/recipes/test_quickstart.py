@@ -1,15 +1,18 @@
 """The main job at its small setting, launched as `make demo` does."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from datasets import load_dataset
 
+import launches
 from dsco_hf import MatchingTargets, read_concentration, verify
 from dsco_hf.concentration.records import config_record
 from dsco_hf.concentration.set_records import record_of
@@ -21,12 +24,11 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.py"
 METHODS = {"random", "herding", "plain", "nopt", "nopt-data-free", "nopt-classifier-only", "nopt-quantile"}
 
 
-def launch(output: Path, *options: str) -> str:
+def launch(output: Path, run: Callable) -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
     command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--num_cpu_threads_per_process", "1", str(RECIPE), "--small", "--output_dir", str(output), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540)
+    command += ["--num_cpu_threads_per_process", "1", str(RECIPE), "--small", "--output_dir", str(output)]
+    done = run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=540)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -34,7 +36,8 @@ def launch(output: Path, *options: str) -> str:
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "with space"
-    assert "| **DsCo** |" in launch(folder)  # the table at the end
+    run = functools.partial(subprocess.run, capture_output=True, text=True)
+    assert "| **DsCo** |" in launch(folder, run)  # the table at the end
     return folder
 
 
@@ -97,7 +100,7 @@ def test_a_second_run_uses_what_is_there(output):
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.parquet")}
     results = (output / "results.json").read_text()
     assert len(before) == 15 + 1
-    launch(output)
+    launch(output, launches.run)
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.parquet")} == before
     assert (output / "results.json").read_text() == results
 
