@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dsco_hf.hub.cards import DatasetCardFields
-from dsco_hf.hub.folder import CONCENTRATION
+from dsco_hf.hub.folder import CONCENTRATION, read_folder
 from dsco_hf.hub.publish import PublishResult, PushOptions, publish, publish_evaluator, publish_pipeline
 from dsco_hf.utils.configs import parse_config
 
@@ -38,6 +38,10 @@ class PublishRecipe:
         license: licence of what is published, such as "cc-by-4.0".
         pretty_name, description, source_license, generator_license: for the card of a dataset.
         default_config, overwrite_features: for a dataset; see `dsco_hf.hub.publish`.
+        soft_labels, soft_labels_revision: for a dataset, a classifier (folder or Hub id) whose probabilities are
+            stored with every image; see `dsco_hf.add_soft_labels`.
+        views: how often it is asked for an image, augmented if more than once.
+        top_k: most probable classes that are kept; all of them if left out.
         targets: for a pipeline, a folder of targets to send along.
         dataset_id: dataset that a pipeline or an evaluator was made with.
         dataset_config, dataset_revision, test_dataset, accuracy, seed: for an evaluator; see
@@ -59,6 +63,10 @@ class PublishRecipe:
     generator_license: str | None = None
     default_config: str | None = None
     overwrite_features: bool = False
+    soft_labels: str | None = None
+    soft_labels_revision: str | None = None
+    views: int = 1
+    top_k: int | None = None
     targets: str | None = None
     dataset_id: str | None = None
     dataset_config: str | None = None
@@ -77,9 +85,11 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
     if (folder / CONCENTRATION).is_file():
         said = {field.name: getattr(recipe, field.name, None) for field in fields(DatasetCardFields)}
         said = {name: value for name, value in said.items() if value and name != "repo_id"}
+        given: dict[str, Any] = {"configs": folder} if recipe.soft_labels is None else with_soft_labels(folder, recipe)
+        default = given.pop("default_config", None)
         return publish(
-            folder, recipe.repo_id, card=DatasetCardFields(**said) if said else None, push=push,
-            default_config=recipe.default_config, overwrite_features=recipe.overwrite_features,
+            given.pop("configs"), recipe.repo_id, card=DatasetCardFields(**said) if said else None, push=push,
+            default_config=recipe.default_config or default, overwrite_features=recipe.overwrite_features, **given,
         )  # fmt: skip
     options: dict[str, Any] = {"license": recipe.license, "dataset_id": recipe.dataset_id, "push": push}
     if (folder / "model_index.json").is_file():
@@ -105,6 +115,25 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
         f"{folder} holds neither {CONCENTRATION} (a dataset saved by `save_dataset_folder`), nor model_index.json (a "
         "pipeline), nor config.json (an evaluator). Check the path."
     )
+
+
+def with_soft_labels(folder: Path, recipe: PublishRecipe) -> dict[str, Any]:
+    """What the folder of a dataset holds, with a teacher's probabilities in every split."""
+    from datasets import DatasetDict
+
+    from dsco_hf.concentration.additions.soft_labels import add_soft_labels
+    from dsco_hf.sampling.models import load_classifier
+
+    stored, teacher = (
+        read_folder(folder),
+        load_classifier(str(recipe.soft_labels), revision=recipe.soft_labels_revision),
+    )
+    options: dict[str, Any] = {"views": recipe.views, "top_k": recipe.top_k}
+    labelled = {
+        config: DatasetDict({split: add_soft_labels(rows, teacher, **options) for split, rows in splits.items()})
+        for config, splits in stored["configs"].items()
+    }
+    return {**stored, "configs": labelled}
 
 
 def main(arguments: list[str] | None = None) -> None:

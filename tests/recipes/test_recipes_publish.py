@@ -1,7 +1,9 @@
 import contextlib
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow.parquet as pq
 import pytest
 
 import launches
@@ -50,6 +52,16 @@ def test_a_dry_run_then_a_folder_is_published(hub, ann, folder):
     shard = "data/ipc1/train-00000-of-00001.parquet"
     assert files[shard] == (folder / shard).read_bytes()
     assert "up to date" in call(ann, "--folder", folder, "--repo_id", "ann/set", *options)
+
+
+def test_a_teachers_labels_are_made_and_published(hub, ann, folder, make, tmp_path):
+    make.convnet(names=["dog", "cat"]).save_pretrained(tmp_path / "teacher")
+    options = ["--soft_labels", tmp_path / "teacher", "--views", 2, "--top_k", 1]
+    assert "sent 5 files" in call(ann, "--folder", folder, "--repo_id", "ann/soft", *options)
+    card = hub.files("ann/soft")["README.md"].decode()
+    assert "The teacher is teacher, at temperature 1, mean over 2 views" in card and "nopt" in card
+    stored = pq.read_table(io.BytesIO(hub.files("ann/soft")["data/ipc10/train-00000-of-00001.parquet"]))["soft_label"]
+    assert len(stored) == 20 and all(0.5 <= one["probabilities"][0] <= 1 for one in stored.to_pylist())
 
 
 def test_errors_are_one_line(hub, ann, folder):
