@@ -43,7 +43,10 @@ from ..utils.markdown import (
 
 TAGS = ("dataset-concentration", "dataset-distillation", "synthetic", "dsco_hf")
 # What their model cards on the Hub say; others are asked for, or warned about.
-KNOWN_GENERATOR_LICENSES = {"facebook/DiT-XL-2-256": "cc-by-nc-4.0", "facebook/DiT-XL-2-512": "cc-by-nc-4.0"}
+KNOWN_GENERATOR_LICENSES = {
+    **{"facebook/DiT-XL-2-256": "cc-by-nc-4.0", "facebook/DiT-XL-2-512": "cc-by-nc-4.0"},
+    "digits": "cc-by-4.0",  # which the package brings: trained on images with that licence
+}
 DIT_WARNING = (
     "Many class-conditional generators derive from DiT weights (`facebook/DiT-XL-2-256`, `-512`), which are "
     "CC-BY-NC-4.0: not for commercial use, nor is what is made with them."

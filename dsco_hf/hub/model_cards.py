@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 PLACEHOLDER = "user/dsco-pipeline"
+STORED_TARGETS = f'MatchingTargets.from_pretrained("{PLACEHOLDER}")  # statistics, no data'
+MADE_TARGETS = "MatchingTargets.from_generator(pipe)  # or of real images: .from_dataset(dataset, pipe)"
 FILL = re.compile(r"(<!-- dsco_hf:fill (?P<name>\w+) -->\n).*?(\n<!-- dsco_hf:filled -->)", re.DOTALL)
 ROLES = dict.fromkeys(SLOTS, "predicts the noise, given step and class") | {
     "scheduler": "the ancestral sampler",
@@ -77,7 +79,7 @@ def render_pipeline_card(
     metadata["license"] = license or "unknown"
     if dataset_id:
         metadata["datasets"] = [dataset_id]
-    if origin in KNOWN_GENERATOR_LICENSES:
+    if origin in KNOWN_GENERATOR_LICENSES and "/" in origin:  # a repository, unlike what the package brings
         metadata["base_model"] = origin
     texts = {
         "components": _components_table(pipeline),
@@ -87,6 +89,8 @@ def render_pipeline_card(
         "measured": MEASURED_ELSEWHERE,
     }
     body = FILL.sub(lambda match: f"{match[1]}{texts[match['name']]}{match[3]}", body)
+    if not has_targets:
+        body = body.replace(STORED_TARGETS, MADE_TARGETS)
     return join_card(metadata, body.replace(PLACEHOLDER, repo_id))
 
 

@@ -40,6 +40,8 @@ CONVERSIONS = {"facebook/DiT-XL-2-256": "refs/pr/1"}
 # The classes that a folder may name for a component; others have no such list, or are checked when they are used.
 KINDS = {"vae": ("AutoencoderKL", "AutoencoderTiny"), "preview_vae": ("AutoencoderTiny", "AutoencoderKL")}
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Pipelines that the package brings, by the names of their folders; `recipes/embed.py` makes them.
+EMBEDDED = Path(__file__).with_name("embedded")
 
 
 class StoredPipeline(DiffusionPipeline):
@@ -67,7 +69,8 @@ class StoredPipeline(DiffusionPipeline):
         package are loaded without any code from the repository.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): a folder, or the id of a repository.
+            pretrained_model_name_or_path (`str` or `Path`): a folder, the id of a repository, or "digits": the small
+                pipeline that the package brings, see [`embedded_folder`].
             kwargs: components to use in place of the stored ones (`classifier=...`, an object, or the folder or id of
                 an image classifier of transformers, then with `classifier_revision`), `revision`, `token`,
                 `cache_dir`, `local_files_only`, `dtype`, `variant`, ...
@@ -81,7 +84,12 @@ class StoredPipeline(DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
+        embedded = embedded_folder(name)
+        if embedded is not None and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32  # they are stored in half precision
         kwargs |= named_classifier(kwargs.get("classifier"), kwargs.pop("classifier_revision", None), kwargs)
+        if embedded is not None:
+            return named_as(name, cls._load(str(embedded), embedded, kwargs), embedded)
         if Path(name).is_dir():
             return cls._load(name, Path(name), kwargs)
         check_path(
@@ -164,6 +172,26 @@ class StoredPipeline(DiffusionPipeline):
                 `token`, `private`, `revision`, `create_pr`, `commit_message`, ...
         """
         return type(self).publisher(self, repo_id, **options)
+
+
+def embedded_folder(name: str) -> Path | None:
+    """The folder of a pipeline that the package brings, or None if `name` is none's.
+
+    A pipeline in the working folder goes first, as everywhere: `digits` is then what lies there. A folder of that name
+    without a `model_index.json`, such as one of images, is no pipeline and hides nothing.
+    """
+    folder = EMBEDDED / name
+    known = folder.parent == EMBEDDED and (folder / INDEX).is_file()
+    return folder if known and not (Path(name) / INDEX).is_file() else None
+
+
+def named_as(name: str, pipe: Any, folder: Path) -> Any:
+    """A pipeline that goes by a name in place of the folder where this installation has it, as do its components."""
+    pipe.register_to_config(_name_or_path=name)
+    for component, model in pipe.components.items():
+        if isinstance(model, PreTrainedModel) and model.name_or_path == str(folder / component):
+            model.name_or_path = f"{name}/{component}"
+    return pipe
 
 
 def align_weights(model: torch.nn.Module) -> None:

@@ -15,6 +15,7 @@ from conftest import NAMES, striped_images, tiny_convnet, tiny_resnet, tiny_vae
 from dsco_hf import DsCoPipeline
 from dsco_hf.evaluators import get_protocol
 from dsco_hf.hub.folder import save_dataset_folder
+from dsco_hf.sampling.loading import embedded_folder
 from dsco_hf.utils.configs import check_made, parse_config
 from recipes import (
     compare,
@@ -99,7 +100,7 @@ def work(tmp_path_factory):
         channels = 1 if names == digits else 3
         for option in INPUTS:
             name = values.get(option)
-            if name is None or (folder / name).exists():
+            if name is None or embedded_folder(name) or (folder / name).exists():
                 continue
             if option == "classifier":
                 tiny_convnet(names=names, channels=channels).save_pretrained(folder / name)
