@@ -1,9 +1,11 @@
-"""The main job, end to end, on the digits: train generator and classifier, concentrate, dope, evaluate, report.
+"""The main job, end to end, on the digits: concentrate, dope, evaluate, report.
 
     accelerate launch recipes/quickstart.py
+    accelerate launch recipes/quickstart.py --train
     accelerate launch recipes/quickstart.py --small --fresh
 
-Writes results.json, table.md, samples.png, accuracy.png, features.png, dataset/ and pipeline/ to outputs/quickstart.
+Draws with the pipeline that the package brings, or with --train trains one like it first. Writes results.json,
+table.md, samples.png (as soon as there are images), accuracy.png, features.png and dataset/ to outputs/quickstart.
 What is there already is used again; --fresh starts anew, --small is a setting for tests of the software, whose numbers
 mean nothing. `recipes/concentrate.py --from outputs/quickstart/dataset` draws the dataset again.
 """
@@ -16,6 +18,7 @@ from dsco.options import answer
 answer(__name__, __file__)  # --help and mistakes, before anything heavy is imported
 
 import dataclasses
+import functools
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,29 +29,28 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from dsco_hf import DsCoPipeline, build_evaluator, get_protocol, load_digits_dataset, load_image_set
-from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.generators.training import train_generator
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import save_study_folder
+from dsco_hf.studies.figures.accuracy import draw_study_samples
 from dsco_hf.studies.figures.features import draw_study_features
 from dsco_hf.studies.kept import kept_classifiers
 from dsco_hf.studies.plans import METHODS, PlannedSets, StudyPlan, set_name
 from dsco_hf.studies.study import FULL, Study, real_baselines
 from dsco_hf.studies.tables import write_results
-from dsco_hf.utils.configs import make_accelerator, parse_config
+from dsco_hf.utils.configs import make_accelerator, parse_config, read_config
 from dsco_hf.utils.files import remove_partials, whole
 from dsco_hf.utils.origins import fingerprint, versions
 from dsco_hf.utils.progress import Clock
 
 
 EVALUATOR: dict[str, Any] = {"architectures": ["convnet-2"], "overrides": {"width": 64}}
-# A step with linear-silu takes less time than with GELU; linear noise spends half of its steps on nearly pure noise.
-GENERATOR = GeneratorTrainingConfig(
-    batch_size=64, num_attention_heads=3, activation_fn="linear-silu", beta_schedule="squaredcos_cap_v2"
-)
+CONFIGS = Path(__file__).parent / "configs"
 CARD = DatasetCardFields(pretty_name="Digits, concentrated", source_license="cc-by-4.0", generator_license="cc-by-4.0")
 NETWORK: dict[str, Any] = {"architecture": "convnet-2", "image_size": 8, "num_channels": 1, "width": 64}
+SHOWN = ("plain", "nopt", "nopt-data-free")  # in samples.png, beside real images
+PER_BUDGET = ("clearest_share", "objective", "contrast", "regularization")
 # What an untrained network of the evaluators' architecture sees led to better sets than what the classifier sees.
 FEATURES = '{"network": "untrained", "architecture": "convnet-2", "width": 64, "seed": 1000}'
 
@@ -61,8 +63,9 @@ class Quickstart(StudyPlan):
         output_dir: where the results go.
         small: a run of under two minutes that only shows that everything works.
         fresh: remove what an earlier run left.
+        train: train generator and classifier first, in place of the pipeline "digits" that the package brings.
         doped_share: size of the doped dataset, as a share of the training set.
-        generator_steps: training steps of the generator.
+        generator_steps: with `train`, in place of those of recipes/configs/generator_digits.yaml.
         training_seeds: repetitions of the trainings.
         random_seeds: choices of random real images at one image per class, and beside the doped dataset.
         herding_seeds: herded sets at each budget, by as many classifiers: which images are herded depends on the
@@ -72,8 +75,9 @@ class Quickstart(StudyPlan):
     output_dir: str = "outputs/quickstart"
     small: bool = False
     fresh: bool = False
+    train: bool = False
     doped_share: float = 0.3
-    generator_steps: int = 6250
+    generator_steps: int | None = None
     training_seeds: int = 3
     random_seeds: int = 6
     herding_seeds: int = 4
@@ -94,7 +98,7 @@ class Quickstart(StudyPlan):
 
 
 SMALL: dict[str, Any] = {
-    "generator_steps": 60, "num_inference_steps": 10, "samples_per_class": 20, "quantile_iterations": 3,
+    "num_inference_steps": 10, "samples_per_class": 20, "quantile_iterations": 3,
     "synthesis_seeds": 1, "single_seeds": 1, "random_seeds": 1, "herding_seeds": 2, "training_seeds": 2,
 }  # fmt: skip
 
@@ -106,8 +110,11 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator()
     datasets.disable_progress_bars()
     run = Run(recipe, accelerator)
+    pipe = run.pipeline().to(accelerator.device)
+    run.draw_first(pipe)
+    run.add_baselines()
     made = PlannedSets(
-        run.recipe, run.train_models().to(accelerator.device), run.real, run.work, clock=run.clock,
+        run.recipe, pipe, run.real, run.work, clock=run.clock,
         students={"protocol": run.study.protocol, "architecture": EVALUATOR["architectures"][0]},
     )  # fmt: skip
     run.study.train_planned(made, num_channels=1)
@@ -123,15 +130,19 @@ class Run:
 
     def __init__(self, recipe: Quickstart, accelerator: Accelerator) -> None:
         self.accelerator, self.clock, self.output = accelerator, Clock(accelerator), Path(recipe.output_dir)
-        steps = ((10, 30), (None, 60)) if recipe.small else ((10, 400), (None, 1500))
-        self.protocol = protocol = get_protocol("quick", steps=steps, augmentation=(RandomShift(1),))
-        digits, reading = load_digits_dataset(), {"protocol": protocol, "num_channels": 1}
-        self.real, self.train = digits["train"], load_image_set(digits["train"], **reading)
-        test = load_image_set(digits["test"], test_for=self.train, **reading)
+        fewer = {"steps": ((10, 30), (None, 60))} if recipe.small else {}
+        self.protocol = protocol = get_protocol(CONFIGS / "protocols" / "digits.yaml", **fewer)
+        digits, self.reading = load_digits_dataset(), {"protocol": protocol, "num_channels": 1}
+        self.real, self.train = digits["train"], load_image_set(digits["train"], **self.reading)
+        test = load_image_set(digits["test"], test_for=self.train, **self.reading)
         self.clock.say(f"digits: {len(self.real):,} training and {len(test.labels)} test images of 8x8 pixels")
         doping = [round(recipe.doped_share * self.train.images_per_class)]
         self.recipe = dataclasses.replace(recipe, doping_budgets=doping)
-        decisive = [recipe.small, recipe.generator_steps, GENERATOR, NETWORK, protocol, versions()]
+        values = read_config(CONFIGS / "generator_digits.yaml", GeneratorTrainingConfig, others=True)
+        self.generator = GeneratorTrainingConfig(**values)
+        if recipe.generator_steps is not None:
+            self.generator = dataclasses.replace(self.generator, train_steps=recipe.generator_steps)
+        decisive = [recipe.small, recipe.train and self.generator, NETWORK, protocol, versions()]
         decisive += [self.train.digest, accelerator.mixed_precision]
         self.work = self.output / "work" / fingerprint(*decisive)[:8]  # where the models are
         if accelerator.is_main_process:
@@ -145,29 +156,52 @@ class Run:
             accelerator=accelerator, **EVALUATOR,
         )  # fmt: skip
 
-    def train_models(self) -> DsCoPipeline:
-        """The pipeline with the first of the classifiers that herd real images, on which others train meanwhile."""
+    @functools.cached_property
+    def classifiers(self) -> list[PreTrainedModel]:
+        """By the features of each, real images are herded; they differ in their seed."""
         self.clock.say("training the classifiers")
-        recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
-        herding = kept_classifiers(
-            self.work, self.new_classifier, self.train, recipe.herding_seeds, accelerator=self.accelerator,
-            protocol=dataclasses.replace(self.protocol, steps=100 if recipe.small else 800, learning_rate=2e-3),
+        protocol = dataclasses.replace(self.protocol, steps=30 if self.recipe.small else 800, learning_rate=2e-3)
+        return kept_classifiers(
+            self.work, self.new_classifier, self.train, self.recipe.herding_seeds, protocol=protocol,
+            accelerator=self.accelerator,
         )  # fmt: skip
-        for sizes, seeds, classifiers in (
-            (recipe.budgets[:1], recipe.random_seeds, herding),
-            (recipe.budgets[1:], recipe.synthesis_seeds, herding),
-            (recipe.doping_budgets, recipe.random_seeds, herding[:1]),
-        ):
-            self.study.sets |= real_baselines(self.train, sizes, random_seeds=seeds, classifiers=classifiers)
-        folder = self.work / "pipeline"
+
+    def pipeline(self) -> DsCoPipeline:
+        """That of the package, or one that is trained here, with the first of the classifiers."""
+        if not self.recipe.train:
+            return DsCoPipeline.from_pretrained("digits")
+        folder, classifier = self.work / "pipeline", self.classifiers[0]
         if not folder.is_dir() and self.accelerator.is_main_process:
-            self.clock.say("training the generator" + "; real baselines meanwhile" * (world > 1))
+            self.clock.say("training the generator")
             with whole(folder) as partial:
-                self.new_pipeline(herding[0]).save_pretrained(partial)
-        elif not folder.is_dir():
-            self.study.train(rank=rank - 1, world=world - 1)
+                self.new_pipeline(classifier).save_pretrained(partial)
         self.accelerator.wait_for_everyone()
         return DsCoPipeline.from_pretrained(folder)
+
+    def draw_first(self, pipe: DsCoPipeline) -> None:
+        """The first sets of the largest size, for samples.png: minutes before all is done."""
+        recipe, largest = self.recipe, max(self.recipe.budgets)
+        values = {name: [recipe.at_budget(name, largest)] for name in PER_BUDGET}
+        plan = dataclasses.replace(
+            recipe, methods=[name for name in recipe.methods if name in SHOWN], budgets=[largest], synthesis_seeds=1,
+            single_seeds=1, doping_budgets=[], **values,
+        )  # fmt: skip
+        first = PlannedSets(plan, pipe, self.real, self.work, clock=self.clock)
+        first.make()
+        if self.accelerator.is_main_process:
+            sets = real_baselines(self.train, [largest], classifiers=())
+            sets |= {name: load_image_set(rows, **self.reading) for name, rows in first.rows().items()}
+            self.clock.say(f"the first images: {draw_study_samples(sets, largest, self.output / 'samples.png')}")
+
+    def add_baselines(self) -> None:
+        """Random and herded real images."""
+        recipe = self.recipe
+        for sizes, seeds, classifiers in (
+            (recipe.budgets[:1], recipe.random_seeds, self.classifiers),
+            (recipe.budgets[1:], recipe.synthesis_seeds, self.classifiers),
+            (recipe.doping_budgets, recipe.random_seeds, self.classifiers[:1]),
+        ):
+            self.study.sets |= real_baselines(self.train, sizes, random_seeds=seeds, classifiers=classifiers)
 
     def new_classifier(self, seed: int) -> PreTrainedModel:
         """A classifier before its training."""
@@ -175,16 +209,15 @@ class Run:
 
     def new_pipeline(self, classifier: PreTrainedModel) -> DsCoPipeline:
         """The generator, with the network that says what it drew."""
-        config, names = dataclasses.replace(GENERATOR, train_steps=self.recipe.generator_steps), self.train.names
         images, options = (self.train.pixels, self.train.labels), {"num_classes": 10, "distributed": False}
-        trained = train_generator(*images, config, accelerator=self.accelerator, **options)
+        trained = train_generator(*images, self.generator, accelerator=self.accelerator, **options)
         return DsCoPipeline(
-            **trained.components, scheduler=build_scheduler(config, latents=False), classifier=classifier,
-            id2label=dict(enumerate(names)),
+            **trained.components, scheduler=build_scheduler(self.generator, latents=False), classifier=classifier,
+            id2label=dict(enumerate(self.train.names)),
         )  # fmt: skip
 
     def write(self, made: PlannedSets) -> str:
-        """results.json, the table, the figures, dataset/, whose default config is the largest, and pipeline/."""
+        """results.json, the table, the figures, and dataset/, whose default config is the largest."""
         config, seconds = dataclasses.asdict(self.recipe), made.seconds(self.clock)
         results = self.study.results(made, dataset="digits", total_seconds=seconds, config=config | EVALUATOR)
         sets, largest = self.study.fixed, max(self.recipe.budgets)
@@ -197,7 +230,8 @@ class Run:
             source={"dataset": "scikit-learn digits", "split": "train"}, default_config=f"ipc{largest}",
         )  # fmt: skip
         shutil.rmtree(self.output / "pipeline", ignore_errors=True)  # of other settings
-        shutil.copytree(self.work / "pipeline", self.output / "pipeline")  # where `concentrate.py --from` finds it
+        if self.recipe.train:  # `concentrate.py --from` finds it there
+            shutil.copytree(self.work / "pipeline", self.output / "pipeline")
         return table
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from datasets import load_dataset
 
 import launches
-from dsco_hf import MatchingTargets, read_concentration, verify
+from dsco_hf import DsCoPipeline, MatchingTargets, read_concentration, verify
 from dsco_hf.concentration.records import config_record
 from dsco_hf.concentration.set_records import record_of
-from recipes import concentrate
+from dsco_hf.utils.configs import make_accelerator
+from recipes import concentrate, quickstart
 
 
 pytestmark = pytest.mark.slow
@@ -37,7 +39,9 @@ def launch(output: Path, run: Callable) -> str:
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "with space"
     run = functools.partial(subprocess.run, capture_output=True, text=True)
-    assert "| **DsCo** |" in launch(folder, run)  # the table at the end
+    told = launch(folder, run)
+    assert "| **DsCo** |" in told  # the table at the end
+    assert told.index(f"the first images: {folder / 'samples.png'}") < told.index("training the classifiers")
     return folder
 
 
@@ -75,13 +79,13 @@ def test_plain_datasets_code_reads_the_dataset(output):
 
 def test_the_dataset_says_how_it_was_drawn_and_is_drawn_again(output, capsys):
     record = read_concentration(output / "dataset")
-    assert record["generator"]["folder"] == "pipeline" and record["source"]["dataset"] == "scikit-learn digits"
+    assert record["generator"]["id"] == "digits" and record["source"]["dataset"] == "scikit-learn digits"
     for name, contrast in (("ipc1", 2.0), ("ipc10", 0.0), ("doped", 0.0)):
         told = config_record(record, name)["parameters"]
         assert told["method"]["objective"] == {"name": "rkhs", "contrast": contrast}
         assert (told["method"]["start"], told["num_inference_steps"]) == (0.5, 10)
     rule = config_record(record, "doped")["doping"]["strategy"]
-    assert (rule["name"], rule["num_students"]) == ("clarity", 4) and rule["protocol"]["name"].startswith("quick")
+    assert (rule["name"], rule["num_students"]) == ("clarity", 4) and rule["protocol"]["name"].startswith("digits")
     assert record_of(load_dataset(str(output / "dataset"), "ipc3", split="train"))["cost"]["images"] == 30
     again = ["--from", str(output / "dataset"), "--from_config", "ipc1", "--output_dir", str(output / "again")]
     concentrate.main(again)
@@ -122,3 +126,19 @@ def test_herded_sets_are_those_of_several_classifiers(output):
     assert [rows["herding", budget]["synthesis_seeds"] for budget in (1, 3, 10, 43)] == [2, 2, 2, 1]
     jobs = [json.loads(path.read_text()) for path in (output / "work").glob("*/jobs/herding-ipc10-*-run0.json")]
     assert len({job["settings"]["images"] for job in jobs}) == len(jobs) == 2  # each classifier herds its own
+
+
+def test_a_generator_is_trained_where_that_is_asked_for(tmp_path):
+    """With the settings of the pipeline that the package brings, but for the number of steps."""
+    recipe = quickstart.Quickstart(
+        output_dir=str(tmp_path), small=True, train=True, generator_steps=2, herding_seeds=1
+    )
+    run = quickstart.Run(recipe, make_accelerator())
+    pipe, embedded = run.pipeline(), DsCoPipeline.from_pretrained("digits")
+    assert run.generator.train_steps == 2
+    for name in ("transformer", "scheduler", "classifier"):
+        mine, theirs = (json.loads(getattr(each, name).config.to_json_string()) if name == "classifier" else
+                        dict(getattr(each, name).config) for each in (pipe, embedded))  # fmt: skip
+        assert {key for key in mine if not key.startswith("_") and mine[key] != theirs[key]} == set()
+    again = quickstart.Run(recipe, run.accelerator).pipeline()
+    assert torch.equal(pipe.transformer.pos_embed.proj.weight, again.transformer.pos_embed.proj.weight)
