@@ -24,7 +24,7 @@ from typing import TypeGuard
 ROOT = Path(__file__).parents[1]  # of this package and of dsco_hf
 NAMES = ROOT / "dsco_hf" / "utils" / "names.py"  # says which options were renamed
 WIDTH = 100
-_KINDS = {"bool": "true|false", "int": "INTEGER", "float": "NUMBER", "str": "TEXT", "Path": "FILE"}
+_KINDS = {"bool": "true|false", "int": "INTEGER", "float": "NUMBER", "str": "TEXT", "Named": "NAME", "Path": "FILE"}
 _WHOLE = re.compile(r"[-+]?\d[\d_]*")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)
 _TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")

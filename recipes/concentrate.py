@@ -44,7 +44,6 @@ class ConcentrateRecipe(PreviewOptions, TargetsOptions, OutputOptions):
         generator, generator_revision: pipeline folder or Hub id, by default outputs/generator, which
             recipes/train_generator.py writes; with `--from`, where the recorded generator lies if not at its recorded
             place (the hash of its weights is compared).
-        images_per_class: more of them, by whole blocks, extend a finished run.
         check_images: plain samples of a class that the classifier is asked about before anything is drawn, 64 at most;
             0 asks nothing.
         max_hours: stop in time, to go on later.
@@ -54,7 +53,6 @@ class ConcentrateRecipe(PreviewOptions, TargetsOptions, OutputOptions):
         from_config, from_revision: its config and its revision.
     """
 
-    images_per_class: int = 10
     check_images: int = 4
     output_dir: str = "outputs/concentrated"
     max_hours: float | None = None
@@ -68,7 +66,9 @@ class ConcentrateRecipe(PreviewOptions, TargetsOptions, OutputOptions):
 MADE = "outputs/generator"  # by recipes/train_generator.py
 SIZES = ("images_per_class", "block_size", "images_per_call")
 # what `--from` leaves to the user
-WITH_FROM = {"resume", "generator", "generator_revision", "output_dir", "max_hours", "cpu_threads", "accept_changed"}
+WITH_FROM = {
+    "resume", "generator", "generator_revision", "output_dir", "max_hours", "cpu_threads", "accept_changed", "imports"
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,15 +26,17 @@ from dsco_hf.studies.lossless.find import find_lossless_budget
 from dsco_hf.studies.lossless.report import claim, write_lossless
 from dsco_hf.studies.lossless.search import SearchPlan
 from dsco_hf.studies.options import NetworkOptions, RealOptions, frozen
-from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
+from dsco_hf.utils.configs import ImportOptions, check_anew, make_accelerator, parse_config
+from dsco_hf.utils.values import Named
 
 
 @dataclass(frozen=True, kw_only=True)
-class LosslessRecipe(RealOptions, NetworkOptions):
+class LosslessRecipe(RealOptions, NetworkOptions, ImportOptions):
     """Options of this recipe; those of the data and the trainings are inherited.
 
     Attributes:
-        strategy: by which rule real images come first: "random", or the name of another that needs no model.
+        strategy: by which rule real images come first: "random", or the name of another that needs no model, also with
+            fields, `{name: ..., field: value}`.
         length: "same steps" as all data, or "same epochs".
         margin: by how much accuracy, in (0, 1), fewer images may fall behind all.
         confidence: in [0.5, 0.9999].
@@ -45,7 +47,7 @@ class LosslessRecipe(RealOptions, NetworkOptions):
             ones.
     """
 
-    strategy: str = "random"
+    strategy: Named = "random"
     length: str = "same steps"
     margin: float = 0.005
     confidence: float = 0.95

@@ -40,12 +40,14 @@ from dsco_hf.generators.training import CHECKPOINT, GeneratorTrainingResult, tra
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.studies.generator_check import GeneratorScore, draw_plain_samples
 from dsco_hf.studies.options import ClassifierOptions, FineTuneOptions, OutputOptions, RealOptions
-from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
+from dsco_hf.utils.configs import ImportOptions, check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorRecipe(GeneratorTrainingConfig, RealOptions, FineTuneOptions, ClassifierOptions, OutputOptions):
+class GeneratorRecipe(
+    GeneratorTrainingConfig, RealOptions, FineTuneOptions, ClassifierOptions, OutputOptions, ImportOptions
+):
     """Options of this recipe; those of the training itself and of the data are inherited.
 
     Attributes:

@@ -175,10 +175,10 @@ class CostPlan(SamplingOptions):
 
     def _notes(self, plan: dict[str, Any]) -> list[str]:
         """What the table does not say."""
-        calls = plan["rows"][0]
+        calls, method = plan["rows"][0], self.sampling.method
         found = [
             f"{self.num_classes} classes, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}, "
-            f"{'plain sampling' if self.plain else self.objective}; calls of up to {calls['images_per_call']} images. "
+            f"{getattr(method, 'objective', method).name}; calls of up to {calls['images_per_call']} images. "
             f"Memory is that of tensors, {plan['weights_gib']:.2f} GiB of it weights; a batch fits if it takes at "
             f"most {100 * MEMORY_SHARE:.0f} % of {plan['device_memory_gib']:.0f} GiB. "
             "Time is that of the slowest process."

@@ -23,7 +23,8 @@ from ..concentration.records import (
 from ..concentration.runs import RunResult, concentrate_to_folder
 from ..data.shards import rows_sha256
 from ..matching.targets import MatchingTargets
-from ..sampling.methods.released import QuantileTargets, Released
+from ..sampling.call import Targets
+from ..sampling.methods.released import Released
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
 from ..studies.generator_check import GeneratorCheck
@@ -265,7 +266,7 @@ class Job:
     """
 
     pipe: DsCoPipeline
-    targets: MatchingTargets | QuantileTargets | None
+    targets: Targets | None
     parameters: Mapping[str, Any]
     seed: int
     cpu_threads: int

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..matching.objectives import Objective
+from ..utils.configs import ImportOptions
+from ..utils.values import Named
 from .call import Plain, Sampling, SamplingMethod
 from .methods import NOpt, Released
 
@@ -35,28 +37,32 @@ def from_flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _method(given: Mapping[str, Any]) -> SamplingMethod:
     # what it was when records left it out
-    kind, iterations = given.get("objective", "rkhs"), given.get("optimization_steps")
+    asked, iterations = given.get("objective", "rkhs"), given.get("optimization_steps")
     if iterations == 0:
         return Plain()
     counted = {} if iterations is None else {"iterations": iterations}
-    if kind == "quantile":
+    if asked == "quantile":
         interval = {"start": given.get("optimize_from", 0.6), "stop": given.get("optimize_until", 1.0)}
         return Released(**interval, **counted)
-    known = {field.name for field in dataclasses.fields(Objective.kind_of(kind))}
+    told = Objective.told(asked)
+    kind = Objective.kind_of(told["name"])
+    # flat options are those of built-ins: one's own may have others by the same names, with their defaults
+    known = set() if ":" in kind.name else {field.name for field in dataclasses.fields(kind)}
     fields = {name: given[name] for name in _OF_OBJECTIVE if name in given and name in known}
-    if kind == "classifier":
+    if kind.name == "classifier":
         fields = dict(given.get("classifier_objective", {}))
     named = {field: given[name] for name, field in _NOPT.items() if name in given}
-    return NOpt(objective={"name": kind, **fields}, **named, **counted)  # type: ignore[arg-type]
+    return NOpt(objective={**fields, **told}, **named, **counted)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class SamplingOptions(ImportOptions):
     """How images are drawn, as command lines and files name it.
 
     Attributes:
         objective: "rkhs", "ridge" or "classifier" of NOpt, see `dsco_hf.matching.objectives`, or "quantile", the
-            released algorithm.
+            released algorithm; or one of your own, "module:Class", with fields `{name: module:Class, field: value}`.
+        method: what steers the sampling in place of NOpt: one of your own, likewise, which has options of its own.
         num_inference_steps, guidance_scale, eta, batch_size: of all methods, see `dsco_hf.Sampling`.
         optimization_steps: at each of the optimised sampling steps; 0 draws plain samples.
         step_size, step_decay, optimize_from, optimize_until, lookahead: of NOpt, see there.
@@ -66,7 +72,8 @@ class SamplingOptions:
         images_per_call: of several classes, at most; smaller calls occupy more processes.
     """
 
-    objective: str = "ridge"
+    objective: Named = "ridge"
+    method: Named = "nopt"
     guidance_scale: float = 4.0
     num_inference_steps: int = 50
     eta: float = 1.0
@@ -84,6 +91,18 @@ class SamplingOptions:
 
     @property
     def sampling(self) -> Sampling:
-        """As one object."""
-        names = ("guidance_scale", "num_inference_steps", "eta", "batch_size", *FLAT)
-        return Sampling.of(**from_flat({name: getattr(self, name) for name in names if hasattr(self, name)}))
+        """As one object.
+
+        Raises:
+            ValueError: for options of NOpt beside another method, and what [`from_flat`] refuses.
+        """
+        shared = {name: getattr(self, name) for name in ("guidance_scale", "num_inference_steps", "eta", "batch_size")}
+        if self.method == "nopt":
+            return Sampling.of(**from_flat({**shared, **{n: getattr(self, n) for n in FLAT if hasattr(self, n)}}))
+        changed = [f.name for f in dataclasses.fields(self) if f.name in FLAT and getattr(self, f.name) != f.default]
+        if changed:
+            raise ValueError(
+                f"{changed} are of 'nopt', and `method` is {self.method!r}: leave them out, and give a method its own "
+                "fields, `{name: ..., field: value}`."
+            )
+        return Sampling.of(method=SamplingMethod.of(self.method), **shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +15,19 @@ from datasets import Dataset
 from diffusers import AutoencoderKL, AutoencoderTiny
 from transformers import PreTrainedModel
 
+from ..concentration.concentrate import targets_in
 from ..data.datasets import AnyDataset, load_pixels, load_splits
 from ..evaluators import ImageSet, Protocol, get_protocol, load_image_set
 from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.targets import MatchingTargets
+from ..sampling.call import Targets
 from ..sampling.flat import SamplingOptions
 from ..sampling.methods.nopt import NOpt
 from ..sampling.methods.released import QuantileTargets, Released
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
+from ..utils.configs import ImportOptions
 from ..utils.values import check_choice
-
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +187,14 @@ class TargetsOptions(MatchOptions, SamplingOptions):
     Attributes:
         targets, targets_revision: folder or Hub repository of finished targets, in place of `dataset` or `data_free`.
         draws: of objective "quantile".
+        images_per_class: more of them, by whole blocks, extend a finished run.
         seed: with class and index it fixes an image.
     """
 
     targets: str | None = None
     targets_revision: str | None = None
     draws: int = 5
+    images_per_class: int = 10
     seed: int = 0
 
     def check_matched(self) -> None:
@@ -205,14 +208,11 @@ class TargetsOptions(MatchOptions, SamplingOptions):
         if isinstance(method, Released) and sources != ["dataset"]:
             raise ValueError("The 'quantile' objective matches real images: give `dataset`.")
         if not sources and method.without_targets() != method:
-            raise ValueError(
-                "Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0` for plain "
-                "samples."
-            )
+            raise ValueError("Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0`.")
 
     def matched(
         self, pipe: DsCoPipeline, real: Any, folder: Path, *, accelerator: Accelerator, **decisive: Any
-    ) -> MatchingTargets | QuantileTargets | None:
+    ) -> Targets | None:
         """Targets: loaded, or made by all processes together and kept in a folder; see `kept_targets` for errors.
 
         Args:
@@ -231,14 +231,16 @@ class TargetsOptions(MatchOptions, SamplingOptions):
         if isinstance(method, Released):
             own = {name: getattr(self, name) for name in ("on_error", "mapping", "draws", "seed")}
             return QuantileTargets.from_dataset(real, pipe, progress=shown, **self.columns, **own)
+        if method.targets_class is not MatchingTargets:
+            given = self.classes(pipe) or list(range(pipe.num_classes)) if real is None else real
+            wanted: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "images_per_class")}
+            return targets_in(pipe, given, self.sampling, folder, accelerator=accelerator, progress=shown, **wanted)
         drawing = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
         options = self.targets_options(pipe, **drawing) | {"seed": self.seed}
         options |= {"second_moment": True} if method.second_moment else {}
         made_with = pipeline_identity(pipe, real, draws=real is None, **{**options, **self.asked, **decisive})
-        return kept_targets(
-            folder, made_with, accelerator=accelerator,
-            make=lambda **shared: self.make_targets(pipe, real, progress=shown, **options, **shared),
-        )  # fmt: skip
+        make = functools.partial(self.make_targets, pipe, real, progress=shown, **options)
+        return kept_targets(folder, made_with, make, accelerator=accelerator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,7 @@ class ClassifierOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineOptions(ClassifierOptions):
+class PipelineOptions(ClassifierOptions, ImportOptions):
     """A pipeline, with a classifier in place of its own.
 
     Attributes:
@@ -295,7 +297,7 @@ class DtypeOptions(PipelineOptions):
 
     def __post_init__(self) -> None:
         """Refuses another precision."""
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -388,10 +390,9 @@ class TrainingOptions(OutputOptions):
 
     def get_protocol(self, *names: str, **changes: object) -> Protocol:
         """The protocol with these changes, and those of the options, also of `names`, that were given."""
-        named = {name: getattr(self, name) for name in ("epochs", "steps", "batch_size", "learning_rate", *names)}
-        return get_protocol(
-            self.protocol, **{key: value for key, value in named.items() if value is not None}, **changes
-        )
+        names = ("epochs", "steps", "batch_size", "learning_rate", *names)
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return get_protocol(self.protocol, **given, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

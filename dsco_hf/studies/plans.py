@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..concentration.additions.doping import dope, select
 from ..concentration.concentrate import concentrate_and_report
-from ..concentration.selection import Clearest, Selection, find_selection
+from ..concentration.selection import Clearest, find_selection
 from ..data.datasets import Pool
 from ..data.schema import nearest
 from ..data.shards import file_sha256
@@ -29,10 +29,11 @@ from ..sampling.flat import from_flat
 from ..sampling.methods.nopt import NOpt
 from ..sampling.methods.released import QuantileTargets, Released
 from ..sampling.pipeline import DsCoPipeline
+from ..utils.configs import ImportOptions
 from ..utils.files import read_json, write_json
 from ..utils.origins import fingerprint, identity
 from ..utils.progress import Clock
-from ..utils.values import check_choice
+from ..utils.values import Named
 from .generator_check import GeneratorCheck
 from .kept import DRAW_AGAIN, KeptSets, kept_check
 
@@ -73,7 +74,7 @@ def shared_out(names: Sequence[str], effort: Callable[[str], float], processes: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyPlan:
+class StudyPlan(ImportOptions):
     """The small sets of a study.
 
     Attributes:
@@ -90,7 +91,8 @@ class StudyPlan:
             value, or one for each of the budgets. Fewer images can only show clearer ones.
         step_size, optimize_from, optimize_until: of NOpt. With a weak generator, steps of less than 1 stay closer to
             the images it knows.
-        objective: of NOpt, "ridge" or "rkhs"; one, or one for each of the budgets.
+        objective: of NOpt, "ridge", "rkhs" or one of your own, "module:Class", with its fields `{name: module:Class,
+            field: value}`; one, or one for each of the budgets.
         contrast, regularization: of NOpt with "rkhs" and with "ridge"; one value, or one for each of the budgets.
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
@@ -100,7 +102,8 @@ class StudyPlan:
         weighting: of those samples by what the classifier says of them, see `MatchingTargets.from_generator`.
         doping_budgets: images per class of sets whose first part is the largest set of "nopt" below it, and whose rest
             are chosen real images; if neither these nor `budgets` are given, half of the smallest class.
-        doping_strategy: how they are chosen, see `dsco_hf.dope`; "clarity" takes four students.
+        doping_strategy: how they are chosen, by name or with fields, see `dsco_hf.dope`; "clarity" takes four
+            students.
         doping_class_wise: fill every class to the same number; otherwise "clarity" ranks over all of them.
         quantile_iterations: of the released objective, per sampling step; its authors use 200.
         check_images: plain samples of a class that the classifier is asked about before anything is drawn, 64 at most;
@@ -121,7 +124,7 @@ class StudyPlan:
     step_size: float = 1.0
     optimize_from: float = 0.6
     optimize_until: float = 1.0
-    objective: list[str] = field(default_factory=lambda: ["ridge"])
+    objective: list[Named] = field(default_factory=lambda: ["ridge"])
     contrast: list[float] = field(default_factory=lambda: [0.0])
     regularization: list[float] = field(default_factory=lambda: [2.0])
     block_size: int = 10
@@ -131,7 +134,7 @@ class StudyPlan:
     template_steps: int | None = None
     weighting: str = "confidence"
     doping_budgets: list[int] = field(default_factory=list)
-    doping_strategy: str = "herding"
+    doping_strategy: Named = "herding"
     doping_class_wise: bool = True
     quantile_iterations: int = 200
     check_images: int = 4
@@ -143,7 +146,7 @@ class StudyPlan:
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
-        check_choice("doping_strategy", self.doping_strategy, [name for name in Selection.kinds if ":" not in name])
+        find_selection(self.doping_strategy)
         for budget in self.doping_budgets:
             if "nopt" not in self.methods:
                 raise ValueError(f"Real images are added to sets of 'nopt', which `methods` {self.methods} lacks.")
@@ -152,7 +155,7 @@ class StudyPlan:
                     f"`doping_budgets` must exceed the smallest of `budgets` {self.budgets}, got {budget}."
                 )
         for objective in self.objective:
-            if Objective.kind_of(objective).needs is None:
+            if Objective.of(objective).needs is None:
                 raise ValueError(f"`objective` may hold those that match something, and {objective!r} does not.")
         for name in ("clearest_share", "objective", "contrast", "regularization"):
             if len(values := getattr(self, name)) > 1 and not self.budgets:
@@ -186,7 +189,7 @@ class StudyPlan:
     @property
     def second_moment(self) -> bool:
         """Whether the targets need E ψψᵀ."""
-        return any(Objective.kind_of(name).needs == "second_moment" for name in self.objective)
+        return any(Objective.of(name).needs == "second_moment" for name in self.objective)
 
     @property
     def matched(self) -> dict[str, Any]:

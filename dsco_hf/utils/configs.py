@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import inspect
+import json
 import os
 import re
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,9 +26,22 @@ from dsco.options import class_options, help_text
 
 from .files import Entry, read_entries
 from .names import RENAMED, nearest
+from .values import Named
 
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Classes of your own.
+
+    Attributes:
+        imports: modules to import first, from where Python looks and the working folder; what is in them is then
+            called "module:Class" where options take a name. A name, a file or a record alone imports nothing.
+    """
+
+    imports: list[str] = field(default_factory=list)
 
 
 def parse_config(
@@ -37,6 +53,8 @@ def parse_config(
 ) -> T:
     """Builds a config: defaults of the dataclass, then the file given by `--config`, then the other options.
 
+    Modules that `imports` names, of [`ImportOptions`], are imported before the config looks at its values.
+
     Args:
         config_class (`type`): a dataclass; every field is an option of the same name. Lists of numbers are given as
             `16 32` or `16,32`, and `none` stands for None where a number may be missing.
@@ -46,7 +64,7 @@ def parse_config(
 
     Raises:
         ValueError: for an unknown field (with the nearest names), or a value of the wrong type, in the file or on the
-            command line.
+            command line, or a module that is not there.
         FileNotFoundError: if the file is not there.
     """
     parser = _RaisingParser(config_class, description=description, allow_abbrev=False)
@@ -63,7 +81,33 @@ def parse_config(
     names = list(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
     if unknown:
         raise ValueError(_not_understood(unknown[0], arguments, names))
-    return config_class(**{name: None if name in absent else getattr(known, name) for name in names})
+    given: dict[str, Any] = {name: None if name in absent else getattr(known, name) for name in names}
+    if issubclass(config_class, ImportOptions):
+        import_modules(given["imports"])
+    return config_class(**given)
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Imports modules that a user names, also from the working folder, which is looked in last.
+
+    Raises:
+        ValueError: for a module that is not there.
+    """
+    folder = str(Path.cwd())
+    sys.path.append(folder)
+    try:
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                    raise  # the module is there, and lacks another
+                raise ValueError(
+                    f"There is no module {name!r} (`imports`): name it as Python does, `{Path(name).stem}` for a file "
+                    f"{Path(name).stem}.py here in {folder} or where PYTHONPATH says."
+                ) from error
+    finally:
+        sys.path.remove(folder)
 
 
 def _as_written(arguments: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], set[str]]:
@@ -147,7 +191,7 @@ def read_config(path: Path, config_class: type, *, others: bool = False) -> dict
         return {}
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold `field: value` lines, got {type(entries).__name__}.")
-    kinds = get_type_hints(config_class)
+    kinds = get_type_hints(config_class, include_extras=True)
     names = [field.name for field in dataclasses.fields(config_class)]
     values = {}
     for given, entry in entries.items():
@@ -161,6 +205,10 @@ def read_config(path: Path, config_class: type, *, others: bool = False) -> dict
 
 def _checked_value(path: Path, name: str, kind: type, entry: Entry) -> object:
     """A YAML value as the field's type: text as written, `1e-3` a number as it is to everybody but YAML 1.1."""
+    if kind == Named:
+        if isinstance(entry.value, Mapping):
+            return json.dumps(entry.value, default=str)
+        kind = str
     choices = get_args(kind) if _is_union(kind) else (kind,)
     allowed = [get_origin(choice) or choice for choice in choices]
     value, text = entry.value, entry.text

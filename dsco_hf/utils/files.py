@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from .names import nearest
 from .processes import RunError
-from .values import plain
+from .values import NumberLoader, plain
 
 
 _REASONS = {
@@ -269,7 +269,7 @@ class _BadKeys(ValueError):
 
 
 def _of_yaml(text: str) -> object:
-    loader = yaml.SafeLoader(text)
+    loader = NumberLoader(text)
     try:
         node = loader.get_single_node()
         if isinstance(node, yaml.MappingNode):

@@ -8,9 +8,12 @@ import functools
 import inspect
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
+
+import yaml
 
 from .names import nearest
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 F = TypeVar("F", bound=Callable[..., Any])
+Named: TypeAlias = Annotated[str, "a name, or the text of {name: ..., field: value}"]
+"""An option that says which [`Choice`]; config files may hold the mapping itself."""
 LARGEST_SEED = 2**63 - 1
 LARGEST_SET = 10**8  # images; the plan alone of a larger one would fill the memory
 
@@ -69,6 +74,14 @@ def check_real(
     return number if isinstance(number, int | float) else float(number)
 
 
+class NumberLoader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number, as it is to everybody but YAML 1.1."""
+
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+NumberLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
 class Choice(abc.ABC):
     """Base of frozen dataclasses that are chosen by name or as objects, and recorded as their name and fields.
 
@@ -98,7 +111,7 @@ class Choice(abc.ABC):
 
     @classmethod
     def of(cls, given: object) -> Self:
-        """The object that is given, of the name that is given, or of a record (`as_record`).
+        """The object that is given, of the name that is given, or of a record (`as_record`), also as text.
 
         Raises:
             ValueError: for a name or a field that does not exist, or somebody's own class that is not imported.
@@ -106,13 +119,7 @@ class Choice(abc.ABC):
         """
         if isinstance(given, cls):
             return given
-        record = {"name": given} if isinstance(given, str) else given
-        if not isinstance(record, Mapping) or not isinstance(record.get("name"), str):
-            names = ", ".join(f"{name!r}" for name in cls.kinds if ":" not in name)
-            raise TypeError(
-                f"`{cls.argument}` must be one of {names}, or an object of a class below {cls.__name__}, got "
-                f"{given!r}."
-            )
+        record = cls.told(given)
         kind = cls.kind_of(record["name"])
         fields = {key: value for key, value in record.items() if key != "name"}
         known = [field.name for field in dataclasses.fields(kind)]
@@ -121,6 +128,23 @@ class Choice(abc.ABC):
                 f"{kind.__name__} has no field {unknown[0]!r}.{nearest(unknown[0], known)} It has {known}."
             )
         return kind(**fields)
+
+    @classmethod
+    def told(cls, given: Any) -> dict[str, Any]:
+        """Name and fields that are given: a name, a record, or the text of one (YAML or JSON); errors as of `of`."""
+        record = given
+        if isinstance(given, str):
+            try:
+                record = NumberLoader(given).get_single_data() if given.lstrip().startswith("{") else {"name": given}
+            except yaml.YAMLError as error:
+                raise ValueError(f"`{cls.argument}` is not valid YAML: {error}") from error
+        if not isinstance(record, Mapping) or not isinstance(record.get("name"), str):
+            names = ", ".join(f"{name!r}" for name in cls.kinds if ":" not in name)
+            raise TypeError(
+                f"`{cls.argument}` must be one of {names}, or an object of a class below {cls.__name__}, got "
+                f"{given!r}."
+            )
+        return dict(record)
 
     @classmethod
     def kind_of(cls, name: str) -> type[Self]:
@@ -136,7 +160,7 @@ class Choice(abc.ABC):
         if not (isinstance(found, type) and issubclass(found, cls)):
             raise ValueError(
                 f"`{cls.argument}` is {name!r}, and no class below {cls.__name__} is there: `import {module}` "
-                "first, as a name imports nothing."
+                f"first, as a name imports nothing; recipes do it for `--imports {module}`."
             )
         return found
 

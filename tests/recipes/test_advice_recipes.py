@@ -142,7 +142,7 @@ OPTIONS = {
     ),
     "nothing to match": (
         lambda w: checked(),
-        "give `dataset`, `targets` or `data_free`, or `optimization_steps: 0` for plain samples",
+        "give `dataset`, `targets` or `data_free`, or `optimization_steps: 0`",
         lambda w: [
             checked(*options)
             for options in (

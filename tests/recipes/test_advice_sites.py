@@ -28,6 +28,8 @@ ELSEWHERE = {
     "give at least one method and one class": "test_report.py::test_sample_grid_of_one_image_and_large_images",
     "run `hf auth login`, set HF_TOKEN, or pass `token=`": "test_hub.py::test_private_repositories",
     "it is gated": "test_hub.py::test_gated_and_missing_sources",
+    "recipes do it for `--imports": "test_recipes_concentrate.py::test_objects_of_ones_own_by_name",
+    "leave them out, and give a method its own": "test_recipes_concentrate.py::test_objects_of_ones_own_by_name",
     "cannot be built: pass a network": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
     "There is a family of denoisers named": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",
     "is no place for a": "test_seams.py::test_what_errors_of_families_say_to_do_is_done",

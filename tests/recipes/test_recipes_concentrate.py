@@ -1,6 +1,7 @@
 """The recipe as users launch it: finished, extended, refused, failing, made again; alone and by two processes."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from dsco_hf import DsCoPipeline, NOpt, Ridge, Sampling, concentrate
+from dsco_hf import DsCoPipeline, NOpt, Objective, Ridge, Sampling, SamplingMethod, Selection, concentrate, dope
 from dsco_hf.concentration.run_folder import RunFolder
+from dsco_hf.concentration.selection import find_selection
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.flat import FLAT
+from dsco_hf.studies.plans import StudyPlan
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment, run
 from recipes.concentrate import ConcentrateRecipe, check_recipe, main
@@ -164,6 +167,114 @@ def test_other_things_to_match(work, real_images, monkeypatch, options, method):
     else:
         main(["--from", f"{method}/dataset", "--output_dir", f"{method} again"])
         assert pixels(work / f"{method} again") == pixels(work / method)
+
+
+OWN = """
+from dataclasses import dataclass
+
+import torch
+
+from dsco_hf import Objective, SamplingMethod, Selection
+from dsco_hf.matching.objectives import class_means
+
+
+@dataclass(frozen=True)
+class EachNearest(Objective):
+    weight: float = 1.0
+    contrast: float = 3.0  # of its own, whatever the option of that name says
+
+    def losses(self, seen, bound):
+        psi, means = bound.targets.embed(seen.features), bound.targets.embeddings[bound.rows]
+        away = (psi - means).square().sum(dim=1, keepdim=True)
+        present, index = bound.rows.unique(return_inverse=True)
+        return self.weight * class_means(away, index, len(present))[:, 0]
+
+
+@dataclass(frozen=True)
+class Lightest(SamplingMethod):
+    candidates: int = 2
+
+    def choose(self, call, latents, pixels):
+        light = pixels.mean(dim=(1, 2, 3)).view(self.candidates, len(call.wanted))
+        return light.argmax(dim=0) * len(call.wanted) + torch.arange(len(call.wanted))
+
+
+@dataclass(frozen=True)
+class Darkest(Selection):
+    sign: float = 1.0
+
+    def rank(self, pool, small, wanted, pipe, seed):
+        return (self.sign * pool.pixels(num_channels=1).mean((1, 2, 3))).argsort(stable=True)
+"""
+
+
+@pytest.fixture
+def own(work, monkeypatch):
+    """A module of the user's in the working folder, and what it leaves when it is imported."""
+    monkeypatch.chdir(work)
+    (work / "own_objects.py").write_text(OWN, encoding="utf-8")
+    for family in (Objective, SamplingMethod, Selection):
+        monkeypatch.setattr(family, "kinds", dict(family.kinds))
+    yield
+    sys.modules.pop("own_objects", None)
+
+
+def test_objects_of_ones_own_by_name(work, own, pipe, targets, real_images, capsys):
+    small = CONFIG.replace("images_per_class: 4", "images_per_class: 1")
+    told = "objective: {name: own_objects:EachNearest, weight: 1e-1}\n"
+    (work / "own.yaml").write_text(small + told)
+    with pytest.raises(ValueError, match="a name imports nothing; recipes do it for `--imports own_objects`"):
+        main(["--config", "own.yaml", "--output_dir", "own"])
+    assert "own_objects" not in sys.modules and str(work) not in sys.path
+    main(["--config", "own.yaml", "--output_dir", "own", "--imports", "own_objects"])
+    module = sys.modules["own_objects"]
+    options = {"block_size": 2, "images_per_call": 2, "num_inference_steps": 4, "guidance_scale": 1.0}
+    found = concentrate(
+        pipe, targets, 1, method=NOpt(module.EachNearest(weight=0.1), start=0.0), progress=False, **options
+    )
+    assert pixels(work / "own") == [np.asarray(image).tobytes() for image in found["image"]]
+    objective = read(work / "own" / "dataset" / "concentration.json")["parameters"]["method"]["objective"]
+    assert objective == {"name": "own_objects:EachNearest", "weight": 0.1, "contrast": 3.0}
+    main(["--from", "own/dataset", "--imports", "own_objects", "--output_dir", "own again"])
+    assert "All rows are identical" in capsys.readouterr().out
+
+    method = "imports: own_objects\nmethod: {name: own_objects:Lightest, candidates: 3}\n"
+    (work / "method.yaml").write_text(small + method)
+    with pytest.raises(
+        ValueError, match=r"\['optimize_from'\] are of 'nopt', .* leave them out, and give a method its"
+    ):
+        main(["--config", "method.yaml", "--output_dir", "method"])
+    (work / "method.yaml").write_text(
+        small.replace("optimize_from: 0.0\n", "").replace("targets: targets", "") + method
+    )
+    main(["--config", "method.yaml", "--output_dir", "method"])
+    record = read(work / "method" / "dataset" / "concentration.json")
+    assert record["parameters"]["method"] == {"name": "own_objects:Lightest", "candidates": 3}
+    assert record["cost"]["denoiser_calls"] == 3 * 3 * 4
+
+    (work / "plan.yaml").write_text("doping_strategy: {name: own_objects:Darkest, sign: -1}\nobjective: [ridge]\n")
+    plan = parse_config(StudyPlan, ["--config", "plan.yaml", "--imports", "own_objects"])
+    rule = find_selection(plan.doping_strategy, sign=1.0, targets=targets)
+    assert rule == module.Darkest(sign=-1.0)
+    mixed = dope(found, real_images, strategy=rule, images_per_class=2, progress=False)
+    light = [np.asarray(image).mean() for image in real_images["image"]]
+    for row, label in zip(mixed["real_index"][3:], mixed["label"][3:], strict=True):
+        assert light[row] == max(value for value, own in zip(light, real_images["label"], strict=True) if own == label)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["--imports", "own_objects.py"], r"no module .own_objects.py. .*`own_objects` for a file own_objects.py"),
+    (["--imports", "own_objects", "nothing.there"], "There is no module 'nothing.there'"),
+    (["--objective", "antigravity:Fly"], "no class below Objective is there"),
+    (["--method", '{"name": "antigravity:Fly"}'], "no class below SamplingMethod is there"),
+    (["--objective", "{name: ridge, regularisation: 1}"], "Ridge has no field 'regularisation'. Nearest: 'reg"),
+    (["--objective", "{name: ridge"], "`objective` is not valid YAML"),
+    (["--objective", "{weight: 1}"], "`objective` must be one of '.*, or an object"),
+])  # fmt: skip
+def test_names_that_lead_nowhere(own, given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        main([*given, "--generator", "pipe", "--dataset", "real"])
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.slow

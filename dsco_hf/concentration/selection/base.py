@@ -384,17 +384,18 @@ def _teacher(pipe: DsCoPipeline | None, names: Sequence[str]) -> PreTrainedModel
     return None
 
 
-def find_selection(strategy: str | Selection, **offered: object) -> Selection:
+def find_selection(strategy: str | Mapping[str, object] | Selection, **offered: object) -> Selection:
     """A rule by its name, or the rule itself.
 
     Args:
-        strategy (`str` or [`Selection`]): as for [`Selection.of`].
+        strategy (`str`, mapping or [`Selection`]): as for [`Selection.of`].
         offered: values for those fields that the named rule has, as where a recipe knows one protocol for all.
     """
-    if not isinstance(strategy, str):
-        return Selection.of(strategy)
-    known = {field.name for field in dataclasses.fields(Selection.kind_of(strategy))}
-    return Selection.of({"name": strategy, **{key: value for key, value in offered.items() if key in known}})
+    if isinstance(strategy, Selection):
+        return strategy
+    told = Selection.told(strategy)
+    known = {field.name for field in dataclasses.fields(Selection.kind_of(told["name"]))}
+    return Selection.of({**{key: value for key, value in offered.items() if key in known}, **told})
 
 
 def recorded_selection(told: Mapping[str, Any], **given: object) -> Selection:
