@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import multiprocessing
 import subprocess
 import sys
@@ -145,6 +146,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first: the others fill up what is left of the time at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What was imported stays: accelerate collects garbage after each training, and would look at it all each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

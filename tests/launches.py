@@ -1,5 +1,6 @@
 """Commands as users type them, run by processes that are forked from one which has imported the libraries already."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -60,6 +61,7 @@ def _ranks(command):
 
 def _work(words, folder, environment, outputs):
     """What `python words...` does, in a process that was forked."""
+    gc.freeze()
     for descriptor, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
     os.environ.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -102,6 +103,7 @@ def ended(pid: int, timeout: float) -> int | None:
 
 def become(descriptors: list[int], env: dict[str, str], cwd: str) -> None:
     """Gives the process that was just forked its input, outputs, environment and folder."""
+    gc.freeze()  # garbage is not looked for in what was loaded
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
