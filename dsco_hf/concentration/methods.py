@@ -26,6 +26,15 @@ METHODS = {
     "random": Method("random real", "#8c8c8c", "o"),
     "herding": Method("herded real", "#3d3d3d", "s"),
     "plain": Method("plain generator", "#56b4e9", "v"),
+    "best-of-n": Method("best of N by the classifier", "#999933", "^"),
+    "uag": Method("UAG", "#882255", "<"),
+    "d4m": Method("D4M", "#117733", ">"),
+    "ddoq": Method("DDOQ", "#332288", "p"),
+    "mgd3": Method("MGD3", "#aa4499", "h"),
+    "s3": Method("S3", "#44aa99", "d"),
+    "dmgd": Method("DMGD", "#661100", "8"),
+    "d3hr": Method("D3HR", "#6699cc", "H"),
+    "igd": Method("IGD", "#cc6677", "$i$"),
     "nopt-quantile": Method("released objective", "#0072b2", "P"),
     "nopt-classifier-only": Method("DsCo, classifier only", "#009e73", "X"),
     "nopt-data-free": Method("DsCo, data-free", "#cc79a7", "D", emphasis=True),
@@ -35,12 +44,12 @@ METHODS = {
 
 # How methods without a style of their own are drawn, in turn: colours of Paul Tol that are far from those above.
 _OTHERS = (
-    ("#999933", "^"),
-    ("#882255", "<"),
-    ("#117733", ">"),
-    ("#332288", "p"),
-    ("#aa4499", "h"),
-    ("#44aa99", "d"),
+    ("#bbcc33", "^"),
+    ("#ee8866", "<"),
+    ("#77aadd", ">"),
+    ("#ffaabb", "p"),
+    ("#aaaa00", "h"),
+    ("#99ddff", "d"),
 )
 
 

@@ -22,6 +22,7 @@ from ..evaluators import Execution, ImageSet, Protocol, train_evaluator
 from ..evaluators.evaluation import save_network
 from ..generators.failures import NonFiniteError
 from ..matching.kept import pipeline_identity
+from ..matching.targets import MatchingTargets
 from ..sampling.models import load_classifier
 from ..utils.files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
 from ..utils.origins import differences
@@ -84,6 +85,24 @@ class KeptSets:
 
     def _notes(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+def passes_of(targets: Any) -> dict[str, int]:
+    """What making targets cost: `images` that were read, and images that passed through networks, by kind.
+
+    Targets of several networks have passed every image through each of them; those of a generator, which read no
+    image, have drawn their samples.
+    """
+    told = getattr(targets, "provenance", {})
+    if not isinstance(targets, MatchingTargets):
+        return {"images": told.get("images", 0), **told.get("passes", {})}
+    networks = len({dataclasses.replace(spec, layers=("pooled",), pooling="average") for spec in targets.features})
+    if told.get("population") == "data":
+        return {"images": told["images"], "classifier": told["images"] * networks}
+    samples = told["samples_per_class"] * targets.num_classes
+    branches = 2 if told["guidance_scale"] > 1 else 1
+    denoised = samples * told["num_inference_steps"] * branches
+    return {"images": 0, "denoiser": denoised, "decoder": samples, "classifier": samples * networks}
 
 
 def kept_check(

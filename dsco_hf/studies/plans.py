@@ -24,10 +24,11 @@ from ..matching.feature_spec import feature_specs
 from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.objectives import ClassifierEvidence, Objective
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Plain
+from ..sampling.call import Plain, Sampling
 from ..sampling.flat import from_flat
 from ..sampling.methods.nopt import NOpt
 from ..sampling.methods.released import QuantileTargets, Released
+from ..sampling.peers import PEERS, ClassStatistics
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.configs import ImportOptions
 from ..utils.files import read_json, write_json
@@ -35,11 +36,13 @@ from ..utils.origins import fingerprint, identity
 from ..utils.progress import Clock
 from ..utils.values import Named
 from .generator_check import GeneratorCheck
-from .kept import DRAW_AGAIN, KeptSets, kept_check
+from .kept import DRAW_AGAIN, KeptSets, kept_check, passes_of
 
 
 METHODS = ("plain", "nopt-classifier-only", "nopt", "nopt-data-free", "nopt-quantile")
+ALLOWED = (*METHODS, *PEERS)
 PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset
+OF_SAMPLING = ("num_inference_steps", "guidance_scale")
 DEFAULT_BUDGETS = (1, 10, 50)
 # What all sets of a study depend on beside models and images; the rest is about single sets.
 SHARED = (
@@ -81,7 +84,8 @@ class StudyPlan(ImportOptions):
         features: what is matched, as YAML or JSON; see `dsco_hf.matching.feature_spec`. An untrained network's seed is
             one that no evaluator has.
         methods: of "plain", "nopt", "nopt-data-free", "nopt-classifier-only" (matches nothing: the classifier's
-            evidence alone) and "nopt-quantile" (the released objective, which takes long).
+            evidence alone) and "nopt-quantile" (the released objective, which takes long); or peers, such as "mgd3",
+            with their defaults, see `dsco_hf.sampling.peers`.
         budgets: images per class; if none, those of 1, 10 and 50 that every class has.
         synthesis_seeds: repetitions of the sets. "nopt-quantile", whose cost is many times that of the others, has
             one.
@@ -143,9 +147,10 @@ class StudyPlan(ImportOptions):
         """Refuses what does not exist, or does not go together."""
         if self.features is not None:
             feature_specs(self.features)
+        object.__setattr__(self, "methods", [one for given in self.methods for one in given.split(",") if one])
         for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"`methods` may hold {list(METHODS)}, got {method!r}.{nearest(method, METHODS)}")
+            if method not in ALLOWED:
+                raise ValueError(f"`methods` may hold {list(ALLOWED)}, got {method!r}.{nearest(method, ALLOWED)}")
         find_selection(self.doping_strategy)
         for budget in self.doping_budgets:
             if "nopt" not in self.methods:
@@ -227,7 +232,7 @@ class StudyPlan(ImportOptions):
         return [
             set_name(method, budget, seed)
             for budget in sorted(self.budgets, reverse=True)
-            for method in reversed(METHODS)
+            for method in reversed(ALLOWED)
             if method in self.methods
             for seed in self.seeds(method, budget)
         ]
@@ -253,11 +258,11 @@ class StudyPlan(ImportOptions):
         return configs | mixed
 
     def drawing(self, method: str, budget: int) -> tuple[str | None, dict[str, Any]]:
-        """The population that a set matches ("real", "clearest-0.2", "nopt-data-free"), and how it is drawn.
+        """What a set is drawn for ("real", "clearest-0.2", "nopt-data-free", "centroids-10"), and how it is drawn.
 
         The options are those of `concentrate`.
         """
-        names = ("num_inference_steps", "guidance_scale", "block_size", "images_per_call")
+        names = (*OF_SAMPLING, "block_size", "images_per_call")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         if method == "plain":
             return None, options | {"method": Plain()}
@@ -265,6 +270,10 @@ class StudyPlan(ImportOptions):
             return None, options | {"method": NOpt(ClassifierEvidence())}
         if method == "nopt-quantile":
             return None, options | {"method": Released(self.quantile_iterations)}
+        if method in PEERS:
+            peer = PEERS[method]()
+            size = f"-{budget}" if peer.by_budget else ""
+            return None if peer.statistics == "names" else f"{peer.statistics}{size}", options | {"method": peer}
         of_method = ("step_size", "optimize_from", "optimize_until")
         of_objective = ("objective", "contrast", "regularization")
         flat = {name: getattr(self, name) for name in of_method}
@@ -310,8 +319,13 @@ class PlannedSets:
         self.made_with = pipeline_identity(pipe, real, **plan.shared, **self.columns, **told)
         self.folder = Path(folder) / fingerprint(self.made_with)[:8]
         self.kept = KeptSets(self.folder / "sets")
-        self.targets: dict[str, MatchingTargets] = {}
+        self.targets: dict[str, Any] = {}
         self.check: GeneratorCheck | None = None
+
+    def data_pass(self, name: str) -> dict[str, int]:
+        """What the targets of a set cost: `images` read, and those that passed through each network."""
+        told = self.kept.told(self.plan.doped_names().get(name, name)).get("population") or ""
+        return passes_of(self.targets.get(told))
 
     def make(self) -> None:
         """Makes what is left: the targets by all processes together, of the sets each process its share.
@@ -344,9 +358,11 @@ class PlannedSets:
 
     def targets_of(self, name: str) -> MatchingTargets | None:
         """What a set, or the one that a doped set begins with, was matched to, as far as it is a file of its own."""
-        return self.targets.get(self.kept.told(self.plan.doped_names().get(name, name)).get("population") or "")
+        told = self.kept.told(self.plan.doped_names().get(name, name)).get("population") or ""
+        found = self.targets.get(told)
+        return found if isinstance(found, MatchingTargets) else None
 
-    def _makers(self) -> dict[str, Callable[..., MatchingTargets]]:
+    def _makers(self) -> dict[str, Callable[..., Any]]:
         """How targets are made, by name; the discrepancy of all sets is measured by the first."""
         plan = self.plan
 
@@ -356,7 +372,7 @@ class PlannedSets:
                 chosen = select(self.pool, Clearest(share), pipe=self.pipe)
             return MatchingTargets.from_dataset(chosen, self.pipe, **plan.matched, **self.columns, **shared)
 
-        makers: dict[str, Callable[..., MatchingTargets]] = {"real": of_images}
+        makers: dict[str, Callable[..., Any]] = {"real": of_images}
         if "nopt" in plan.methods:
             shares = sorted(set(plan.clearest_share) - {1})
             makers |= {clear_name(share): functools.partial(of_images, share) for share in shares}
@@ -364,10 +380,18 @@ class PlannedSets:
             makers["nopt-data-free"] = functools.partial(
                 MatchingTargets.from_generator, self.pipe, **plan.templates, **plan.matched
             )
+        for method in [name for name in plan.methods if name in PEERS]:
+            for budget in plan.budgets:
+                population, options = plan.drawing(method, budget)
+                if population is not None:
+                    sampling = Sampling.of(**{name: options[name] for name in (*OF_SAMPLING, "method")})
+                    shared = {"images_per_class": budget, **self.columns}
+                    make = functools.partial(sampling.make_targets, self.pipe, self.real, **shared)
+                    makers.setdefault(population, make)
         return makers
 
-    def _targets(self, name: str, make: Callable[..., MatchingTargets]) -> MatchingTargets:
-        def timed(accelerator: Accelerator, work_dir: Path) -> MatchingTargets:
+    def _targets(self, name: str, make: Callable[..., Any]) -> Any:
+        def timed(accelerator: Accelerator, work_dir: Path) -> Any:
             self.clock.say(f"targets: {name}")
             start = time.perf_counter()
             targets = make(progress=False, accelerator=accelerator, work_dir=work_dir)
@@ -375,7 +399,9 @@ class PlannedSets:
             return targets
 
         path, made_with = self.folder / f"targets-{name}", {**self.made_with, "population": name}
-        return kept_targets(path, made_with, timed, accelerator=self.accelerator, renew=True)
+        peer = name.split("-")[0] in {peer.statistics for peer in PEERS.values()}
+        kind = ClassStatistics if peer else MatchingTargets
+        return kept_targets(path, made_with, timed, accelerator=self.accelerator, renew=True, kind=kind)
 
     @functools.cached_property
     def _quantile(self) -> QuantileTargets:

@@ -33,6 +33,7 @@ from recipes import (
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 RECIPES = {
+    "bench": (experiment, experiment.ExperimentRecipe),
     "classifier": (train_classifier, train_classifier.ClassifierRecipe),
     "compare": (compare, compare.ComparisonRecipe),
     "concentrate": (concentrate, concentrate.ConcentrateRecipe),
@@ -58,6 +59,9 @@ SMALL = {
     "lossless": "--steps 60 --batch_size 32 --margin 0.1 --trainings 6 --reference_seeds 2",
     "targets": "--embedding_dim 32",
 }
+
+
+SMALL["bench"] = SMALL["experiment"]
 
 
 def kind_of(path):
@@ -130,7 +134,7 @@ def arguments(path, folder):
         given += ["--vae", str(folder / "vae")] if "vae" in values else []
     if kind == "compare" and values["real"] in HUB:
         given += ["--model_options", '{"width": 4}']
-    if kind == "experiment":
+    if kind in ("bench", "experiment"):
         given += [
             "--model_options",
             '{"width": 4}',

@@ -16,6 +16,7 @@ from dsco_hf import RKHS, DsCoPipeline, NOpt, Ridge, concentrate, measure_discre
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.targets import MatchingTargets
+from dsco_hf.sampling.peers import PEERS
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment, run
 from recipes import concentrate as concentrate_recipe
@@ -338,3 +339,32 @@ def test_the_folder_of_targets_and_sets_is_named_by_all_that_decides_them(change
             "regularised": {"objective": ["rkhs"]},
         }[changed]  # fmt: skip
     assert (folder(**options) == base) == (changed in ("nothing", "test images", "evaluators"))
+
+
+def test_all_peers_are_rows_of_one_table(work):
+    peers = list(PEERS)
+    data = DatasetDict(train=striped_images((10, 10, 11)), test=striped_images((4, 4, 4), seed=1))
+    data.save_to_disk(str(work / "more"))
+    (work / "tiny.yaml").write_text(
+        f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'more'}\n"
+        "budgets: [1, 2]\nsynthesis_seeds: 1\ntraining_seeds: 1\nsteps: 2\nnum_inference_steps: 3\n"
+        "samples_per_class: 2\narchitecture: convnet-2\nmodel_options: '{\"width\": 4}'\ncheck_images: 0\n"
+    )
+    options = ["--config", str(work / "tiny.yaml"), "--output_dir", str(work / "out")]
+    experiment.main([*options, "--methods", ",".join(["plain", "nopt-data-free", *peers])])
+    rows = {(row["method"], row["images_per_class"]): row for row in json.loads(
+        (work / "out" / "results.json").read_text())["rows"]}  # fmt: skip
+    assert {name for name, _ in rows} == {"random", "herding", "plain", "nopt-data-free", *peers}
+    plain = rows["plain", 2]["denoiser_calls"]
+    assert rows["best-of-n", 2]["denoiser_calls"] == 4 * plain and rows["best-of-n", 2]["classifier_calls"] == 24
+    assert rows["s3", 1]["data_pass"] == {"images": 31, "classifier": 31}
+    assert rows["mgd3", 2]["denoiser_calls"] == plain > rows["d4m", 2]["denoiser_calls"]
+    read = {name: rows[name, 1]["data_pass"]["images"] for name in ("plain", "best-of-n", "uag", "mgd3", "ddoq")}
+    assert read == {"plain": 0, "best-of-n": 0, "uag": 0, "mgd3": 31, "ddoq": 31}
+    assert rows["nopt-data-free", 1]["data_pass"] == {"images": 0, "denoiser": 18, "decoder": 6, "classifier": 12}
+    (folder,) = (work / "out" / "work").iterdir()
+    assert {path.name for path in folder.glob("targets-*")} >= {"targets-centroids-1", "targets-centroids-2"}
+    ddoq = Dataset.from_parquet(str(folder / "sets" / "ddoq-ipc2-seed0.parquet"), keep_in_memory=True)
+    assert sum(ddoq["weight"][:]) == pytest.approx(6)
+    table = (work / "out" / "table.md").read_text()
+    assert "| MGD3 |" in table and "| best of N by the classifier |" in table

@@ -1,5 +1,6 @@
 """Peers: each formula by hand, and all of them drawn, resumed, divided, counted and drawn again from their records."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -24,9 +25,13 @@ from dsco_hf.concentration.concentrate import UnitSampler, divide, plan_units
 from dsco_hf.concentration.records import record_parameters
 from dsco_hf.concentration.set_records import changed_since, record_of
 from dsco_hf.costs.passes import Rehearsal
+from dsco_hf.data.datasets import load_pixels
+from dsco_hf.matching.features import features_and_logits
 from dsco_hf.sampling.call import calls, counted_in_class
-from dsco_hf.sampling.peers import D4M, DDOQ, MGD3, UAG, BestOfN, ClassStatistics
+from dsco_hf.sampling.peers import D4M, DDOQ, DMGD, MGD3, S3, UAG, BestOfN, ClassStatistics
 from dsco_hf.sampling.peers.best_of_n import surest
+from dsco_hf.sampling.peers.dmgd import class_costs, transport_cost
+from dsco_hf.sampling.peers.s3 import coordinate_ascent, distances
 from dsco_hf.sampling.peers.statistics import Sample, centroids, sample_classes
 from dsco_hf.sampling.peers.uag import entropy
 
@@ -37,6 +42,8 @@ PEERS = {
     "d4m": D4M(),
     "ddoq": DDOQ(strength=0.5),
     "uag": UAG(),
+    "s3": S3(candidates=2),
+    "dmgd": DMGD(clusters=2, start=0),
 }
 OF_IMAGES = [name for name in PEERS if name not in ("best-of-n", "uag")]
 SIZES = {"block_size": 1, "images_per_call": 2}
@@ -96,7 +103,8 @@ def test_a_peer_works_in_latents(latent_pipe, make, name):
     assert report.decoder_calls >= 3
     if name in OF_IMAGES:
         targets = PEERS[name].make_targets(latent_pipe, real, Sampling(), progress=False, images_per_class=1)
-        assert targets.provenance["images"] == targets.provenance["passes"]["encoder"] == 7
+        passes = targets.provenance["passes"]
+        assert targets.provenance["images"] == passes["classifier" if name == "s3" else "encoder"] == 7
         assert next(iter(targets.tensors.values())).shape[0] == 3
 
 
@@ -256,6 +264,63 @@ def test_uncertainty_moves_the_prediction_along_its_gradient_and_raises_it(pipe)
     assert after > total
     assert method.guide(call, 0, latents, prediction) is prediction  # t = 900 is above 795
     assert call.counts["classifier_backward"] == 3
+
+
+def test_the_choice_of_sets_by_hand():
+    real = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    means = torch.tensor([[[1.0, 1.0], [0.2, 1.0]], [[1.0, 0.1], [1.0, 1.0]]])  # (G, C, d)
+    torch.testing.assert_close(distances(means[0, 0], real[0]), torch.tensor(1 - 0.5**0.5))
+    assert coordinate_ascent(means, real, 1.0, 0.0).tolist() == [1, 0]  # each the most like its class
+    scores = {
+        (a, b): -0.4 * (distances(means[a, 0], real[0]).log() + distances(means[b, 1], real[1]).log())
+        + 0.9 * distances(means[a, 0], means[b, 1]).log()
+        for a in (0, 1)
+        for b in (0, 1)
+    }
+    found = coordinate_ascent(means, real, 0.4, 0.9)
+    assert scores[tuple(found.tolist())] == max(scores.values())
+    assert coordinate_ascent(means[:, :1], real[:1], 0.4, 0.9).tolist() == [1]  # one class
+
+
+def test_s3_leaves_whole_sets_and_means_are_those_of_all_images(pipe, real_images):
+    targets = S3().make_targets(pipe, real_images, Sampling(), progress=False)
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    features = features_and_logits(pipe.classifier, pixels)[0].detach()
+    expected = torch.stack([features[labels == row].mean(dim=0) for row in range(3)])
+    torch.testing.assert_close(targets.tensors["means"], expected)
+    call = started(pipe, S3(candidates=3), targets, [0, 1, 1, 0, 2])
+    call.method.begin(call)
+    drawn = torch.rand(15, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        sets = call.method.choose(call, drawn, drawn) // 5
+    assert sets[0] == sets[3] and sets[1] == sets[2] and call.counts["classifier"] == 15
+    with pytest.raises(ValueError, match="means of these targets have shape"):
+        wide = dataclasses.replace(targets, tensors={"means": torch.ones(3, 7)})
+        pipe.sample([0], wide, seeds=[1], method="s3")
+
+
+def test_transport_by_hand():
+    plan = torch.tensor([[0.1, 0.4], [0.4, 0.1]])  # of two points on two equal masses: exp(-C / ε), scaled
+    costs = torch.tensor([[math.log(4), 0.0], [0.0, math.log(4)]])
+    found = transport_cost(costs, torch.tensor([0.5, 0.5]), 1.0, 5)
+    assert found.item() == pytest.approx((plan * costs).sum().item())
+    assert transport_cost(torch.tensor([[3.0, 1.0]]), torch.tensor([0.25, 0.75]), 0.1, 5).item() == pytest.approx(1.5)
+
+
+def test_transport_guidance_brings_images_nearer_to_their_class(pipe):
+    targets = of_centroids(pipe, [[0.5, -0.5], [0.1, 0.9]])
+    targets.tensors["centroids"] += 0.3 * torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    method = DMGD(scale=0.3, clusters=2)
+    call = started(pipe, method, targets, [0, 2, 0])
+    latents, _ = method.begin(call)
+    noise = call.draw_noise(latents)
+    moved = method.noise(call, 2, latents, latents, noise) - noise
+    torch.testing.assert_close(moved.flatten(1).norm(dim=1), torch.full((3,), 0.3 * 8))  # √64 is the noise's norm
+    index, centres, shares = call.state
+    options = {"index": index, "centres": centres, "shares": shares, "blur": 0.1, "iterations": 5}
+    assert (class_costs(latents + moved, **options) < class_costs(latents, **options)).all()
+    assert method.noise(call, 4, latents, latents, noise) is noise  # of ten steps 1, 2 and 3
+    assert list(range(round(0.08 * 50), round(0.4 * 50))) == [49 - k for k in range(45, 29, -1)]
 
 
 @pytest.mark.parametrize("name", OF_IMAGES)

@@ -2,9 +2,16 @@
 
 from .best_of_n import BestOfN
 from .d4m import D4M, DDOQ
+from .dmgd import DMGD
 from .mgd3 import MGD3
+from .s3 import S3
 from .statistics import ClassStatistics
 from .uag import UAG
 
 
-__all__ = ["BestOfN", "ClassStatistics", "D4M", "DDOQ", "MGD3", "UAG"]
+PEERS: dict[str, type[BestOfN | UAG | D4M | MGD3 | S3 | DMGD]] = {
+    peer.name: peer for peer in (BestOfN, UAG, D4M, DDOQ, MGD3, S3, DMGD)
+}
+"""By name, in the order of tables."""
+
+__all__ = ["BestOfN", "ClassStatistics", "D4M", "DDOQ", "DMGD", "MGD3", "PEERS", "S3", "UAG"]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 
 from ...matching.features import features_and_logits
 from ...utils.values import plain_fields
-from ..call import Call, Population, Sampling, SamplingMethod
-from .statistics import ClassStatistics, names_only
+from ..call import Call, SamplingMethod
+from .statistics import NeedsNames
 
 
 @dataclasses.dataclass(frozen=True)
-class BestOfN(SamplingMethod):
+class BestOfN(NeedsNames, SamplingMethod):
     """The first stage of CaO2 (Wang et al., ICCV 2025), and the control for what a classifier alone buys.
 
     N times as many images are drawn; of each class those stay that the classifier takes for that class and is surest
@@ -34,7 +34,6 @@ class BestOfN(SamplingMethod):
         "The synthetic images are those of several plain samples of a class-conditional diffusion model that a "
         "classifier was surest of."
     )
-    targets_class: ClassVar[type | None] = ClassStatistics
     candidates: int = 4
 
     def __post_init__(self) -> None:
@@ -49,12 +48,6 @@ class BestOfN(SamplingMethod):
     def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError without a teacher; targets only name classes."""
         need_teacher(self.name, pipe)
-
-    def make_targets(
-        self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any
-    ) -> ClassStatistics:
-        """The classes alone."""
-        return names_only(pipe, given, **options)
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
         """Finds the classifier's label of each image, `(B,)`; ValueError if it was trained on other classes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from sklearn.cluster import KMeans
 
 from ...data.datasets import class_names, dataset_fingerprint, iterate_pixels, present_classes
 from ...data.labels import Mapped, class_mapping, label_set_classes, label_set_named
+from ...data.pixels import PixelBatch
 from ...data.schema import image_seed
 from ...matching.files import SAVE_AGAIN, find_targets, read_config, read_tensors, write_targets
 from ...matching.objectives import check_kind
@@ -60,14 +61,24 @@ class ClassStatistics:
         write_targets(Path(folder), {**fields, "tensors": sorted(self.tensors)}, self.tensors)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> ClassStatistics:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> ClassStatistics:
         """Loads what `save_pretrained` wrote, from a folder or a model repository on the Hub.
 
         Raises:
             FileNotFoundError: if a file is missing.
             ValueError: if a file is damaged, or the two do not belong together.
         """
-        config, weights = find_targets(name_or_path, **options)
+        config, weights = find_targets(
+            name_or_path, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir
+        )
         fields = read_config(config, (*_FIELDS, "tensors"))
         tensors = read_tensors(weights, fields.pop("tensors"))
         classes = len(fields["class_names"])
@@ -111,14 +122,11 @@ class Sample:
         return [torch.empty(0) if one is None else one for one in self._values]
 
 
-@plain_arguments(most=1, batch_size=1)
-@torch.no_grad()
-def sample_classes(
+@plain_arguments(batch_size=1)
+def stream_classes(
     dataset: Dataset | IterableDataset,
     pipe: DiffusionPipeline,
     *,
-    latents: bool = True,
-    most: int = MOST_IMAGES,
     mapping: Mapped = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -127,57 +135,90 @@ def sample_classes(
     seed: int = 0,
     progress: bool = True,
     **_: object,
-) -> tuple[ClassStatistics, list[torch.Tensor]]:
-    """Reads a dataset once, and keeps up to `most` images of each class: 4·d bytes for each, d values an image.
+) -> tuple[ClassStatistics, Iterator[PixelBatch]]:
+    """One pass over a dataset: where its images are from, and the images as they come.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): one split.
-        pipe (`DsCoPipeline`): encodes, and gives image size and the generator's classes.
-        latents (`bool`): keep latents (the mode of the VAE's posterior; pixels where there is no VAE), or the pixels.
-        most (`int`): images of a class; of more, a part that depends on `seed` alone.
+        pipe (`DsCoPipeline`): gives image size and the generator's classes.
         mapping (*optional*): see [`MatchingTargets.from_dataset`], like the next three.
         image_column (`str`, *optional*): likewise.
         label_column (`str`, *optional*): likewise.
         on_error (`str`): likewise.
-        batch_size (`int`): images per pass through the encoder.
-        seed (`int`): of the choice.
+        batch_size (`int`): images per batch.
+        seed (`int`): noted.
         progress (`bool`): show a progress bar.
 
     Returns:
-        `tuple`: statistics without tensors, which say where the images are from, and of each class `(n_c, C, h, w)`.
+        `tuple`: statistics without tensors, and batches with labels by their classes.
 
     Raises:
-        ValueError: as [`MatchingTargets.from_dataset`] does, for a class without an image among others.
+        ValueError: as [`MatchingTargets.from_dataset`] does.
     """
     names = present_classes(dataset, label_column=label_column)
     known = class_names(dataset, label_column=label_column)
     labels = class_mapping(known, pipe.id2label, pipe.num_classes, mapping=mapping, present=names)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    sample, images, encoded = Sample(len(names), most, seed), 0, 0
-    for batch in iterate_pixels(
-        dataset, image_size=pipe.image_size, num_channels=pipe.num_channels, classes=names, on_error=on_error,
-        batch_size=batch_size, progress=progress, **columns,
-    ):  # fmt: skip
-        images += len(batch.labels)
-        stays = sample.may_stay(batch.labels, batch.keys)
-        if not stays.any():
-            continue
-        values = batch.pixels[stays]
-        if latents:
-            values = pipe.encode_pixels(values, sample_posterior=False).cpu()
-            encoded += len(values) * (pipe.vae is not None)
-        sample.add(values.float(), batch.labels[stays], batch.keys[stays])
-    refuse_empty_classes([len(one) for one in sample.values], names)
     mapped = isinstance(dataset, Dataset)
     provenance = {
         "population": "data",
         "dataset": source_of(dataset),
         "fingerprint": dataset_fingerprint(dataset, **columns) if mapped else None,
-        "images": images,
         "seed": seed,
-        "passes": {"encoder": encoded},
     }
-    return ClassStatistics("names", names, labels, provenance=provenance), sample.values
+    batches = iterate_pixels(
+        dataset, image_size=pipe.image_size, num_channels=pipe.num_channels, classes=names, on_error=on_error,
+        batch_size=batch_size, progress=progress, **columns,
+    )  # fmt: skip
+    return ClassStatistics("names", names, labels, provenance=provenance), batches
+
+
+@plain_arguments(most=1)
+@torch.no_grad()
+def sample_classes(
+    dataset: Dataset | IterableDataset,
+    pipe: DiffusionPipeline,
+    *,
+    most: int = MOST_IMAGES,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[ClassStatistics, list[torch.Tensor]]:
+    """Reads a dataset once, and keeps the latents of up to `most` images of each class: 4 bytes for each value.
+
+    Latents are the mode of the VAE's posterior, or the pixels where there is no VAE.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): one split.
+        pipe (`DsCoPipeline`): encodes.
+        most (`int`): images of a class; of more, a part that depends on `seed` alone.
+        seed (`int`): of the choice.
+        options: of [`stream_classes`].
+
+    Returns:
+        `tuple`: statistics without tensors, which say where the images are from, and of each class `(n_c, C, h, w)`.
+
+    Raises:
+        ValueError: as [`stream_classes`] does, and for a class without an image among others.
+    """
+    found, batches = stream_classes(dataset, pipe, seed=seed, **options)
+    sample, images, encoded = Sample(len(found.class_names), most, seed), 0, 0
+    for batch in batches:
+        images += len(batch.labels)
+        stays = sample.may_stay(batch.labels, batch.keys)
+        if stays.any():
+            latents = pipe.encode_pixels(batch.pixels[stays], sample_posterior=False).cpu()
+            encoded += len(latents) * (pipe.vae is not None)
+            sample.add(latents.float(), batch.labels[stays], batch.keys[stays])
+    refuse_empty_classes([len(one) for one in sample.values], found.class_names)
+    found.provenance |= {"images": images, "passes": {"encoder": encoded}}
+    return found, sample.values
+
+
+def stand_in(pipe: DiffusionPipeline, kind: str, tensors: Mapping[str, torch.Tensor]) -> ClassStatistics:
+    """Statistics of all classes of a pipeline with these tensors, each `(C, ...)`."""
+    classes = range(pipe.num_classes)
+    names = [pipe.id2label.get(index, str(index)) for index in classes]
+    return ClassStatistics(kind, names, list(classes), dict(tensors))
 
 
 def names_only(
@@ -241,6 +282,19 @@ def refuse_without_images(method: str, given: object) -> None:
         )
 
 
+class NeedsNames:
+    """What data-free methods share: classes are all that their targets say."""
+
+    targets_class: ClassVar[type | None] = ClassStatistics
+    statistics: ClassVar[str] = "names"
+
+    def make_targets(
+        self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any
+    ) -> ClassStatistics:
+        """The classes alone, see [`names_only`]."""
+        return names_only(pipe, given, **options)
+
+
 class FromCentroids:
     """What methods share that take k-means centroids of a class's latents; their field `clusters` says how many.
 
@@ -249,6 +303,7 @@ class FromCentroids:
     """
 
     targets_class: ClassVar[type | None] = ClassStatistics
+    statistics: ClassVar[str] = "centroids"
     name: ClassVar[str]
     clusters: int | None
 
@@ -263,13 +318,8 @@ class FromCentroids:
 
     def stand_in_targets(self, pipe: DiffusionPipeline) -> ClassStatistics:
         """Two zeros a class."""
-        classes = range(pipe.num_classes)
-        tensors = {
-            "centroids": torch.zeros(len(classes), 2, *pipe.latent_shape),
-            "shares": torch.full((len(classes), 2), 0.5),
-        }
-        names = [pipe.id2label.get(index, str(index)) for index in classes]
-        return ClassStatistics("centroids", names, list(classes), tensors)
+        centres = torch.zeros(pipe.num_classes, 2, *pipe.latent_shape)
+        return stand_in(pipe, "centroids", {"centroids": centres, "shares": torch.full(centres.shape[:2], 0.5)})
 
     def make_targets(
         self,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 
 from ...matching.features import features_and_logits
 from ...utils.values import check_real, plain_fields
-from ..call import Call, Population, Sampling, SamplingMethod
+from ..call import Call, SamplingMethod
 from ..methods.noise import loss_gradient
 from .best_of_n import need_teacher
-from .statistics import ClassStatistics, names_only
+from .statistics import NeedsNames
 
 
 @dataclasses.dataclass(frozen=True)
-class UAG(SamplingMethod):
+class UAG(NeedsNames, SamplingMethod):
     """Uncertainty-aware guidance (2026, as its reproduction has it): the data-free rival.
 
     ε ← ε - λ·√(1 - ᾱ_t)·∇_{x_t} H(p(decode(x̂0))), H being the entropy of the classifier's probabilities, and ε held
@@ -35,7 +35,6 @@ class UAG(SamplingMethod):
         "The sampling of a frozen class-conditional diffusion model was guided to images that a classifier is less "
         "sure of."
     )
-    targets_class: ClassVar[type | None] = ClassStatistics
     scale: float = 10.0
     below: float = 0.795
 
@@ -53,12 +52,6 @@ class UAG(SamplingMethod):
     def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError without a classifier; targets only name classes."""
         need_teacher(self.name, pipe)
-
-    def make_targets(
-        self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any
-    ) -> ClassStatistics:
-        """The classes alone."""
-        return names_only(pipe, given, **options)
 
     def guide(self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
         """ε `(B, C, h, w)` less the gradient of the entropy, where the step is guided."""
