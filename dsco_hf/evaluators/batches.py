@@ -253,7 +253,7 @@ def check_images(pixels: torch.Tensor, labels: torch.Tensor, num_labels: int, *,
 
 
 def check_weights(weights: torch.Tensor | None, images: int) -> None:
-    """Raises ValueError unless there is a weight of at least 0 for each of the images, and one above 0; or none."""
+    """Raises ValueError unless weights `(N,)` are at least 0, one for each of the images, and one above 0; or None."""
     if weights is None:
         return
     if tuple(weights.shape) != (images,):

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..utils.values import check_real, check_whole, plain, plain_fields
+from ..utils.values import Limits, check_real, check_whole, plain, plain_fields
 from .augmentation import CutMix, Transform
 from .configurations import check_norm
 
@@ -128,6 +128,13 @@ class Protocol:
     best_every: float = 10
     variants: tuple[Variant, ...] = ()
 
+    field_limits = {
+        **dict.fromkeys(("image_size", "load_size", "test_size"), 1),
+        **dict.fromkeys(("weight_decay", "schedule_factor"), 0),
+        **dict.fromkeys(("momentum", "best_from"), Limits(0, 1)),
+        "best_every": Limits(0, open_low=True),
+    }
+
     def __post_init__(self) -> None:  # noqa: D105
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
@@ -136,11 +143,8 @@ class Protocol:
         for field in ("name", "source"):
             if not isinstance(getattr(self, field), str) or not getattr(self, field):
                 raise ValueError(f"`{field}` of a protocol must be text, got {getattr(self, field)!r}.")
-        plain_fields(self, image_size=1, load_size=1, test_size=1, weight_decay=0, schedule_factor=0)
+        plain_fields(self)
         check_norm(self.norm)
-        check_real("momentum", self.momentum, 0, 1)
-        check_real("best_from", self.best_from, 0, 1)
-        check_real("best_every", self.best_every, 0, open_low=True)
         for field, low, high in (("schedule_milestones", 0, 1), ("image_mean", -math.inf, math.inf),
                                  ("image_std", 0, math.inf)):  # fmt: skip
             numbers = plain(getattr(self, field))

@@ -17,7 +17,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..data.schema import nearest
-from ..utils.values import plain_arguments, plain_fields
+from ..utils.values import Limits, plain_arguments, plain_fields
 
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -261,7 +261,12 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class ArchitectureOptions:
-    """Base of what a family can be built with: fields with defaults, checked in `__post_init__`."""
+    """Base of what a family can be built with: fields with defaults, checked in `__post_init__`.
+
+    What numbers may be is in `field_limits`, see [`~dsco_hf.utils.values.plain_fields`].
+    """
+
+    field_limits: ClassVar[Mapping[str, float | Limits]] = {}
 
     def __post_init__(self) -> None:
         """Makes numbers plain, and refuses those of another kind."""
@@ -271,12 +276,6 @@ class ArchitectureOptions:
         """Raises ValueError if a field is none of the allowed values."""
         if (value := getattr(self, name)) not in allowed:
             raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(value, allowed)}")
-
-    def check_at_least(self, least: int, *names: str) -> None:
-        """Raises ValueError if a field is below `least`."""
-        for name in names:
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
 
 
 def check_side(kind: str, side: int, factor: int, why: str, *, remedy: str = "") -> None:

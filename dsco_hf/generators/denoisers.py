@@ -95,21 +95,22 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
     horizontal_flip: bool = False
     seed: int = 0
 
+    field_limits = {
+        **dict.fromkeys(("num_train_timesteps", "train_steps", "batch_size"), 1),
+        "warmup_steps": 0,
+    }
+
     def __post_init__(self) -> None:
         """Refuses values that no training can use."""
         super().__post_init__()
         for name, allowed in {"architecture": tuple(FAMILIES), **_CHOICES}.items():
             self.check_choice(name, allowed)
-        self.check_at_least(1, "num_train_timesteps", "train_steps", "batch_size")
-        self.check_at_least(0, "warmup_steps")
         for name in ("class_dropout_prob", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ValueError(f"`min_snr_gamma` must be positive or left out, got {self.min_snr_gamma}.")
+        for name in ("learning_rate", "max_grad_norm", "min_snr_gamma"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 def build_denoiser(

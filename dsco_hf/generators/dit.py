@@ -34,11 +34,12 @@ class DiTOptions(ArchitectureOptions):
     patch_size: int = 2
     activation_fn: str = "gelu-approximate"
 
+    field_limits = dict.fromkeys(("num_layers", "num_attention_heads", "attention_head_dim", "patch_size"), 1)
+
     def __post_init__(self) -> None:
         """Refuses values that no DiT can have."""
         super().__post_init__()
         self.check_choice("activation_fn", _ACTIVATIONS)
-        self.check_at_least(1, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 
 
 @register_denoiser

@@ -31,11 +31,11 @@ class UNetOptions(ArchitectureOptions):
     attention_levels: int = 1
     attention_head_dim: int = 32
 
+    field_limits = {"layers_per_block": 1, "attention_head_dim": 1, "attention_levels": 0}
+
     def __post_init__(self) -> None:
         """Refuses values that no UNet can have."""
         super().__post_init__()
-        self.check_at_least(1, "layers_per_block", "attention_head_dim")
-        self.check_at_least(0, "attention_levels")
         if self.attention_levels > len(self.channels):
             raise ValueError(
                 f"`attention_levels` must be at most {len(self.channels)}, the levels of "

@@ -113,9 +113,11 @@ class PushOptions:
     dry_run: bool = False
     max_retries: int = 5
 
+    field_limits = {"max_retries": 0}
+
     def __post_init__(self) -> None:
         """Checks where to push to, before anything is read or sent."""
-        plain_fields(self, max_retries=0)
+        plain_fields(self)
         if not isinstance(self.revision, str | None):
             raise ValueError(f"`revision` must be the name of a branch, got {self.revision!r}.")
         if self.create_pr and self.revision not in (None, "main"):

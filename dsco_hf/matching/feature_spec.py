@@ -64,8 +64,10 @@ class FeatureSpec:
     architecture: str | None = None
     width: int | None = None
 
+    field_limits = {"width": 1}
+
     def __post_init__(self) -> None:
-        plain_fields(self, width=1)
+        plain_fields(self)
         several = isinstance(self.layers, list | tuple)
         layers = tuple(self.layers) if several else (self.layers,)
         object.__setattr__(self, "layers", layers)

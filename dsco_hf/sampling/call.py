@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..data.schema import image_seed, nearest
 from ..generators.failures import FiniteWatch
 from ..matching.targets import MatchingTargets
-from ..utils.values import Choice, check_real, plain_fields
+from ..utils.values import Choice, Limits, plain_fields
 
 
 Population: TypeAlias = Dataset | IterableDataset | Sequence[int | str] | str
@@ -214,12 +214,12 @@ class Sampling:
     batch_size: int | None = None
     method: SamplingMethod = dataclasses.field(default_factory=lambda: SamplingMethod.of("nopt"))
 
+    field_limits = {"num_inference_steps": 1, "batch_size": 1, "eta": Limits(0, 1), "guidance_scale": 0}
+
     def __post_init__(self) -> None:
         """Refuses numbers out of range; makes the method of its name or record."""
-        plain_fields(self, num_inference_steps=1, batch_size=1)
+        plain_fields(self)
         object.__setattr__(self, "method", SamplingMethod.of(self.method))
-        check_real("eta", self.eta, 0, 1)
-        check_real("guidance_scale", self.guidance_scale, 0)
 
     @classmethod
     def of(cls, method: object = None, objective: object = None, **fields: object) -> Self:

@@ -11,7 +11,7 @@ import numbers
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 
 import yaml
 
@@ -82,6 +82,14 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 NumberLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
+class Limits(NamedTuple):
+    """What a number may be: from `low`, which `open_low` refuses, to `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+
+
 class Choice(abc.ABC):
     """Base of frozen dataclasses that are chosen by name or as objects, and recorded as their name and fields.
 
@@ -91,6 +99,7 @@ class Choice(abc.ABC):
 
     name: ClassVar[str] = ""
     argument: ClassVar[str]  # what callers name the family by, such as "objective"
+    field_limits: ClassVar[Mapping[str, float | Limits]] = {}  # of its numbers, see `plain_fields`
     kinds: ClassVar[dict[str, type]]  # of the family, by name: those that were imported
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -215,15 +224,21 @@ def plain_arguments(**least: int) -> Callable[[F], F]:
     return decorate
 
 
-def plain_fields(instance: DataclassInstance, **least: int) -> None:
-    """The same for the fields of a dataclass, also a frozen one: to be called in its `__post_init__`."""
+def plain_fields(instance: DataclassInstance, **least: float) -> None:
+    """The same for the fields of a dataclass, also a frozen one: to be called in its `__post_init__`.
+
+    The class and its bases say in `field_limits` what numbers may be: the smallest, or [`Limits`], by field; `least`
+    are further ones.
+    """
     annotations: dict[str, Any] = {}  # as written: HfArgumentParser takes the None out of `field.type`
+    limits: dict[str, float | Limits] = dict(least)
     for base in reversed(type(instance).__mro__):
         annotations |= base.__dict__.get("__annotations__", {})
+        limits |= base.__dict__.get("field_limits", {})
     for field in dataclasses.fields(instance):
         kind = _kind(annotations[field.name])
         if kind is not None:
-            value = _plain_value(field.name, getattr(instance, field.name), kind, least)
+            value = _plain_value(field.name, getattr(instance, field.name), kind, limits)
             object.__setattr__(instance, field.name, value)
 
 
@@ -238,16 +253,18 @@ def _kind(annotation: object) -> str | None:
     return found + "?" * ("None" in parts)
 
 
-def _plain_value(name: str, value: object, kind: str | None, least: Mapping[str, int]) -> object:
+def _plain_value(name: str, value: object, kind: str | None, limits: Mapping[str, float | Limits]) -> object:
     if kind is None or (kind.endswith("?") and value is None):
         return value
     if kind.startswith("bool"):
         return _check_flag(name, value)
+    given = limits.get(name, -math.inf)
+    low, high, open_low = given if isinstance(given, Limits) else Limits(given)
     if kind.startswith("float"):
-        return check_real(name, value, low=least.get(name, -math.inf))
+        return check_real(name, value, low, high, open_low=open_low)
     if name == "seed":
         return check_whole(name, value, 0, LARGEST_SEED)
-    return check_whole(name, value, least.get(name))
+    return check_whole(name, value, *(None if math.isinf(limit) else int(limit) for limit in (low, high)))
 
 
 def _check_flag(name: str, value: object) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from dsco_hf import MatchingTargets, build_evaluator, get_protocol
-from dsco_hf.utils.values import check_choice, check_real, check_whole, plain, plain_arguments, plain_fields
+from dsco_hf.utils.values import Limits, check_choice, check_real, check_whole, plain, plain_arguments, plain_fields
 
 
 INTEGERS = [np.int8, np.uint8, np.int32, np.int64, np.array, torch.tensor, int]
@@ -118,14 +118,17 @@ def test_fields_are_plain():
         steps: int
         rate: "float | None"
         names: "tuple[int, ...]" = ()
+        field_limits = {"steps": 1, "rate": Limits(0, 1, open_low=True)}
 
         def __post_init__(self):
-            plain_fields(self, steps=1)
+            plain_fields(self)
 
     found = Settings(np.int64(2), np.float64(0.5), (1,))
     assert json.dumps(dataclasses.asdict(found)) == '{"steps": 2, "rate": 0.5, "names": [1]}'
     with pytest.raises(ValueError, match="`steps` must be a whole number of at least 1, got True"):
         Settings(True, None)
+    with pytest.raises(ValueError, match="`rate` must be a finite number above 0 and at most 1, got 0"):
+        Settings(1, 0.0)
 
 
 def test_fields_that_a_command_line_parser_has_read():

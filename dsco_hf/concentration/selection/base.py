@@ -49,7 +49,7 @@ from ...matching.targets import MatchingTargets
 from ...sampling.pipeline import DsCoPipeline
 from ...utils.names import find_classes
 from ...utils.origins import model_sha256, targets_sha256
-from ...utils.values import Choice, check_choice, check_real, plain, plain_fields
+from ...utils.values import Choice, Limits, check_choice, plain
 from .features import fourier_features, image_features
 
 
@@ -120,7 +120,7 @@ class Random(Selection):
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """Every class in an order that depends on the seed and, alone, on that class only."""
+        """Places `(N,)`: every class in an order that depends on the seed and, alone, on that class only."""
         generator, parts = torch.Generator().manual_seed(seed), []
         for label in range(len(pool.names)):
             members = (pool.labels == label).nonzero()[:, 0]
@@ -165,7 +165,7 @@ class Herding(Selection):
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """As many of each class as are wanted, as every further one depends on all before."""
+        """Places `(n,)`, as many of each class as are wanted, as every further one depends on all before."""
         assert not isinstance(wanted, int)  # it goes class by class
         rows = [row for row, count in enumerate(wanted) if count]
         if self.features is None:
@@ -241,9 +241,11 @@ class Clarity(Selection):
     across_classes: ClassVar[bool] = True
     sentence: ClassVar[str] = "Real images were added that students of the synthetic ones find least clear."
 
+    field_limits = {"num_students": 1}
+
     def __post_init__(self) -> None:
         """Takes the numbers of NumPy and torch and protocols as they are recorded, too."""
-        plain_fields(self, num_students=1)
+        super().__post_init__()
         if self.student is not None and self.num_students > 1:
             raise ValueError(f"`num_students` must be 1 where a `student` is given; got {self.num_students}.")
         if isinstance(self.protocol, Mapping):
@@ -252,7 +254,7 @@ class Clarity(Selection):
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """All images, the least clear one first."""
+        """Places of all images, `(N,)`, the least clear one first."""
         return self.scores(pool, small, pipe, seed).argsort(stable=True)
 
     def record(self, names: Sequence[str], pipe: DsCoPipeline | None) -> dict[str, Any]:
@@ -321,15 +323,12 @@ class Clearest(Selection):
 
     picks: ClassVar[bool] = True
     sentence: ClassVar[str] = "Real images were added that the classifier is surest of."
-
-    def __post_init__(self) -> None:
-        """Takes the numbers of NumPy and torch, too."""
-        object.__setattr__(self, "share", check_real("share", self.share, 0, 1, open_low=True))
+    field_limits = {"share": Limits(0, 1, open_low=True)}
 
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """The share of every class, the surest first.
+        """Places `(n,)` of the share of every class, the surest first.
 
         Raises:
             ValueError: for a missing classifier, or one that was trained on other classes.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...data.datasets import Pool
 from ...sampling.pipeline import DsCoPipeline
-from ...utils.values import check_choice, check_real, check_whole, plain_fields
+from ...utils.values import Limits, check_choice, plain_fields
 from .base import Selection
 from .difficulty import Forgetting, groups, highest, logged
 from .dynamics import TrainingLog
@@ -40,16 +40,18 @@ class CCS(Selection):
     nested: ClassVar[bool] = False
     sentence: ClassVar[str] = "Real images were added evenly over all degrees of difficulty but the highest (CCS)."
 
+    field_limits = {"strata": 1, "left_out": Limits(0, 1)}
+
     def __post_init__(self) -> None:
         """Refuses numbers out of range."""
-        plain_fields(self, strata=1)
-        if check_real("left_out", self.left_out, 0, 1) == 1:
+        super().__post_init__()
+        if self.left_out == 1:
             raise ValueError("`left_out` must be below 1: of all images none is left to choose.")
 
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """As many as are wanted."""
+        """Places `(n,)`, as many as are wanted."""
         margins = logged(self.name, self.training, pool).margins.mean(0)
         generator, parts = torch.Generator().manual_seed(seed), [torch.empty(0, dtype=torch.int64)]
         for places, count in groups(pool, wanted):
@@ -112,7 +114,7 @@ class Moderate(OfFeatures, Selection):
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """All images of what is ranked together, the middle first."""
+        """Places of all images of what is ranked together, `(N,)`, the middle first."""
         phi, parts = self.seen(pool, pipe), [torch.empty(0, dtype=torch.int64)]
         distance = torch.empty(len(phi))
         for label in pool.labels.unique():
@@ -139,7 +141,7 @@ class KCenter(OfFeatures, Selection):
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """As many as are wanted."""
+        """Places `(n,)`, as many as are wanted."""
         phi, have = self.seen(pool, pipe), None if small is None else self.seen(small, pipe)
         parts = [torch.empty(0, dtype=torch.int64)]
         for places, count in groups(pool, wanted):
@@ -193,18 +195,12 @@ class D2(OfFeatures, Selection):
     reduce: float = 1.0
 
     sentence: ClassVar[str] = "Real images were added that are hard and far from those added before (D2)."
-
-    def __post_init__(self) -> None:
-        """Refuses numbers out of range."""
-        super().__post_init__()
-        check_whole("neighbours", self.neighbours, 1)
-        check_real("gather", self.gather, 0)
-        check_real("reduce", self.reduce, 0)
+    field_limits = {"neighbours": 1, "gather": 0, "reduce": 0}
 
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """As many as are wanted; ties by the seed."""
+        """Places `(n,)`, as many as are wanted; ties by the seed."""
         hard = Forgetting().scores(logged(self.name, self.training, pool))
         phi, parts = self.seen(pool, pipe), [torch.empty(0, dtype=torch.int64)]
         for places, count in groups(pool, wanted):

@@ -11,7 +11,7 @@ import torch
 
 from ...data.datasets import Pool
 from ...sampling.pipeline import DsCoPipeline
-from ...utils.values import check_real, plain_fields
+from ...utils.values import Limits
 from .base import Selection
 from .dynamics import TrainingLog
 
@@ -36,7 +36,7 @@ def logged(rule: str, training: TrainingLog | None, pool: Pool, least: int = 1) 
 
 
 def groups(pool: Pool, wanted: Sequence[int] | int) -> Iterator[tuple[torch.Tensor, int]]:
-    """What is ranked together, and how many of it are wanted: places of each class, or of all images."""
+    """What is ranked together, and how many of it are wanted: places `(n,)` of each class, or of all."""
     if isinstance(wanted, int):
         yield torch.arange(len(pool.labels)), min(wanted, len(pool.labels))
         return
@@ -71,7 +71,7 @@ class OfTraining:
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """All images, the highest score first; ValueError without a log of them."""
+        """Places of all images, `(N,)`, the highest score first; ValueError without a log of them."""
         return highest(self.scores(logged(self.name, self.training, pool, self.least)), seed)  # type: ignore[attr-defined]
 
 
@@ -90,13 +90,10 @@ class EL2N(OfTraining, Selection):
     epochs: int = 10
 
     sentence: ClassVar[str] = "Real images were added whose error was largest early in a training (EL2N)."
-
-    def __post_init__(self) -> None:
-        """Takes the numbers of NumPy and torch, too."""
-        plain_fields(self, epochs=1)
+    field_limits = {"epochs": 1}
 
     def scores(self, training: TrainingLog) -> torch.Tensor:
-        """The mean error of the first epochs."""
+        """The mean error of the first epochs, `(N,)`."""
         return training.errors[: self.epochs].mean(0)
 
 
@@ -110,7 +107,7 @@ class Forgetting(OfTraining, Selection):
     sentence: ClassVar[str] = "Real images were added that were forgotten most often in a training."
 
     def scores(self, training: TrainingLog) -> torch.Tensor:
-        """The number of changes from right to wrong; E where it was never right."""
+        """The number of changes from right to wrong, `(N,)`; E where it was never right."""
         right = training.margins > 0
         forgotten = (right[:-1] & ~right[1:]).sum(0)
         return torch.where(right.any(0), forgotten, training.epochs).float()
@@ -127,7 +124,7 @@ class AUM(OfTraining, Selection):
     sentence: ClassVar[str] = "Real images were added whose margin was smallest over a training (AUM)."
 
     def scores(self, training: TrainingLog) -> torch.Tensor:
-        """The mean margin, negative: hard images first."""
+        """The mean margin, negative, `(N,)`: hard images first."""
         return -training.margins.mean(0)
 
 
@@ -144,10 +141,7 @@ class DynUnc(OfTraining, Selection):
 
     name: ClassVar[str] = "dyn_unc"
     sentence: ClassVar[str] = "Real images were added whose probability varied most in a training (Dyn-Unc)."
-
-    def __post_init__(self) -> None:
-        """Takes the numbers of NumPy and torch, too."""
-        plain_fields(self, window=2)
+    field_limits = {"window": 2}
 
     @property
     def least(self) -> int:  # type: ignore[override]
@@ -155,7 +149,7 @@ class DynUnc(OfTraining, Selection):
         return self.window
 
     def scores(self, training: TrainingLog) -> torch.Tensor:
-        """The mean over windows of the standard deviation (of the sample) of p[y]."""
+        """The mean over windows of the standard deviation (of the sample) of p[y], `(N,)`."""
         return training.probabilities.unfold(0, self.window, 1).std(-1).mean(0)
 
 
@@ -181,10 +175,11 @@ class DUAL(OfTraining, Selection):
     nested: ClassVar[bool] = False
     sentence: ClassVar[str] = "Real images were added that were hard and uncertain early in a training (DUAL)."
 
+    field_limits = {"window": 2, "curve": Limits(0, open_low=True)}
+
     def __post_init__(self) -> None:
-        """Takes the numbers of NumPy and torch, too."""
-        plain_fields(self, window=2)
-        check_real("curve", self.curve, 0, open_low=True)
+        """Refuses numbers that do not go together."""
+        super().__post_init__()
         if self.epochs < self.window:
             raise ValueError(f"`epochs` must be at least `window`, {self.window}; got {self.epochs}.")
 
@@ -194,14 +189,14 @@ class DUAL(OfTraining, Selection):
         return self.window
 
     def scores(self, training: TrainingLog) -> torch.Tensor:
-        """The mean over windows of std p[y] · (1 - mean p[y])."""
+        """The mean over windows of std p[y] · (1 - mean p[y]), `(N,)`."""
         windows = training.probabilities[: self.epochs].unfold(0, self.window, 1)  # (W, N, window)
         return (windows.std(-1) * (1 - windows.mean(-1))).mean(0)
 
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """As many as are wanted, in the order in which they are drawn."""
+        """Places `(n,)`, as many as are wanted, in the order in which they are drawn."""
         training = logged(self.name, self.training, pool, self.least)
         scores, mean = self.scores(training), training.probabilities[: self.epochs].mean(0)
         generator, parts = torch.Generator().manual_seed(seed), []

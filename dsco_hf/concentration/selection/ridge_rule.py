@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...data.datasets import Pool
 from ...sampling.pipeline import DsCoPipeline
-from ...utils.values import check_choice, check_real, check_whole, plain_fields
+from ...utils.values import Limits, check_choice
 from .base import Selection
 from .features import fourier_features, seen_by
 
@@ -53,11 +53,12 @@ class RidgeRule(Selection):
         "Real images were added that lower most the error of a ridge regression on all real images."
     )
 
+    field_limits = {"regularization": Limits(0, open_low=True), "embedding_dim": 2}
+
     def __post_init__(self) -> None:
         """Refuses numbers out of range."""
-        plain_fields(self)
-        check_real("regularization", self.regularization, 0, open_low=True)
-        if check_whole("embedding_dim", self.embedding_dim, 2) % 2:
+        super().__post_init__()
+        if self.embedding_dim % 2:
             raise ValueError(f"`embedding_dim` must be even, as each frequency gives two; got {self.embedding_dim}.")
         if isinstance(self.features, str):
             check_choice("features", self.features, ["pixels"])
@@ -65,7 +66,7 @@ class RidgeRule(Selection):
     def rank(
         self, pool: Pool, small: Pool | None, wanted: Sequence[int] | int, pipe: DsCoPipeline | None, seed: int
     ) -> torch.Tensor:
-        """As many as are wanted, best first.
+        """Places `(n,)`, as many as are wanted, best first.
 
         Raises:
             ValueError: for a pool of one class, of which nothing can be told apart, or without features.
@@ -137,7 +138,7 @@ class RidgeGreedy:
         return torch.nn.functional.one_hot(labels, self.num_classes).double() - self.present.double() / self.classes
 
     def pick(self, wanted: Sequence[int] | int) -> torch.Tensor:
-        """Places of the picks in their order: so many of each class, or of all together; ties go to the lowest."""
+        """Places `(n,)` of the picks in their order: so many of each class, or of all; ties go to the lowest."""
         left = torch.tensor([wanted] if isinstance(wanted, int) else list(wanted))
         group = torch.zeros_like(self.labels) if isinstance(wanted, int) else self.labels
         left = left.minimum(torch.bincount(group, minlength=len(left)))

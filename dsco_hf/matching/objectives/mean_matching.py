@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from ...utils.values import check_real
 from ..features import Observation
 from ..kernels import mmd2
 from ..targets import MatchingTargets
@@ -26,11 +25,7 @@ class RKHS(Objective):
 
     sentence: ClassVar[str] = "the few images drawn for a class together match the features of the whole class."
     contrast: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuses numbers out of range."""
-        super().__post_init__()
-        check_real("contrast", self.contrast, 0)
+    field_limits = {"contrast": 0}
 
     def losses(self, seen: Observation, bound: Bound) -> torch.Tensor:
         """MMD² of each class, `(K,)`."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from diffusers import DiffusionPipeline
 
-from ...utils.values import check_real
+from ...utils.values import Limits
 from ..features import Observation
 from ..kernels import regression_errors
 from ..targets import MatchingTargets
@@ -29,11 +29,7 @@ class Ridge(Objective):
         "a ridge regression trained on the few images makes the smallest error on all of the source."
     )
     regularization: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Refuses numbers out of range."""
-        super().__post_init__()
-        check_real("regularization", self.regularization, 0, open_low=True)
+    field_limits = {"regularization": Limits(0, open_low=True)}
 
     def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Also refuses targets of a single class."""

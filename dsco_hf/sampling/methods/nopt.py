@@ -14,7 +14,7 @@ from ...generators.failures import refuse_nonfinite
 from ...matching.features import Observation
 from ...matching.objectives import Bound, Objective, Ridge
 from ...matching.targets import MatchingTargets
-from ...utils.values import check_choice, check_real, plain_fields
+from ...utils.values import Limits, check_choice, check_real
 from ..call import Call, Plain, Population, Sampling, SamplingMethod, Targets
 from .noise import joint_gradient, shell_step
 
@@ -47,13 +47,13 @@ class NOpt(SamplingMethod):
     step_decay: float = 0.25
     lookahead: str = "conditional"
 
+    field_limits = {"iterations": 1, "step_size": 0, "step_decay": Limits(0, 1)}
+
     def __post_init__(self) -> None:
         """Refuses values out of range; makes the objective of its name or record."""
-        plain_fields(self, iterations=1)
+        super().__post_init__()
         object.__setattr__(self, "objective", Objective.of(self.objective))
         check_interval(self.start, self.stop)
-        check_real("step_size", self.step_size, 0)
-        check_real("step_decay", self.step_decay, 0, 1)
         check_choice("lookahead", self.lookahead, LOOKAHEADS)
 
     @property

@@ -21,7 +21,7 @@ from ...data.schema import image_seed
 from ...matching.features import RandomExtractor as RandomExtractor
 from ...matching.objectives import check_kind
 from ...matching.population import refuse_empty_classes, rows_of_labels
-from ...utils.values import plain_arguments, plain_fields
+from ...utils.values import plain_arguments
 from ..call import Call, Plain, Population, Sampling, SamplingMethod
 from .noise import momentum_descent
 from .nopt import NOISE, check_interval, optimized_steps
@@ -184,9 +184,11 @@ class Released(SamplingMethod):
     start: float = 0.0
     stop: float = 1.0
 
+    field_limits = {"iterations": 1}
+
     def __post_init__(self) -> None:
         """Refuses values out of range."""
-        plain_fields(self, iterations=1)
+        super().__post_init__()
         check_interval(self.start, self.stop)
 
     def label(self, targets: object) -> str:

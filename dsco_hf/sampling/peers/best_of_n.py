@@ -9,7 +9,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...matching.features import features_and_logits
-from ...utils.values import plain_fields
 from ..call import Call, SamplingMethod
 from .statistics import NeedsNames
 
@@ -35,10 +34,7 @@ class BestOfN(NeedsNames, SamplingMethod):
         "classifier was surest of."
     )
     candidates: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuses fewer than one."""
-        plain_fields(self, candidates=1)
+    field_limits = {"candidates": 1}
 
     @property
     def uses_classifier(self) -> bool:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ...utils.values import check_real, plain_fields
+from ...utils.values import Limits
 from ..call import Call, SamplingMethod
 from .statistics import FromCentroids, own_of_slots
 
@@ -33,11 +33,7 @@ class D4M(FromCentroids, SamplingMethod):
     )
     strength: float = 0.7
     clusters: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        plain_fields(self, clusters=1)
-        check_real("strength", self.strength, 0, 1, open_low=True)
+    field_limits = {"clusters": 1, "strength": Limits(0, 1, open_low=True)}
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
         """Noised centroids `(B, C, h, w)`, and the step whose level they have."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ...utils.values import check_real, plain_fields
+from ...utils.values import Limits
 from ..call import Call, SamplingMethod
 from .statistics import FromCentroids, own_of_slots
 
@@ -36,12 +36,7 @@ class MGD3(FromCentroids, SamplingMethod):
     scale: float = 0.1
     stop: float = 0.48
     clusters: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        plain_fields(self, clusters=1)
-        check_real("scale", self.scale, 0)
-        check_real("stop", self.stop, 0, 1)
+    field_limits = {"clusters": 1, "scale": 0, "stop": Limits(0, 1)}
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
         """Finds each image's centroid `(C, h, w)`."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...matching.features import features_and_logits
-from ...utils.values import check_real, plain_fields
+from ...utils.values import Limits
 from ..call import Call, SamplingMethod
 from ..methods.noise import loss_gradient
 from .best_of_n import need_teacher
@@ -37,12 +37,7 @@ class UAG(NeedsNames, SamplingMethod):
     )
     scale: float = 10.0
     below: float = 0.795
-
-    def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        plain_fields(self)
-        check_real("scale", self.scale, 0)
-        check_real("below", self.below, 0, 1)
+    field_limits = {"scale": 0, "below": Limits(0, 1)}
 
     @property
     def uses_classifier(self) -> bool:
