@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dsco_hf.matching.feature_spec import feature_specs
-from recipes.benchmarks import feature_choices
+from recipes.benchmarks import feature_choices, soft_labels
 
 
 def test_choices_are_specs():
@@ -28,3 +28,11 @@ def test_a_row_for_every_choice_and_budget(tmp_path):
         choices[0]: 256, choices[2]: 384, choices[3]: 2048
     }  # fmt: skip
     assert results["best"]["1"] in names
+
+
+def test_labels_of_every_kind_are_compared_on_the_same_sets(tmp_path, capsys):
+    arguments = ["--images", "60", "--teacher_epochs", "1", "--steps", "2", "--seeds", "1", "--networks", "convnet-3"]
+    found = soft_labels.main([*arguments, "--budgets", "2", "--threads", "1", "--out", str(tmp_path / "out.json")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads((tmp_path / "out.json").read_text())
+    assert [row["labels"] for row in found["rows"]] == list(soft_labels.LABELS) and found["rows"][0]["gain"] == 0
+    assert found["regression"][0]["learned"]["error"] < found["regression"][0]["hard"]["error"] < 1

@@ -10,16 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedModel
 
 from ...data.datasets import class_names, iterate_pixels, load_pixels, present_classes
-from ...data.pixels import image_sizes
+from ...data.labels import class_mapping
+from ...data.pixels import default_threads, image_sizes
 from ...data.schema import image_seed
 from ...data.shards import HALF_LEAST, compact_feature, compact_row
 from ...evaluators.augmentation import CutMix, HorizontalFlip, RandomResizedCrop, Transform, augment
 from ...evaluators.batches import class_columns, model_classes, predict_logits
+from ...evaluators.preprocessing import ensure_preprocessing
 from ...matching.discrepancy import embed_pixels
 from ...matching.kernels import learned_labels
 from ...matching.objectives import check_kind
@@ -69,7 +72,8 @@ def add_soft_labels(
     Args:
         dataset (`Dataset`): images of any size with their classes; rows and their order stay.
         teacher (`PreTrainedModel`, or a folder or Hub id): a classifier that knows every class of the dataset by name,
-            and may know more: probabilities are those among the classes of both.
+            and may know more: probabilities are those among the classes of both. See
+            [`~dsco_hf.data.labels.class_mapping`] for names.
         views (`int`): how often each image is seen; once as it is, several times augmented.
         augmentation (sequence of augmentations): of the views, such as those of a protocol. `CutMix` is left out, as a
             training mixes the labels that it mixes the images of.
@@ -105,16 +109,14 @@ def add_soft_labels(
     if not isinstance(teacher, PreTrainedModel):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         teacher = load_classifier(str(teacher), revision=revision, dtype=dtype).to(device)
-    present = present_classes(dataset, label_column=label_column)
-    class_columns(present, known := model_classes(teacher), what="the teacher")
-    places = find_classes(names, known)
+    places = _places(names, present_classes(dataset, label_column=label_column), teacher)
     columns = {"image_column": image_column, "label_column": label_column}
     size = image_size or _common_size(dataset, teacher, **columns)
     options: dict[str, Any] = {"views": views, "transforms": transforms, "temperature": temperature}
     options |= {"batch_size": batch_size, "seed": seed}
-    parts = []
-    channels = 1 if teacher.config.num_channels == 1 else 3
-    reading: dict[str, Any] = {"num_channels": channels, "progress": progress, **columns}
+    rows: list[np.ndarray | dict[str, np.ndarray]] = []
+    channels = 1 if getattr(teacher.config, "num_channels", 3) == 1 else 3
+    reading: dict[str, Any] = {"num_channels": channels, "threads": default_threads(), "progress": progress, **columns}
     for group, batch in enumerate(iterate_pixels(dataset, image_size=size, batch_size=GROUP, **reading)):
         found = view_probabilities(teacher, batch.pixels, places=places, group=group, **options)
         if not found.isfinite().all():
@@ -123,7 +125,7 @@ def add_soft_labels(
                 f"The teacher's logits are not finite in row {row}: check its weights, or load it with "
                 "`dtype=torch.float32`."
             )
-        parts.append(found.cpu())
+        rows += [compact_row(row, top_k) for row in found.cpu().numpy()]
     told = {
         **(network_record(teacher) or {}),
         "views": views,
@@ -136,7 +138,6 @@ def add_soft_labels(
         "image_size": size,
     }
     told = {key: value for key, value in told.items() if value is not None}
-    rows = [compact_row(row, top_k) for row in torch.cat(parts).numpy()]
     return _with_column(dataset, SOFT, rows, stored, {"soft_labels": told})
 
 
@@ -225,11 +226,8 @@ def add_learned_labels(
     regularization = check_real("regularization", regularization, 0, open_low=True)
     _check_new(dataset, LEARNED)
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    names, present = (
-        class_names(dataset, label_column=label_column),
-        present_classes(dataset, label_column=label_column),
-    )
-    class_columns(present, targets.class_names, what="the targets")
+    names = class_names(dataset, label_column=label_column)
+    class_columns(present_classes(dataset, label_column=label_column), targets.class_names, what="the targets")
     places = class_columns(targets.class_names, names, what="the dataset that is labelled")
     if targets.second_moment is None or targets.num_classes < 2:
         raise ValueError(
@@ -262,15 +260,26 @@ def _check_new(dataset: object, column: str) -> None:
         )
 
 
+def _places(names: Sequence[str], present: Sequence[str], teacher: PreTrainedModel) -> list[int | None]:
+    """Where each class stands among the teacher's, which must know those that have images; None where it does not."""
+    config = teacher.config
+    found = class_mapping(names, config.id2label, config.num_labels, present=present, owner="teacher")
+    sure = dict(zip([name for name in names if name in set(present)], found, strict=True))
+    others = zip(names, find_classes(names, model_classes(teacher)), strict=True)
+    return [sure.get(name, None if place in found else place) for name, place in others]
+
+
 def _common_size(dataset: Dataset, teacher: PreTrainedModel, **columns: Any) -> int | None:
     """None where all images have one size, which they keep; the teacher's otherwise."""
     if len(image_sizes(dataset, **columns)) < 2:
         return None
-    size = teacher.config.image_size
+    size = ensure_preprocessing(teacher).config.image_size
     return int(size if isinstance(size, int) else min(size))
 
 
-def _with_column(dataset: Dataset, name: str, rows: list[Any], kind: object, told: Mapping[str, object]) -> Dataset:
+def _with_column(
+    dataset: Dataset, name: str, rows: Sequence[object], kind: object, told: Mapping[str, object]
+) -> Dataset:
     """The dataset with one more column of this type, its record with what is told of it."""
     record = {**(record_of(dataset) or {}), **told}
     labels = Dataset.from_dict({name: rows}, features=Features({name: kind}))
