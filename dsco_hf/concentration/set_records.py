@@ -174,7 +174,7 @@ def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] 
     return _without_none({**published_origin(name), "revision": revision, "sha256": sha256, "family": path})
 
 
-def network_record(model: Any) -> dict[str, Any] | None:
+def network_record(model: torch.nn.Module) -> dict[str, Any] | None:
     """Repository and commit of a network, or the name of its folder, and the SHA-256 of its weights."""
     name = _name_of(model)
     origin: dict[str, Any] = cached_origin(name) or {**published_origin(name), "revision": commit_of(model)}

@@ -136,7 +136,7 @@ class StoredPipeline(DiffusionPipeline):
         return pipe
 
     def save_pretrained(
-        self, save_directory: str | Path, safe_serialization: bool = True, push_to_hub: bool = False, **kwargs: Any
+        self, save_directory: str | Path, safe_serialization: bool = True, push_to_hub: bool = False, **kwargs: object
     ) -> None:
         """Writes the pipeline as safetensors, with the files through which diffusers finds the installed classes.
 
@@ -161,7 +161,7 @@ class StoredPipeline(DiffusionPipeline):
             line = f"from {module} import {class_name} as {class_name}\n"
             (folder / component / f"{module}.py").write_text(line, encoding="utf-8")
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs, **own)
+            self.push_to_hub(str(kwargs.pop("repo_id", folder.resolve().name)), **kwargs, **own)
 
     def push_to_hub(self, repo_id: str, **options: object) -> Any:
         """Publishes the pipeline with its card: `dsco_hf.publish_pipeline(self, repo_id, ...)`.
@@ -185,7 +185,7 @@ def embedded_folder(name: str) -> Path | None:
     return folder if known and not (Path(name) / INDEX).is_file() else None
 
 
-def named_as(name: str, pipe: Any, folder: Path) -> Any:
+def named_as(name: str, pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     """A pipeline that goes by a name in place of the folder where this installation has it, as do its components."""
     pipe.register_to_config(_name_or_path=name)
     for component, model in pipe.components.items():

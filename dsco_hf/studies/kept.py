@@ -87,7 +87,7 @@ class KeptSets:
         return self.folder / f"{name}.json"
 
 
-def passes_of(targets: Any) -> dict[str, int]:
+def passes_of(targets: object) -> dict[str, int]:
     """What making targets cost: `images` that were read, and images that passed through networks, by kind.
 
     Targets of several networks have passed every image through each of them; those of a generator, which read no

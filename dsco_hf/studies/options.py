@@ -211,7 +211,7 @@ class TargetsOptions(MatchOptions, SamplingOptions):
             raise ValueError("Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0`.")
 
     def matched(
-        self, pipe: DsCoPipeline, real: Any, folder: Path, *, accelerator: Accelerator, **decisive: Any
+        self, pipe: DsCoPipeline, real: Dataset | None, folder: Path, *, accelerator: Accelerator, **decisive: Any
     ) -> Targets | None:
         """Targets: loaded, or made by all processes together and kept in a folder; see `kept_targets` for errors.
 

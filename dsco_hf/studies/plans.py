@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -43,6 +43,7 @@ METHODS = ("plain", "nopt-classifier-only", "nopt", "nopt-data-free", "nopt-quan
 ALLOWED = (*METHODS, *PEERS)
 PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset
 OF_SAMPLING = ("num_inference_steps", "guidance_scale")
+Kept: TypeAlias = MatchingTargets | ClassStatistics
 DEFAULT_BUDGETS = (1, 10, 50)
 # What all sets of a study depend on beside models and images; the rest is about single sets.
 SHARED = (
@@ -390,8 +391,8 @@ class PlannedSets:
                     makers.setdefault(population, make)
         return makers
 
-    def _targets(self, name: str, make: Callable[..., Any]) -> Any:
-        def timed(accelerator: Accelerator, work_dir: Path) -> Any:
+    def _targets(self, name: str, make: Callable[..., Kept]) -> Kept:
+        def timed(accelerator: Accelerator, work_dir: Path) -> Kept:
             self.clock.say(f"targets: {name}")
             start = time.perf_counter()
             targets = make(progress=False, accelerator=accelerator, work_dir=work_dir)

@@ -241,7 +241,7 @@ def _update(digest: HASH, name: str, value: object) -> None:
         digest.update(f"\0{name} {json.dumps(value, sort_keys=True, default=_as_record)}".encode())
 
 
-def _as_record(value: Any) -> object:
+def _as_record(value: DataclassInstance) -> object:
     """A dataclass as JSON values; by its own account if it has one, which stays the same when it gets a new field."""
     return value.as_record() if hasattr(value, "as_record") else dataclasses.asdict(value)
 

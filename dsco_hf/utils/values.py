@@ -139,9 +139,9 @@ class Choice(abc.ABC):
         return kind(**fields)
 
     @classmethod
-    def told(cls, given: Any) -> dict[str, Any]:
+    def told(cls, given: object) -> dict[str, Any]:
         """Name and fields that are given: a name, a record, or the text of one (YAML or JSON); errors as of `of`."""
-        record = given
+        record: object = given
         if isinstance(given, str):
             try:
                 record = NumberLoader(given).get_single_data() if given.lstrip().startswith("{") else {"name": given}

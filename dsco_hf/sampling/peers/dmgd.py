@@ -56,7 +56,7 @@ class DMGD(FromCentroids, SamplingMethod):
         check_real("stop", self.stop, 0, 1)
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        """Finds the centroids and shares of each class."""
+        """Finds the centroids `(K, M, C, h, w)` and shares `(K, M)` of the K classes, M of each."""
         present, index = call.labels.unique(return_inverse=True)
         rows = call.targets.rows_of(present.tolist())
         own = [call.targets.tensors[name][rows].to(call.labels.device) for name in ("centroids", "shares")]

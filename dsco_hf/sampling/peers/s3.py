@@ -58,7 +58,7 @@ class S3(SamplingMethod):
         """Its features are compared."""
         return True
 
-    def check(self, pipe: DiffusionPipeline, targets: Any) -> None:
+    def check(self, pipe: DiffusionPipeline, targets: object) -> None:
         """Raises ValueError without a classifier, or for anything but means of its features."""
         need_teacher(self.name, pipe)
         check_statistics(self.name, "features", targets, {"means": (feature_dim(pipe.classifier),)})
@@ -80,7 +80,7 @@ class S3(SamplingMethod):
         return mean_features(given, pipe, **options)
 
     def choose(self, call: Call, latents: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """The chosen set of each class, in the order of `call.wanted`."""
+        """The chosen set of each class, `(N,)`, in the order of `call.wanted`."""
         features = []
         for part in pixels.split(call.batch_size):
             call.passed("classifier", len(part))

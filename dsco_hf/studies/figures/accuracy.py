@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike
@@ -210,8 +211,7 @@ def draw_accuracy(results: Mapping[str, Any]) -> Figure:
     axes.set_title(
         f"{dataset_title(results)}: {network} trained from scratch on small sets", loc="left", fontsize=10.5
     )
-    containers: Any = axes.containers
-    lines = [container.lines[0] for container in containers]  # without error bars
+    lines = [bars.lines[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)]  # without their bars
     labels = [style.label for style in styles.values()]
     figure.legend(
         lines,
