@@ -4,6 +4,7 @@ from .concentration.additions.doping import dope, recorded_doping, select
 from .concentration.additions.soft_labels import add_learned_labels, add_soft_labels
 from .concentration.concentrate import ConcentrationReport, concentrate, concentrate_and_report
 from .concentration.records import concentration_record
+from .concentration.run_folder import RunSession
 from .concentration.runs import concentrate_to_folder
 from .concentration.selection import (
     AUM,
@@ -103,6 +104,7 @@ __all__ = [
     "Released",
     "Ridge",
     "RidgeRule",
+    "RunSession",
     "Sampling",
     "SamplingMethod",
     "SearchPlan",

@@ -11,6 +11,7 @@ then renamed, so that it is whole or absent; what a killed run leaves behind is 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from accelerate import Accelerator
 from datasets import Dataset, DatasetInfo, Features
 from tqdm.auto import tqdm
 
@@ -33,6 +35,7 @@ from ..data.schema import nearest
 from ..data.shards import embedded, file_sha256
 from ..sampling.call import Sampling
 from ..sampling.flat import from_flat
+from ..utils.configs import make_accelerator
 from ..utils.files import (
     DamagedFileError,
     explained,
@@ -45,7 +48,7 @@ from ..utils.files import (
     write_json,
 )
 from ..utils.origins import differences, in_words
-from ..utils.values import plain
+from ..utils.values import plain, plain_fields
 from .concentrate import Unit, plan_units
 
 
@@ -56,6 +59,29 @@ FORMAT_VERSION = 1
 _SIZES = ("num_classes", "images_per_class", "block_size", "images_per_call")
 _FIXED = {*_SIZES, "seed", "class_labels", "class_names"}
 _LATER = {"versions", "measure_by"}  # which folders of older versions did not note
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSession:
+    """How the processes of a launch work at a run.
+
+    Attributes:
+        cpu_threads (`int`): threads of a process that computes on the CPU. Part of a run's settings, as their number
+            changes the last bits of sums; use several processes to use several cores.
+        max_hours (`float`, *optional*): no unit is begun that would probably not end within this time.
+        accept_changed (sequence of `str`): settings that may differ from those the folder was started with, after a
+            repair for example: `["models.transformer"]`. What is drawn stays, and the change is noted.
+        accelerator (`Accelerator`): connects the processes.
+    """
+
+    cpu_threads: int = 1
+    max_hours: float | None = None
+    accept_changed: Sequence[str] = ()
+    accelerator: Accelerator = dataclasses.field(default_factory=make_accelerator)
+
+    def __post_init__(self) -> None:
+        """Refuses numbers out of range."""
+        plain_fields(self, cpu_threads=1, max_hours=0)
 
 
 class RunFolder:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 
 from ..generators.failures import NonFiniteError
@@ -22,7 +21,6 @@ from ..matching.discrepancy import PreviousBlocks, random_discrepancy
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
 from ..sampling.pipeline import DsCoPipeline
-from ..utils.configs import make_accelerator
 from ..utils.origins import model_sha256, targets_sha256, versions
 from ..utils.processes import RunError, Team
 from ..utils.values import plain_arguments
@@ -41,7 +39,7 @@ from .concentrate import (
     targets_in,
     to_dataset,
 )
-from .run_folder import RunFolder, RunProgress, unit_name
+from .run_folder import RunFolder, RunProgress, RunSession, unit_name
 from .set_records import drawn_record, with_record
 
 
@@ -117,7 +115,7 @@ class RunResult:
         return with_record(rows, self.record) if self.record else rows
 
 
-@plain_arguments(images_per_class=1, block_size=1, images_per_call=1, cpu_threads=1, max_hours=0)
+@plain_arguments(images_per_class=1, block_size=1, images_per_call=1)
 def concentrate_to_folder(
     pipe: DsCoPipeline,
     targets: Given,
@@ -129,10 +127,7 @@ def concentrate_to_folder(
     block_size: int = BLOCK_SIZE,
     images_per_call: int = IMAGES_PER_CALL,
     measure_by: MatchingTargets | None = None,
-    cpu_threads: int = 1,
-    max_hours: float | None = None,
-    accept_changed: Sequence[str] = (),
-    accelerator: Accelerator | None = None,
+    session: RunSession | None = None,
     progress: bool = True,
     **options: object,
 ) -> RunResult:
@@ -156,12 +151,7 @@ def concentrate_to_folder(
         images_per_call (`int`): several small classes are drawn in one call of at most this many images. Smaller calls
             are more units, which can occupy more processes.
         measure_by (`MatchingTargets`, *optional*): targets to measure the discrepancy by; `targets` if None.
-        cpu_threads (`int`): threads of a process that computes on the CPU. Part of the settings, as their number
-            changes the last bits of sums; use several processes to use several cores.
-        max_hours (`float`, *optional*): no unit is begun that would probably not end within this time.
-        accept_changed (sequence of `str`): settings that may differ from those the folder was started with, after a
-            repair for example: `["models.transformer"]`. What is drawn stays, and the change is noted.
-        accelerator (`Accelerator`, *optional*): connects the processes; `make_accelerator()` if None.
+        session ([`RunSession`], *optional*): how the processes work: until when, with how many threads, ...
         progress (`bool`): show a progress bar over all processes.
         options: of [`Sampling.of`], as in [`concentrate_and_report`].
 
@@ -173,8 +163,8 @@ def concentrate_to_folder(
         TypeError, ValueError: for arguments that cannot work, or settings other than those the folder was started
             with.
     """
-    accelerator, sampling = accelerator or make_accelerator(), Sampling.of(**options)
-    shared: dict[str, Any] = {"accelerator": accelerator, "seed": seed, "progress": progress}
+    session, sampling = session or RunSession(), Sampling.of(**options)
+    shared: dict[str, Any] = {"accelerator": session.accelerator, "seed": seed, "progress": progress}
     shared["images_per_class"] = images_per_class
     matched = targets_in(pipe, targets, sampling, Path(folder) / "targets", **shared)
     sampler = UnitSampler(pipe, matched, sampling, seed=seed, class_labels=class_labels)
@@ -184,15 +174,15 @@ def concentrate_to_folder(
         "num_classes": len(sampler.class_names), "seed": seed,
     }  # fmt: skip
     units = _units(numbers)
-    team = Team(accelerator)
-    run = _Run(RunFolder(folder), team, sampler, units, judge, max_hours, progress)
-    with team, contextlib.ExitStack() as held, _threads(pipe.device, cpu_threads):
+    team = Team(session.accelerator)
+    run = _Run(RunFolder(folder), team, sampler, units, judge, session.max_hours, progress)
+    with team, contextlib.ExitStack() as held, _threads(pipe.device, session.cpu_threads):
         settings = team.from_main(
-            lambda: numbers | run_settings(sampler, cpu_threads=cpu_threads, measure_by=measure_by),
+            lambda: numbers | run_settings(sampler, cpu_threads=session.cpu_threads, measure_by=measure_by),
             "describing the models",
         )
         team.from_main(lambda: held.enter_context(run.folder.locked()), "locking the folder")
-        team.from_main(lambda: run.folder.begin(settings, accept_changed=accept_changed), "opening the folder")
+        team.from_main(lambda: run.folder.begin(settings, accept_changed=session.accept_changed), "opening the folder")
         return run.go(settings)
 
 

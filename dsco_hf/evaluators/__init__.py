@@ -2,7 +2,7 @@
 
 from .augmentation import Augmented, augment
 from .batches import accuracy, check_same_classes, class_columns, model_classes
-from .evaluation import ImageSet, job_identity, load_image_set, run_job, summarise, train_job
+from .evaluation import ImageSet, TrainingJob, load_image_set, run_job, summarise, train_job
 from .models import (
     ARCHITECTURES,
     ConvNetConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "ImageSet",
     "Protocol",
     "TrainingDivergedError",
+    "TrainingJob",
     "TrainingResult",
     "accuracy",
     "augment",
@@ -38,7 +39,6 @@ __all__ = [
     "check_same_classes",
     "class_columns",
     "get_protocol",
-    "job_identity",
     "load_image_set",
     "model_classes",
     "predict_logits",

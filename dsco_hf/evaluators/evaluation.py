@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..data.pixels import default_image_size
 from ..data.shards import HALF_LEAST
 from ..utils.files import DamagedFileError, read_json, write_json
 from ..utils.origins import differences, identity, in_words, versions
-from ..utils.values import plain, plain_arguments
+from ..utils.values import plain, plain_arguments, plain_fields
 from .batches import ImageSet as ImageSet
 from .batches import class_columns
 from .models import build_evaluator, is_own_architecture
@@ -210,50 +211,76 @@ def evaluator_builder(
     return build
 
 
-@plain_arguments()
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training from scratch: all that decides its result, beside the images and the versions.
+
+    Attributes:
+        architecture (`str`): see `build_evaluator`.
+        protocol (`Protocol`), seed (`int`), teacher (`PreTrainedModel`, *optional*), execution ([`Execution`]),
+            track_best (`bool`): as for `train_evaluator`.
+        overrides (mapping): values of the network's configuration.
+    """
+
+    architecture: str
+    protocol: Protocol
+    seed: int = 0
+    teacher: PreTrainedModel | None = None
+    execution: Execution = field(default_factory=Execution)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    track_best: bool = False
+
+    def __post_init__(self) -> None:
+        """Takes the numbers of NumPy and torch, too."""
+        plain_fields(self)
+
+    def identity(self, train: ImageSet, test: ImageSet) -> dict[str, Any]:
+        """All that decides what [`train_job`] returns for these images, beside its times."""
+        return identity(
+            images=train.digest, test_images=test.digest, architecture=self.architecture, options=self.overrides,
+            protocol=self.protocol, seed=self.seed, teacher=self.teacher, track_best=self.track_best,
+            mixed_precision=self.execution.accelerator.mixed_precision, compiled=self.execution.compiled,
+            versions=versions(),
+        )  # fmt: skip
+
+
 def train_job(
+    job: TrainingJob,
     train: ImageSet,
     test: ImageSet,
     *,
-    architecture: str,
-    seed: int,
-    protocol: Protocol,
-    teacher: PreTrainedModel | None = None,
-    accelerator: Accelerator,
-    compiled: bool = False,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
-    overrides: Mapping[str, Any] | None = None,
-    track_best: bool = False,
     save_to: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Trains and tests one network; arguments as for `train_evaluator`.
+    """Trains and tests one network.
+
+    Args:
+        job ([`TrainingJob`]): what is trained, and how.
+        train (`ImageSet`): to train on.
+        test (`ImageSet`): to test on.
+        checkpoint (`Path`, *optional*): as for `train_evaluator`, like `checkpoint_seconds`, `on_epoch`, `progress`.
+        checkpoint_seconds (`float`): see there.
+        save_to (`Path`, *optional*): where to store the network.
+        on_epoch (`Callable`, *optional*): see there.
+        progress (`bool`): see there.
 
     Returns:
         `dict`: what `summarise` collects: accuracy (of the last epoch), accuracy_best, loss, seconds and speed;
         and which test images are right, see [`unpacked`].
     """
     result = train_evaluator(
-        evaluator_builder(architecture, train, protocol, **(overrides or {})),
-        train,
-        protocol=protocol,
-        seed=seed,
-        test=test,
-        teacher=teacher,
-        execution=Execution(accelerator, compiled=compiled),
-        checkpoint=checkpoint,
-        checkpoint_seconds=checkpoint_seconds,
-        track_best=track_best,
-        on_epoch=on_epoch,
-        progress=progress,
-    )
+        evaluator_builder(job.architecture, train, job.protocol, **job.overrides), train, protocol=job.protocol,
+        seed=job.seed, test=test, teacher=job.teacher, execution=job.execution, track_best=job.track_best,
+        checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, on_epoch=on_epoch, progress=progress,
+    )  # fmt: skip
     if save_to is not None:
         save_network(result.model, save_to)
     return {
-        "architecture": architecture,
-        "seed": seed,
+        "architecture": job.architecture,
+        "seed": job.seed,
         "accuracy": result.accuracy,
         "accuracy_best": result.accuracy_best,
         "loss": result.loss,
@@ -295,7 +322,7 @@ def run_job(
     Args:
         key (`str`): its name, fit for a file name.
         run (`Callable`): does the job of that name, with a path for its checkpoint.
-        settings (`Callable`): all that decides the job's result, by name; see [`job_identity`].
+        settings (`Callable`): all that decides the job's result, by name; see [`TrainingJob.identity`].
         folder (`str` or `Path`): shared by the processes; `<key>.json` is the result.
 
     Raises:
@@ -319,35 +346,6 @@ def run_job(
     result = {**run(key, checkpoint), "settings": wanted}
     write_json(path, plain(result))
     checkpoint.unlink(missing_ok=True)
-
-
-def job_identity(
-    train: ImageSet,
-    test: ImageSet,
-    *,
-    architecture: str,
-    seed: int,
-    protocol: Protocol,
-    teacher: PreTrainedModel | None,
-    accelerator: Accelerator,
-    compiled: bool = False,
-    overrides: Mapping[str, Any] | None = None,
-    track_best: bool = False,
-) -> dict[str, Any]:
-    """All that decides what [`train_job`] returns, beside its times; arguments as there."""
-    return identity(
-        images=train.digest,
-        test_images=test.digest,
-        architecture=architecture,
-        options=overrides or {},
-        protocol=protocol,
-        seed=seed,
-        teacher=teacher,
-        mixed_precision=accelerator.mixed_precision,
-        compiled=compiled,
-        track_best=track_best,
-        versions=versions(),
-    )
 
 
 def read_job(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..concentration.records import (
     library_versions,
     record_parameters,
 )
+from ..concentration.run_folder import RunSession
 from ..concentration.runs import RunResult, concentrate_to_folder
 from ..data.shards import rows_sha256
 from ..matching.targets import MatchingTargets
@@ -307,8 +308,8 @@ class Job:
         return cls(pipe, targets, parameters, record["seed"], threads, method, record.get("source"), origin=origin)
 
     def draw(self, folder: str | Path, **session: Any) -> RunResult:
-        """Draws into a run folder, or goes on there; see `concentrate_to_folder`, of which `session` are arguments."""
-        options = {**self.parameters, "seed": self.seed, "cpu_threads": self.cpu_threads, **session}
+        """Draws into a run folder, or goes on there; `session` is as of `RunSession`. See `concentrate_to_folder`."""
+        options = {**self.parameters, "seed": self.seed, "session": RunSession(self.cpu_threads, **session)}
         return concentrate_to_folder(self.pipe, self.targets, options.pop("images_per_class"), folder, **options)
 
     def save(self, result: RunResult, folder: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ from ..concentration.selection import Herding
 from ..data.datasets import Pool, find_columns, load_image_dataset
 from ..data.pixels import image_sizes
 from ..evaluators import (
+    Execution,
     ImageSet,
     Protocol,
+    TrainingJob,
     get_protocol,
-    job_identity,
     load_image_set,
     protocol_to_dict,
     run_job,
@@ -76,7 +78,8 @@ class Study:
         clock ([`~dsco_hf.utils.progress.Clock`], *optional*): when it is over, nothing new is begun.
         models (`str` or `Path`, *optional*): where to store the trained networks.
         on_epoch (`Callable`, *optional*): is told the training's name and its figures after every epoch.
-        training: of [`~dsco_hf.evaluators.train_job`]: overrides, compiled, checkpoint_seconds, track_best, progress.
+        training: overrides and track_best of [`~dsco_hf.evaluators.TrainingJob`], compiled of
+            [`~dsco_hf.evaluators.Execution`], checkpoint_seconds and progress of [`~dsco_hf.evaluators.train_job`].
     """
 
     def __init__(
@@ -103,10 +106,11 @@ class Study:
         self.accelerator = accelerator or make_accelerator()
         self.clock = clock or Clock(self.accelerator)
         self.models, self.on_epoch = None if models is None else Path(models), on_epoch
-        shown = training.pop("progress", False)
-        shared = {"protocol": self.protocol, "teacher": teacher, "accelerator": self.accelerator}
-        self._decisive = {**shared, **training}  # all that decides a result, beside the images and the network
-        self._further = {"progress": shown, "checkpoint_seconds": self._decisive.pop("checkpoint_seconds", 60.0)}
+        watched = ("progress", "checkpoint_seconds")
+        self._watched = {name: training.pop(name) for name in watched if name in training}
+        execution = Execution(self.accelerator, compiled=training.pop("compiled", False))
+        job: dict[str, Any] = {"protocol": self.protocol, "teacher": teacher, "execution": execution, **training}
+        self._jobs = {network: TrainingJob(network, **job) for network in self.architectures}
 
     def run(self, **told: Any) -> dict[str, Any] | None:
         """Trains what is left and writes results.json.
@@ -168,21 +172,20 @@ class Study:
         images = self.sets[name]
         return images(seed) if callable(images) else images
 
-    def _job(self, key: str) -> tuple[ImageSet, dict[str, Any]]:
+    def _job(self, key: str) -> tuple[TrainingJob, ImageSet]:
         name, network, seed = self.jobs()[key]
-        return self.images(name, seed), {"architecture": network, "seed": seed, **self._decisive}
+        return dataclasses.replace(self._jobs[network], seed=seed), self.images(name, seed)
 
     def _train(self, key: str, checkpoint: Path) -> dict[str, Any]:
-        images, options = self._job(key)
-        tell = self.on_epoch
+        tell, save_to = self.on_epoch, None if self.models is None else self.models / key
         return train_job(
-            images, self.test, checkpoint=checkpoint, save_to=None if self.models is None else self.models / key,
-            on_epoch=tell and (lambda figures: tell(key, figures)), **options, **self._further,
+            *self._job(key), self.test, checkpoint=checkpoint, save_to=save_to,
+            on_epoch=tell and (lambda figures: tell(key, figures)), **self._watched,
         )  # fmt: skip
 
     def _settings(self, key: str) -> dict[str, Any]:
-        images, options = self._job(key)
-        return job_identity(images, self.test, **options) | {"save_models": self.models is not None}
+        job, images = self._job(key)
+        return job.identity(images, self.test) | {"save_models": self.models is not None}
 
     def _groups(self) -> Iterator[tuple[str, int, list[str]]]:
         """Rows of the table: method, images per class, and the sets by their names."""

@@ -40,7 +40,15 @@ from transformers import PreTrainedModel
 
 from dsco_hf import RKHS, DsCoPipeline, MatchingTargets, build_evaluator, concentrate, load_digits_dataset, select
 from dsco_hf.data.datasets import load_pixels
-from dsco_hf.evaluators import Execution, get_protocol, load_image_set, predict_logits, train_evaluator, train_job
+from dsco_hf.evaluators import (
+    Execution,
+    TrainingJob,
+    get_protocol,
+    load_image_set,
+    predict_logits,
+    train_evaluator,
+    train_job,
+)
 from dsco_hf.evaluators.augmentation import RandomShift
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.generators.training import train_generator
@@ -266,11 +274,8 @@ def train_one(task: tuple[Dataset, int, int]) -> float:
     protocol = get_protocol("quick", steps=steps, augmentation=(RandomShift(1),))
     images = load_image_set(rows, protocol=protocol, num_channels=1)
     kept = load_image_set(split_digits()[1], protocol=protocol, test_for=images, num_channels=1)
-    job = train_job(
-        images, kept, seed=seed, protocol=protocol, accelerator=Accelerator(), architecture="convnet-2",
-        overrides={"width": 64},
-    )  # fmt: skip
-    return job["accuracy"]
+    job = TrainingJob("convnet-2", protocol, seed, overrides={"width": 64})
+    return train_job(job, images, kept)["accuracy"]
 
 
 def mean_discrepancy(

@@ -33,7 +33,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch.nn import functional as F
@@ -54,7 +53,7 @@ from dsco_hf import (
     train_evaluator,
 )
 from dsco_hf.data.datasets import class_names
-from dsco_hf.evaluators import predict_logits, train_job
+from dsco_hf.evaluators import Execution, TrainingJob, predict_logits, train_job
 from dsco_hf.evaluators.augmentation import HorizontalFlip, RandomShift
 from dsco_hf.evaluators.protocols import Protocol
 from dsco_hf.matching.discrepancy import embed_pixels
@@ -213,7 +212,7 @@ def rows_of(
     teacher: PreTrainedModel,
 ) -> list[dict[str, Any]]:
     """A row for every network and kind of labels."""
-    rows, accelerator = [], Accelerator()
+    rows, execution = [], Execution()
     for network in options.networks:
         found: dict[str, list[float]] = {}
         for name, changes in LABELS.items():
@@ -221,11 +220,8 @@ def rows_of(
             for seed, ways in sets.items():
                 images = load_image_set(ways[name], protocol=own, num_channels=tested.pixels.shape[1])
                 asked = teacher if own.label_type == "teacher" else None
-                job = train_job(
-                    images, tested, architecture=network, seed=seed, protocol=own, teacher=asked,
-                    accelerator=accelerator, overrides=NETWORKS[network],
-                )  # fmt: skip
-                found.setdefault(name, []).append(100 * job["accuracy"])
+                job = TrainingJob(network, own, seed, asked, execution, NETWORKS[network])
+                found.setdefault(name, []).append(100 * train_job(job, images, tested)["accuracy"])
             rows.append(row_of(network, budget, name, found))
     return rows
 

@@ -22,7 +22,7 @@ from dsco_hf import (
     concentrate_and_report,
 )
 from dsco_hf.concentration.concentrate import Unit, divide, plan_units
-from dsco_hf.concentration.run_folder import RunFolder
+from dsco_hf.concentration.run_folder import RunFolder, RunSession
 from dsco_hf.concentration.runs import concentrate_to_folder
 from dsco_hf.utils.origins import model_sha256, targets_sha256
 from dsco_hf.utils.processes import RunError
@@ -156,7 +156,7 @@ def test_other_settings_are_refused_by_name(pipe, targets, make, tmp_path):
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"method": NOpt(start=0.0, step_size=0.5)}, "options.method.step_size: 1.0 there, 0.5 now"),
         ({"images_per_call": 4}, "images_per_call: 2 there, 4 now"),
-        ({"cpu_threads": 2}, "cpu_threads: 1 there, 2 now"),
+        ({"session": RunSession(cpu_threads=2)}, "cpu_threads: 1 there, 2 now"),
     ):
         with pytest.raises(ValueError, match=named):
             concentrate_to_folder(pipe, targets, 2, tmp_path, **{**OPTIONS, **change})
@@ -197,7 +197,8 @@ def test_values_that_are_not_finite_fail_their_unit_only(pipe, targets, tmp_path
         table.copy_(sound)
     with pytest.raises(ValueError, match="models.transformer"):
         concentrate_to_folder(pipe, targets, 4, tmp_path, **OPTIONS)
-    repaired = concentrate_to_folder(pipe, targets, 4, tmp_path, accept_changed=["models"], **OPTIONS)
+    session = RunSession(accept_changed=["models"])
+    repaired = concentrate_to_folder(pipe, targets, 4, tmp_path, session=session, **OPTIONS)
     assert repaired.finished and repaired.session["images"] == 4 and same_rows(repaired.dataset(), expected)
     assert repaired.changes[0]["finished_units"] == 4 and list(repaired.changes[0]["settings"]) == [
         "models.transformer"
@@ -212,15 +213,15 @@ def test_one_bad_class_is_named_among_those_of_its_unit(pipe, targets, tmp_path)
 
 
 def test_the_time_limit(pipe, targets, tmp_path):
-    result = concentrate_to_folder(pipe, targets, 4, tmp_path, max_hours=0, **OPTIONS)
+    result = concentrate_to_folder(pipe, targets, 4, tmp_path, session=RunSession(max_hours=0), **OPTIONS)
     assert result.stopped and result.finished_units == 0 and not result.finished
     assert "Stopped by the time limit: 0 of 6 units are finished. Run the same command again" in result.message
     assert log_of(tmp_path, "stopped")
-    result = concentrate_to_folder(pipe, targets, 4, tmp_path, max_hours=1.0, **OPTIONS)
+    result = concentrate_to_folder(pipe, targets, 4, tmp_path, session=RunSession(max_hours=1.0), **OPTIONS)
     assert result.finished and not result.stopped
     for wrong in (-1, float("nan")):
         with pytest.raises(ValueError, match="`max_hours` must be"):
-            concentrate_to_folder(pipe, targets, 4, tmp_path, max_hours=wrong, **OPTIONS)
+            RunSession(max_hours=wrong)
 
 
 def test_work_is_divided_by_cost():
@@ -278,7 +279,7 @@ def test_options_are_checked_before_any_work(pipe, targets, tmp_path):
     with pytest.raises(TypeError, match="no option `callback_on_step_end`"):
         concentrate_to_folder(pipe, targets, 2, tmp_path / "run", callback_on_step_end=print)
     with pytest.raises(ValueError, match="`cpu_threads` must be a whole number of at least 1, got 0"):
-        concentrate_to_folder(pipe, targets, 2, tmp_path / "run", cpu_threads=0)
+        RunSession(cpu_threads=0)
     with pytest.raises(ValueError, match="`images_per_class` must be"):
         concentrate_to_folder(pipe, targets, 0, tmp_path / "run")
     assert not (tmp_path / "run").exists()

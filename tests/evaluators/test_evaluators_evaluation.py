@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
 from dsco_hf.data.datasets import images_from_pixels
 from dsco_hf.evaluators import (
+    TrainingJob,
     get_protocol,
     load_image_set,
     run_job,
@@ -68,7 +68,7 @@ def test_stored_soft_labels():
     train = load_image_set(data, protocol=stored, num_channels=1)
     assert torch.allclose(train.soft_labels, torch.from_numpy(soft))
     assert load_image_set(data, protocol=QUICK, num_channels=1).soft_labels is None
-    job = train_job(train, train, architecture="convnet-2", seed=0, protocol=stored, accelerator=Accelerator())
+    job = train_job(TrainingJob("convnet-2", stored), train, train)
     assert 0 <= job["accuracy"] <= 1
     with pytest.raises(ValueError, match="no soft labels in a column 'soft_label'.*'image', 'label'"):
         load_image_set(dataset(), protocol=stored, num_channels=1)

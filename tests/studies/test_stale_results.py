@@ -15,6 +15,7 @@ from conftest import NAMES, striped_images
 from dsco_hf import (
     DsCoPipeline,
     MatchingTargets,
+    RunSession,
     build_evaluator,
     concentrate,
     concentrate_to_folder,
@@ -22,7 +23,7 @@ from dsco_hf import (
     train_evaluator,
 )
 from dsco_hf.data.datasets import dataset_fingerprint
-from dsco_hf.evaluators import Execution, job_identity, load_image_set, run_job, train_job
+from dsco_hf.evaluators import Execution, TrainingJob, load_image_set, run_job, train_job
 from dsco_hf.generators.data import TrainingData
 from dsco_hf.matching.kept import kept_targets, pipeline_identity
 from dsco_hf.studies.kept import KeptSets, kept_check
@@ -125,17 +126,17 @@ def test_the_checkpoint_of_a_training(changed, make, tmp_path, other_versions):
 def test_the_job_of_an_evaluator(changed, make, tmp_path, other_versions):
     images = load_image_set(striped_images((4, 4, 4)), protocol=QUICK, num_channels=1)
     job = {
-        "architecture": "convnet-2", "overrides": {"width": 4}, "seed": 0, "accelerator": Accelerator(),
+        "architecture": "convnet-2", "overrides": {"width": 4}, "execution": Execution(Accelerator()),
         "protocol": dataclasses.replace(QUICK, label_type="teacher"), "teacher": make.convnet(),
     }  # fmt: skip
     sets, done = [images, images], []
 
     def run(key, checkpoint):
         done.append(key)
-        return train_job(*sets, **job)
+        return train_job(TrainingJob(**job), *sets)
 
     def ask():
-        run_job("job", run, settings=lambda key: job_identity(*sets, **job), folder=tmp_path)
+        run_job("job", run, settings=lambda key: TrainingJob(**job).identity(*sets), folder=tmp_path)
 
     ask()
     if changed == "images":
@@ -149,14 +150,14 @@ def test_the_job_of_an_evaluator(changed, make, tmp_path, other_versions):
     elif changed == "teacher's preprocessing":
         job["teacher"].config.image_std = [0.25]
     elif changed == "precision":
-        job["accelerator"] = half("bf16")
+        job["execution"] = Execution(half("bf16"))
     elif changed == "versions":
         other_versions()
     elif changed != "nothing":
         job |= {
             "architecture": {"architecture": "convnet-1"}, "options": {"overrides": {"width": 5}}, "seed": {"seed": 1},
             "protocol": {"protocol": dataclasses.replace(QUICK, label_type="teacher", weight_decay=0.5)},
-            "compiled": {"compiled": True}, "best": {"track_best": True},
+            "compiled": {"execution": Execution(Accelerator(), compiled=True)}, "best": {"track_best": True},
         }[changed]  # fmt: skip
     if changed == "nothing":
         ask()
@@ -355,5 +356,5 @@ def test_a_run_folder(changed, pipe, targets, tmp_path, other_versions):
     with pytest.raises(ValueError, match=f"holds a run with other settings .*{name}: .*accept_changed=.*{name}"):
         concentrate_to_folder(pipe, targets, 1, tmp_path, **judge, **options)
     if changed != "dtype":
-        accepted = {"accept_changed": [changed], **judge, **options}
+        accepted = {"session": RunSession(accept_changed=[changed]), **judge, **options}
         assert concentrate_to_folder(pipe, targets, 1, tmp_path, **accepted).session["images"] == 0

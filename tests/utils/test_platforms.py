@@ -48,8 +48,8 @@ import numpy as np, PIL.Image
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from dsco_hf import (
-    DsCoPipeline, Execution, ImageSet, MatchingTargets, build_evaluator, concentrate_to_folder, dope, get_protocol,
-    load_digits_dataset, save_dataset_folder, train_evaluator, verify,
+    DsCoPipeline, Execution, ImageSet, MatchingTargets, RunSession, build_evaluator, concentrate_to_folder, dope,
+    get_protocol, load_digits_dataset, save_dataset_folder, train_evaluator, verify,
 )
 from dsco_hf.concentration.concentrate import peak_memory_bytes
 from dsco_hf.utils.configs import keep_freed_memory
@@ -83,7 +83,7 @@ targets = MatchingTargets.from_dataset(real, pipe, embedding_dim=16, work_dir=wo
 targets.save_pretrained(work / "targets")
 run = concentrate_to_folder(
     pipe, MatchingTargets.from_pretrained(work / "targets"), 1, work / "run", num_inference_steps=2,
-    guidance_scale=1.0, accelerator=accelerator, progress=False,
+    guidance_scale=1.0, session=RunSession(accelerator=accelerator), progress=False,
 )
 save_dataset_folder({"ipc1": run.dataset()}, work / "set")
 verify(work / "set")
