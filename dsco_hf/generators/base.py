@@ -309,18 +309,22 @@ def register_denoiser(family: _Family) -> _Family:
     return family
 
 
+def _takes(network: nn.Module | None) -> type[Denoiser] | None:
+    """The newest family that takes a network as it is."""
+    return next((family for family in reversed(FAMILIES.values()) if isinstance(network, family.kinds)), None)
+
+
 def family_of(network: nn.Module | None) -> type[Denoiser]:
     """The family that takes a network.
 
     Raises:
         ValueError: if there is none.
     """
-    own = network
-    if isinstance(network, nn.Module):  # compiled, or wrapped for several processes
-        own = extract_model_from_parallel(network, keep_torch_compile=False)
-    for family in reversed(FAMILIES.values()):
-        if isinstance(own, family.kinds):
-            return family
+    found = _takes(network)
+    if found is None and isinstance(network, nn.Module):  # compiled, or wrapped for several processes
+        found = _takes(extract_model_from_parallel(network, keep_torch_compile=False))
+    if found is not None:
+        return found
     known = ", ".join(kind.__name__ for family in FAMILIES.values() for kind in family.kinds)
     raise ValueError(
         f"No family of denoisers takes a {type(network).__name__}; there are some for {known}. Write one for it, see "

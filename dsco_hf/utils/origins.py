@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -139,13 +140,16 @@ LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "pillow")  # whose
 
 def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Versions of the libraries that compute: other ones may draw, train and decode otherwise."""
-    found = {}
-    for name in libraries:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            continue
-    return found
+    return {name: found for name in libraries if (found := _version(name)) is not None}
+
+
+@functools.cache
+def _version(name: str) -> str | None:
+    """Kept: to look it up takes as long as a step of a small network."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return None
 
 
 def fingerprint(*parts: object, **named: object) -> str:
