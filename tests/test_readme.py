@@ -10,7 +10,8 @@ from hub.samples import TOKEN
 
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "docs/matching.md")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+SKETCHES = ("docs/architecture.md",)  # of a network that the reader has
 # What a machine without a GPU, and a test, changes: where it runs, and how many images are drawn.
 SMALLER = {
     '.to("cuda")': '.to("cpu")',
@@ -73,19 +74,16 @@ DsCoPipeline(
 RUN = """
 import huggingface_hub
 from pathlib import Path
-scope, start = {}, None
+scope, start, zoo = {}, None, None
 for title, block in blocks:
-    if title.startswith("docs/") and scope["pipe"] is not start["pipe"]:
-        scope = dict(start)  # docs go on from the first examples of the README
+    if start and scope["pipe"] is not start["pipe"]:
+        scope = dict(start)  # docs go on from the examples of the README
     if "<commit>" in block:
         block = block.replace("<commit>", huggingface_hub.HfApi().dataset_info("user/imagenette-dsco").sha)
     exec(compile(block, title, "exec"), scope)
-    start = start or dict(scope)
-    if "small" in scope and not Path("outputs/quickstart").exists():
-        from dsco_hf.hub.folder import save_dataset_folder
-        save_dataset_folder({"ipc10": scope["small"]}, "outputs/quickstart/dataset")
+    start, zoo = start or dict(scope), scope.get("zoo", zoo)
 names = {key: start[key].features["label"].names for key in ("small", "real")}
-return {**names, "zoo": scope["zoo"].features["label"].names, "stored": start["mixed"].column_names}
+return {**names, "zoo": zoo.features["label"].names, "stored": start["mixed"].column_names}
 """
 
 
@@ -103,14 +101,40 @@ def python_blocks(path):
     return blocks
 
 
+def test_the_first_example_runs_alone(capsys):
+    """On the pipeline that the package brings, without a Hub."""
+    title, block = python_blocks("README.md")[0]
+    exec(compile(block, title, "exec"), {})
+    assert 0.4 < float(re.search(r": ([0-9.]+)%", capsys.readouterr().out)[1]) / 100 < 1
+
+
+def test_readme_is_short_and_names_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert not [page for page in PAGES if f"]({page}" not in text]
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_links_between_pages_lead_somewhere(page):
+    """Files, and headings as GitHub names them."""
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            file, _, heading = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), link
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                names = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+                assert heading in names, link
+
+
 @pytest.mark.slow
 def test_python_of_readme_and_docs_runs_as_it_stands(tmp_path):
-    readme, matching = python_blocks("README.md"), python_blocks("docs/matching.md")
-    assert len(readme) >= 5 and len(matching) >= 4
-    order = ("In Python", "Publish")  # the others read what these make
-    first = [block for name in order for block in readme if block[0].endswith(name)]
-    assert len(first) == len(order)
-    blocks = [*first, *(block for block in readme if block not in first), *matching]
+    pages = {page: python_blocks(page) for page in PAGES if page not in SKETCHES}
+    first = pages.pop("docs/publish.md")  # the others read what it makes
+    blocks = [*python_blocks("README.md")[1:], *first, *(block for page in pages.values() for block in page)]
+    assert len(first) >= 2 and len(pages["docs/matching.md"]) >= 4
     with LoopbackHub(tmp_path / "server") as hub:
         hub.add_user("user", TOKEN)
         with Client(hub.url, tmp_path / "user", token=TOKEN) as user:
