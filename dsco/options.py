@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import os
 import re
 import sys
 import textwrap
@@ -89,6 +90,8 @@ class Option:
 def answer(module: str, file: str) -> None:
     """Answers `--help`, and refuses options that there are not, where a recipe is run; called above its imports.
 
+    Off a terminal, progress bars then print a line a minute at most.
+
     Args:
         module (`str`): `__name__` of the recipe; nothing is done where it is only imported.
         file (`str`): its `__file__`.
@@ -104,6 +107,9 @@ def answer(module: str, file: str) -> None:
         raise SystemExit(0)
     if mistake := find_mistake(arguments, options):
         raise SystemExit(f"{Path(file).name}: {mistake}")
+    if not sys.stderr.isatty():
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):  # seconds; tqdm reads them when it is imported
+            os.environ.setdefault(name, "60")
 
 
 def described(file: Path) -> str:

@@ -1,6 +1,7 @@
 """The command `dsco`: recipes by name; their help and their mistakes are told before anything heavy is imported."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_a_recipe_answers_before_its_imports(recipe, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mine.py", "--siezs=1"])
     with pytest.raises(SystemExit, match="mine.py: Unknown option '--siezs'"):
         answer("__main__", str(recipe))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_rare_off_a_terminal(recipe, monkeypatch, terminal):
+    environment = {"TQDM_MININTERVAL": "5"}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    answer("__main__", str(recipe))
+    assert environment == {"TQDM_MININTERVAL": "5"} | ({} if terminal else {"TQDM_MAXINTERVAL": "60"})
 
 
 def test_help_and_mistakes_import_nothing_heavy():
