@@ -40,7 +40,7 @@ ORDER = {
 FOLDERS = {
     "matching.objectives": ["base", "mean_matching", "regression", "evidence"],
     "sampling.methods": ["noise", "nopt", "released"],
-    "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd"],
+    "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd", "d3hr"],
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
     "concentration.additions": ["doping", "soft_labels"],
     "studies.figures": ["accuracy", "features", "efficiency"],

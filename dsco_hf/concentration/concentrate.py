@@ -393,12 +393,14 @@ def targets_in(
     real = given if isinstance(given, Dataset | IterableDataset) else None
     made_with: dict[str, Any] = {"second_moment": method.second_moment}
     if method.targets_class is not MatchingTargets:
-        made_with |= {"method": method.as_record(), "seed": seed}
+        made_with |= {"method": method.as_record()}
         made_with |= {"images_per_class": images_per_class} if method.by_budget else {}
-    if real is None:
+    draws = real is None or method.targets_class is not MatchingTargets
+    if draws:
         drawn = ("num_inference_steps", "guidance_scale", "eta")
-        made_with |= {"population": given, "seed": seed} | {name: getattr(sampling, name) for name in drawn}
-    made_with = pipeline_identity(pipe, real, draws=real is None, **made_with)
+        made_with |= {"population": given if real is None else None, "seed": seed}
+        made_with |= {name: getattr(sampling, name) for name in drawn}
+    made_with = pipeline_identity(pipe, real, draws=draws, **made_with)
     return kept_targets(folder, made_with, make, accelerator=accelerator, kind=method.targets_class)
 
 

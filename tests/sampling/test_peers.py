@@ -28,8 +28,9 @@ from dsco_hf.costs.passes import Rehearsal
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.features import features_and_logits
 from dsco_hf.sampling.call import calls, counted_in_class
-from dsco_hf.sampling.peers import D4M, DDOQ, DMGD, MGD3, S3, UAG, BestOfN, ClassStatistics
+from dsco_hf.sampling.peers import D3HR, D4M, DDOQ, DMGD, MGD3, S3, UAG, BestOfN, ClassStatistics
 from dsco_hf.sampling.peers.best_of_n import surest
+from dsco_hf.sampling.peers.d3hr import best_group, group_scores, invert
 from dsco_hf.sampling.peers.dmgd import class_costs, transport_cost
 from dsco_hf.sampling.peers.s3 import coordinate_ascent, distances
 from dsco_hf.sampling.peers.statistics import Sample, centroids, sample_classes
@@ -44,6 +45,7 @@ PEERS = {
     "uag": UAG(),
     "s3": S3(candidates=2),
     "dmgd": DMGD(clusters=2, start=0),
+    "d3hr": D3HR(groups=20),
 }
 OF_IMAGES = [name for name in PEERS if name not in ("best-of-n", "uag")]
 SIZES = {"block_size": 1, "images_per_call": 2}
@@ -105,6 +107,7 @@ def test_a_peer_works_in_latents(latent_pipe, make, name):
         targets = PEERS[name].make_targets(latent_pipe, real, Sampling(), progress=False, images_per_class=1)
         passes = targets.provenance["passes"]
         assert targets.provenance["images"] == passes["classifier" if name == "s3" else "encoder"] == 7
+        assert ("denoiser" in passes) == (name == "d3hr")
         assert next(iter(targets.tensors.values())).shape[0] == 3
 
 
@@ -299,6 +302,46 @@ def test_s3_leaves_whole_sets_and_means_are_those_of_all_images(pipe, real_image
         pipe.sample([0], wide, seeds=[1], method="s3")
 
 
+def test_the_best_group_by_hand():
+    noise = torch.tensor([[[1.0, -3.0], [1.0, 1.0]], [[2.0, 0.0], [-1.0, 0.5]]])  # (m, n, d)
+    sigma = torch.tensor([2.0, 1.0])
+    first = (4 + 1) ** 0.5 + ((2 * -1) ** 2 + (2 - 1) ** 2) ** 0.5  # means 1 and -1, deviations 0 and 2
+    second = (1 + 0.25**2) ** 0.5 + ((2 * 0.5) ** 2 + 0.75**2) ** 0.5
+    torch.testing.assert_close(group_scores(noise, sigma, 0.0), torch.tensor([first, second]))
+    skewed = torch.tensor([[[0.0, 0.0, 3.0]]])  # moments 2 and 2 about the mean 1
+    torch.testing.assert_close(
+        group_scores(skewed, torch.ones(3), 0.5) - group_scores(skewed, torch.ones(3), 0.0),
+        torch.tensor([0.5 * 2 / 2**1.5]),
+    )
+    one, many = (best_group(3, sigma, groups, 0.1, torch.Generator().manual_seed(0)) for groups in (1, 500))
+    assert group_scores(many[None], sigma, 0.1) < 0.5 * group_scores(one[None], sigma, 0.1)
+
+
+def test_inversion_by_hand_and_what_is_known_of_inverted_classes(pipe, real_images):
+    sampling, scheduler = Sampling(50, 1.0, method=D3HR(groups=5)), pipe.scheduler
+    scheduler.set_timesteps(50)
+    levels = scheduler.timesteps[18:].flip(0).tolist()
+    pixels, labels, _ = load_pixels(real_images, num_channels=1)
+    alphas = scheduler.alphas_cumprod
+    noise = pipe.predict_noise(pixels, levels[0], labels)
+    once = alphas[levels[0]].sqrt() * pixels + (1 - alphas[levels[0]]).sqrt() * noise
+    torch.testing.assert_close(invert(pixels, labels, pipe, scheduler, levels[:1], 1.0), once)
+    noise = pipe.predict_noise(once, levels[1], labels)
+    clean = (once - (1 - alphas[levels[0]]).sqrt() * noise) / alphas[levels[0]].sqrt()
+    twice = alphas[levels[1]].sqrt() * clean + (1 - alphas[levels[1]]).sqrt() * noise
+    torch.testing.assert_close(invert(pixels, labels, pipe, scheduler, levels[:2], 1.0), twice)
+    found = invert(pixels, labels, pipe, scheduler, levels, 1.0)
+    targets = sampling.make_targets(pipe, real_images, progress=False)
+    mean = torch.stack([found[labels == row].mean(dim=0) for row in range(3)])
+    spread = torch.stack([found[labels == row].std(dim=0, unbiased=False) for row in range(3)])
+    torch.testing.assert_close(targets.tensors["means"], mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(targets.tensors["deviations"], spread, atol=1e-4, rtol=1e-3)
+    assert targets.provenance["passes"]["denoiser"] == 21 * 32 and targets.provenance["timestep"] == levels[-1]
+    call = started(pipe, sampling.method, targets, [2, 0, 2], steps=50)
+    _, first = call.method.begin(call)
+    assert first == 18 and call.eta == 0
+
+
 def test_transport_by_hand():
     plan = torch.tensor([[0.1, 0.4], [0.4, 0.1]])  # of two points on two equal masses: exp(-C / ε), scaled
     costs = torch.tensor([[math.log(4), 0.0], [0.0, math.log(4)]])
@@ -368,6 +411,10 @@ def test_what_errors_of_peers_say_to_do_is_done(pipe, real_images, targets):
         drawn(other, "d4m")
     with pytest.raises(ValueError, match="takes centroids of real images, and these targets are names"):
         drawn(ClassStatistics("names", ["a"], [0]), "d4m")
+    inverted = D3HR(groups=2).make_targets(pipe, real_images, Sampling(4, 1.0), progress=False)
+    with pytest.raises(ValueError, match="inverted to t = 500, and 2 steps begin at t = 0: make them for as many"):
+        drawn(inverted, D3HR(groups=2))
+    assert drawn(real_images, D3HR(groups=2)) == 3
     assert drawn(made, "d4m") == drawn(real_images, "d4m") == 3
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 
 from ...matching.features import feature_dim, features_and_logits
+from ...matching.population import refuse_empty_classes
 from ...utils.values import check_real, plain_fields
 from ..call import Call, Population, Sampling, SamplingMethod
 from .best_of_n import need_teacher
@@ -108,6 +109,7 @@ def mean_features(given: Dataset | IterableDataset, pipe: DiffusionPipeline, **o
         seen = features_and_logits(pipe.classifier, batch.pixels.to(pipe._execution_device))[0].cpu()
         sums.index_add_(0, batch.labels, seen.double())
         counts += batch.labels.bincount(minlength=len(counts))
+    refuse_empty_classes(counts.tolist(), found.class_names)
     found.provenance |= {"images": int(counts.sum()), "passes": {"classifier": int(counts.sum())}}
     return dataclasses.replace(found, kind="features", tensors={"means": (sums / counts[:, None]).float()})
 
