@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import PIL.Image
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from tqdm.auto import tqdm
 
-from ..data.images import images_from_pixels, pixels_from_images
+from ..data.images import as_stored, images_from_pixels, to_signed
 from ..data.schema import image_seed
 from ..generators.failures import NonFiniteError
 from ..matching.discrepancy import PreviousBlocks, measure_discrepancy, random_discrepancy
@@ -198,12 +197,12 @@ class UnitSampler:
         if isinstance(targets, MatchingTargets) and memory is not None:
             self.previous = PreviousBlocks(targets, each=memory == "images")
 
-    def draw(self, unit: Unit) -> tuple[list[dict[str, Any]], DsCoPipelineOutput]:
+    def draw(self, unit: Unit) -> tuple[list[dict[str, Any]], torch.Tensor, DsCoPipelineOutput]:
         """Draws a unit; all earlier blocks of its classes must have been given to `add`.
 
         Returns:
-            `tuple`: rows by class and index (`image`, `label`, `seed`, `block`, perhaps `weight`), and what the
-                pipeline returned.
+            `tuple`: rows by class and index (`image`, `label`, `seed`, `block`, perhaps `weight`); the pixels
+                `(B, C, H, W)` of these images, in [-1, 1]; and what the pipeline returned.
 
         Raises:
             NonFiniteError: if an image or a gradient is not finite; classes, block and step are named.
@@ -225,19 +224,19 @@ class UnitSampler:
             names = [self.class_names[row] for row in unit.rows if self.class_labels[row] in error.class_labels]
             where = f"Class(es) {names[:10]}, block {unit.block}, step {error.step}"
             raise NonFiniteError(f"{where}: {error}", step=error.step, class_labels=error.class_labels) from error
-        images = images_from_pixels(output.images * 2 - 1)
+        pixels = as_stored(to_signed(output.images))
         rows = [
             {"image": image, "label": row, "seed": drawn_from, "block": unit.block}
-            for (row, _), drawn_from, image in zip(batch, seeds, images, strict=True)
+            for (row, _), drawn_from, image in zip(batch, seeds, images_from_pixels(pixels), strict=True)
         ]
         for one, weight in zip(rows, output.weights or [], strict=output.weights is not None):
             one["weight"] = weight
-        return rows, output
+        return rows, pixels, output
 
-    def add(self, unit: Unit, images: Sequence[PIL.Image.Image]) -> None:
-        """Takes a unit's finished images, drawn or stored, into account for the later blocks of its classes."""
+    def add(self, unit: Unit, pixels: torch.Tensor) -> None:
+        """Takes a unit's finished images `(B, C, H, W)` into account for the later blocks of its classes."""
         if self.previous is not None:
-            self.previous.add(images, [row for row in unit.rows for _ in unit.indices], self.pipe)
+            self.previous.add(pixels, [row for row in unit.rows for _ in unit.indices], self.pipe)
 
 
 def concentrate(
@@ -338,24 +337,27 @@ def concentrate_and_report(
         len(sampler.class_names), images_per_class, block_size=block_size, images_per_call=images_per_call
     )
     finished: list[dict[str, Any]] = []
+    drawn: list[torch.Tensor] = []
+    judge = measure_by or (matched if isinstance(matched, MatchingTargets) else None)
     report = ConcentrationReport()
     start = time.perf_counter()
     total = images_per_class * len(sampler.class_names)
     with tqdm(total=total, desc="Concentrating", unit="img", disable=not progress) as bar:
         for unit in units:
-            rows, output = sampler.draw(unit)
+            rows, pixels, output = sampler.draw(unit)
             if unit.block < units[-1].block:
-                sampler.add(unit, [row["image"] for row in rows])
+                sampler.add(unit, pixels)
             count_calls(report, output)
             finished += rows
+            drawn += [] if judge is None else [pixels]
             bar.update(unit.images)
     report.seconds = time.perf_counter() - start
     report.peak_memory_bytes = peak_memory_bytes(pipe)
-    finished.sort(key=lambda row: row["label"])  # stable: within a class they come block after block
-    judge = measure_by or (matched if isinstance(matched, MatchingTargets) else None)
+    order = sorted(range(len(finished)), key=lambda i: finished[i]["label"])  # stable: block after block in a class
+    finished = [finished[i] for i in order]
     if judge is not None:
-        pixels, labels = pixels_from_images([row["image"] for row in finished]), [row["label"] for row in finished]
-        found = measure_discrepancy(pixels, torch.tensor(labels), pipe, judge)
+        labels = torch.tensor([row["label"] for row in finished])
+        found = measure_discrepancy(torch.cat(drawn)[order], labels, pipe, judge)
         report.measured(found, random_discrepancy(judge, dict.fromkeys(found, images_per_class)))
     parameters = {
         "images_per_class": images_per_class,

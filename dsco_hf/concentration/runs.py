@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..data.images import pixels_from_images
 from ..generators.failures import NonFiniteError
 from ..matching.discrepancy import PreviousBlocks, random_discrepancy
 from ..matching.targets import MatchingTargets
@@ -277,7 +278,7 @@ class _Run:
                 if unit.group in broken or unit.block > last[unit.group]:
                     continue
                 if unit_name(unit) in finished:
-                    self._add(unit, self.folder.rows(unit, features)["image"][:])
+                    self._add(unit, pixels_from_images(self.folder.rows(unit, features)["image"][:]))
                     continue
                 if self.max_seconds is not None and time.monotonic() - self.start + self.longest >= self.max_seconds:
                     self.stopped = True
@@ -295,7 +296,7 @@ class _Run:
         name, begin = unit_name(unit), time.monotonic()
         classes = [self.sampler.class_names[row] for row in unit.rows]
         try:
-            rows, output = self.sampler.draw(unit)
+            rows, pixels, output = self.sampler.draw(unit)
         except NonFiniteError as error:
             self.failures.append({"unit": name, "error": str(error)})
             self.folder.log(
@@ -309,7 +310,7 @@ class _Run:
             )
             return False
         seconds = time.monotonic() - begin
-        self._add(unit, [row["image"] for row in rows])
+        self._add(unit, pixels)
         entry = {
             "rows": [unit.rows.start, unit.rows.stop],
             "block": unit.block,
@@ -328,11 +329,11 @@ class _Run:
         )  # fmt: skip
         return True
 
-    def _add(self, unit: Unit, images: Sequence[Any]) -> None:
-        self.sampler.add(unit, images)
+    def _add(self, unit: Unit, pixels: torch.Tensor) -> None:
+        self.sampler.add(unit, pixels)
         if self.judged is not None and self.judged is not self.sampler.previous:
             rows = [row for row in self._judged_rows(unit) for _ in unit.indices]
-            self.judged.add(images, rows, self.sampler.pipe)
+            self.judged.add(pixels, rows, self.sampler.pipe)
 
     def _judged_rows(self, unit: Unit) -> list[int]:
         """Rows of the judging targets for the unit's classes, which are those of the dataset if it has the same."""

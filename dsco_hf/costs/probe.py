@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from ..data.images import to_signed
 from ..generators.dit import dit_xl_2
 from ..matching.feature_spec import FeatureSource
 from ..matching.targets import MatchingTargets
@@ -66,7 +67,7 @@ def probe_seconds(
     found = rates(runs[1:], images)
     if targets is not None and pipe.classifier is not None:
         source = FeatureSource(pipe, rehearsal.features)
-        pixels = torch.rand(images, pipe.num_channels, pipe.image_size, pipe.image_size) * 2 - 1
+        pixels = to_signed(torch.rand(images, pipe.num_channels, pipe.image_size, pipe.image_size))
         seconds = median_seconds(
             lambda: source.of_pixels(pixels), pipe.device, repeats=repeats, max_seconds=max_seconds
         )

@@ -1,4 +1,8 @@
-"""One image as numbers and back: what every mode of Pillow means. `docs/inputs.md` has these rules as a table."""
+"""Images as numbers and back: what every mode of Pillow means (`docs/inputs.md` has a table), and ranges of values.
+
+Inside of the package pixels are float32 `(B, C, H, W)` in [-1, 1]. What else there is, is converted here: images of 8
+bits, and the [0, 1] of diffusers and of augmentations.
+"""
 
 from __future__ import annotations
 
@@ -148,6 +152,27 @@ def images_from_pixels(pixels: torch.Tensor) -> list[PIL.Image.Image]:
     values = pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
     arrays = values.permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, C)
     return [PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def as_stored(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels `(B, C, H, W)` in [-1, 1] with the values that they have once they were stored as 8-bit images."""
+    return pixels.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).div(127.5).sub(1.0)
+
+
+def to_unit(pixels: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1], of any shape, as values in [0, 1]."""
+    return pixels / 2 + 0.5
+
+
+def to_signed(images: torch.Tensor) -> torch.Tensor:
+    """Values in [0, 1], of any shape, as values in [-1, 1]; the inverse of `to_unit`."""
+    return images * 2 - 1
+
+
+def images_from_unit(arrays: np.ndarray) -> list[PIL.Image.Image]:
+    """Arrays `(B, H, W, 1 or 3)` in [0, 1], as diffusers has them, as images of mode L or RGB."""
+    arrays = (arrays * 255).round().astype("uint8")
+    return [PIL.Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array) for array in arrays]
 
 
 def draw_samples(

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from ..data.images import to_signed, to_unit
 from ..utils.values import check_real, plain, plain_fields
 
 
@@ -225,10 +226,10 @@ class ColorJitter(Settings):
         """See `Transform`."""
         spread = torch.tensor([self.brightness, self.contrast, self.saturation], device=pixels.device).view(3, 1, 1)
         b, c, s = (1 + uniform(pixels, generator, -1, 1, columns=3) * spread).split(1, 1)
-        x = pixels / 2 + 0.5
+        x = to_unit(pixels)
         luma = (x * per_channel(LUMA, x)).sum(1, keepdim=True) if x.shape[1] == 3 else x.mean(1, keepdim=True)
         mean = luma.mean((2, 3), keepdim=True)
-        return 2 * b * (c * (s * x + (1 - s) * luma) + (1 - c) * mean) - 1
+        return to_signed(b * (c * (s * x + (1 - s) * luma) + (1 - c) * mean))
 
 
 @dataclass(frozen=True)
@@ -304,8 +305,8 @@ class DSA(Settings):
         """See `Transform`."""
         name = self.strategies[int(torch.randint(len(self.strategies), (), generator=generator))]
         mean, std = per_channel(self.mean, pixels), per_channel(self.std, pixels)
-        x = (pixels / 2 + 0.5 - mean) / std
-        return (DSA_STRATEGIES[name](x, generator) * std + mean) * 2 - 1
+        x = (to_unit(pixels) - mean) / std
+        return to_signed(DSA_STRATEGIES[name](x, generator) * std + mean)
 
 
 def dsa_color(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

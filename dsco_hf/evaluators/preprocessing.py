@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from ..data.images import to_unit
 from ..utils.files import read_json
 from ..utils.origins import commit_of
 from .augmentation import IMAGENET_MEAN, IMAGENET_STD
@@ -322,4 +323,4 @@ def preprocess(pixels: torch.Tensor, classifier: PreTrainedModel) -> torch.Tenso
         torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
         for v in (config.image_mean, config.image_std)
     )
-    return (pixels / 2 + 0.5 - mean) / std
+    return (to_unit(pixels) - mean) / std

@@ -13,6 +13,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..data.images import images_from_unit
+
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
@@ -88,7 +90,4 @@ def to_output(images: torch.Tensor, output_type: str) -> Output:
     if output_type in ("pt", "latent"):
         return images
     arrays = images.cpu().permute(0, 2, 3, 1).numpy()
-    if output_type == "np":
-        return arrays
-    arrays = (arrays * 255).round().astype("uint8")
-    return [PIL.Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
+    return arrays if output_type == "np" else images_from_unit(arrays)

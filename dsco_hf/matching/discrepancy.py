@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from ..data.images import pixels_from_images
 from .feature_spec import FeatureSource
 from .kernels import mmd2
 from .objectives import class_means
@@ -34,9 +32,9 @@ class PreviousBlocks:
         found = [(row, psi) for row in rows for psi in self.each[row]]
         return torch.stack([psi for _, psi in found]), torch.tensor([row for row, _ in found])
 
-    def add(self, images: Sequence[PIL.Image.Image], rows: Sequence[int], pipe: DiffusionPipeline) -> None:
-        """Takes finished images as they are stored, so that a run can go on from stored images."""
-        psi = embed_pixels(pixels_from_images(images), pipe, self.targets)
+    def add(self, pixels: torch.Tensor, rows: Sequence[int], pipe: DiffusionPipeline) -> None:
+        """Takes pixels `(B, C, H, W)` of finished images as they are stored, so that a run can go on from these."""
+        psi = embed_pixels(pixels, pipe, self.targets)
         index = torch.tensor(rows, device=psi.device)
         self.sums.index_add_(0, index, psi)
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.images import to_signed
 from ..data.labels import class_mapping
 from ..data.schema import nearest
 from ..evaluators.models import build_evaluator, is_own_architecture
@@ -300,7 +301,7 @@ class FeatureSource:
                 noise[key] = torch.randn(2, *self.latent_shape, generator=generator).to(self.device)
             else:
                 channels = getattr(getattr(network, "config", None), "num_channels", None) or self.pipe.num_channels
-                noise[key] = (torch.rand(2, channels, 32, 32, generator=generator) * 2 - 1).to(self.device)
+                noise[key] = to_signed(torch.rand(2, channels, 32, 32, generator=generator)).to(self.device)
         return [block.cpu() for block in self._observe(noise, noise)[0]]
 
     @property

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.images import to_signed
 from ..data.schema import nearest
 from ..evaluators.preprocessing import preprocess
 
@@ -273,7 +274,7 @@ def probe_features(classifier: PreTrainedModel) -> torch.Tensor:
     """
     parameter = next(classifier.parameters())
     channels = getattr(classifier.config, "num_channels", 3)
-    pixels = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = to_signed(torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0)))
     return features_and_logits(classifier, pixels.to(parameter.device))[0].cpu()
 
 

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..data.datasets import class_names, dataset_fingerprint, present_classes
+from ..data.images import to_signed
 from ..data.labels import Mapped, class_mapping, label_set_classes, label_set_named
 from ..data.pixels import default_threads
 from ..data.schema import image_seed
@@ -332,7 +333,7 @@ class MatchingTargets:
                 for unit, (row, indices) in mine.items():
                     seeds = [image_seed(seed, labels[row], index, "template") for index in indices]
                     drawn = pipe.sample([labels[row]] * len(seeds), seeds=seeds, **sampling)
-                    _add_templates(population, source, weigh, drawn.images * 2 - 1, row, seeds, unit)
+                    _add_templates(population, source, weigh, to_signed(drawn.images), row, seeds, unit)
                     bar.update(len(seeds))
             sizes = [block.shape[1] for block in probe]
             statistics = population.embed(

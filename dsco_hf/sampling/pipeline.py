@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
+from ..data.images import to_unit
 from ..data.labels import ClassLookup, class_mapping
 from ..data.schema import nearest
 from ..evaluators.preprocessing import ensure_preprocessing
@@ -430,7 +431,7 @@ class DsCoPipeline(StoredPipeline):
         if output_type != "latent" or call.method.candidates > 1:
             decoded = torch.cat([call.decode(part).float() for part in latents.split(call.batch_size)])
             chosen = call.chosen(call.method.choose(call, latents, decoded))
-            images = (decoded / 2 + 0.5).clamp(0, 1) if output_type != "latent" else latents
+            images = to_unit(decoded).clamp(0, 1) if output_type != "latent" else latents
         images = images[chosen.to(images.device)]
         bad = ~images.flatten(1).isfinite().all(dim=1)
         refuse_nonfinite(bad, call.wanted, "The decoded image is", step=None, models="the VAE")

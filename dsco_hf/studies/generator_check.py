@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..data.datasets import load_pixels, present_classes
+from ..data.images import to_signed
 from ..data.labels import class_mapping
 from ..data.pixels import class_places
 from ..data.schema import class_names, find_columns, image_seed
@@ -85,7 +86,7 @@ class GeneratorScore:
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
             )
-            parts.append(output.images.float().cpu() * 2 - 1)
+            parts.append(to_signed(output.images.float().cpu()))
         mean, cov = feature_moments(torch.cat(parts), pipe.classifier)
         distance = frechet_distance(self.mean, self.cov, mean, cov)
         return {"frechet_distance": float(distance), "samples": float(len(labels))}
@@ -206,7 +207,7 @@ def check_generator(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         ).images
-        seen = observe(pipe.classifier, images * 2 - 1)
+        seen = observe(pipe.classifier, to_signed(images))
         features.append(seen.features.double().cpu())
         logits.append(seen.logits.cpu())
     rows = torch.tensor([row for row, _ in drawn])
@@ -288,5 +289,5 @@ def draw_plain_samples(
         generator=torch.Generator().manual_seed(seed), output_type="pt", num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     )  # fmt: skip
-    rows = drawn.images.float().cpu().mul(2).sub(1).unflatten(0, (len(shown), images_per_class))
+    rows = to_signed(drawn.images.float().cpu()).unflatten(0, (len(shown), images_per_class))
     return sample_grid({"generated": rows}, [pipe.id2label[label] for label in shown], path)

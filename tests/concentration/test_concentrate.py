@@ -17,8 +17,9 @@ from dsco_hf import (
     concentrate_to_folder,
     measure_discrepancy,
 )
-from dsco_hf.concentration.concentrate import pixels_from_images, plan_units
+from dsco_hf.concentration.concentrate import plan_units
 from dsco_hf.data.datasets import images_from_pixels, load_pixels
+from dsco_hf.data.images import pixels_from_images
 from dsco_hf.data.schema import image_seed
 from dsco_hf.matching.discrepancy import PreviousBlocks, embed_pixels, random_discrepancy
 from dsco_hf.matching.feature_spec import FeatureSource
@@ -128,7 +129,7 @@ def test_a_block_matches_what_the_finished_ones_leave(pipe, targets):
     options = {key: value for key, value in OPTIONS.items() if key != "progress"}
     labels, seeds = list(second["label"]), list(second["seed"])
     previous = PreviousBlocks(targets)
-    previous.add(list(first["image"]), list(first["label"]), pipe)
+    previous.add(pixels_of(first), list(first["label"]), pipe)
     joint = pipe.sample(labels, targets, seeds=seeds, previous=previous.statistics(range(3)), **options)
     alone = pipe.sample(labels, targets, seeds=seeds, **options)
     expected, otherwise = (pixels_from_images(images_from_pixels(o.images * 2 - 1)) for o in (joint, alone))
@@ -138,7 +139,7 @@ def test_a_block_matches_what_the_finished_ones_leave(pipe, targets):
 
 def test_previous_blocks_add_up(pipe, targets, real_images):
     previous = PreviousBlocks(targets)
-    images, labels = list(real_images["image"]), list(real_images["label"])
+    images, labels = pixels_of(real_images), list(real_images["label"])
     previous.add(images[:8], labels[:8], pipe)
     sums, counts = previous.statistics(range(3))
     previous.add(images[8:], labels[8:], pipe)
@@ -243,7 +244,7 @@ def test_ridge_learns_from_finished_blocks(pipe, ridge_targets):
     first, second = (small.select(rows_of(small, block=block)) for block in (0, 1))
     assert len(second) == 3  # the last block has one image of each class
     previous = PreviousBlocks(ridge_targets, each=True)
-    previous.add(list(first["image"]), list(first["label"]), pipe)
+    previous.add(pixels_of(first), list(first["label"]), pipe)
     psi, rows = previous.statistics(range(1, 3))
     assert rows.tolist() == [1, 1, 2, 2] and psi.shape == (4, 64)
     labels, seeds = list(second["label"]), list(second["seed"])

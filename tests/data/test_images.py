@@ -14,8 +14,16 @@ from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, Image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dsco_hf
 from dsco_hf.data.datasets import load_pixels
-from dsco_hf.data.images import image_array, images_from_pixels, pixels_from_images
+from dsco_hf.data.images import (
+    as_stored,
+    image_array,
+    images_from_pixels,
+    pixels_from_images,
+    to_signed,
+    to_unit,
+)
 from dsco_hf.data.pixels import iterate_pixels
 
 
@@ -234,3 +242,24 @@ def test_no_file_stays_open_whatever_is_wrong_with_it(tmp_path):
         gc.collect()
     assert [warning for warning in caught if issubclass(warning.category, ResourceWarning)] == []
     assert batches[0].indices.tolist() == [0, 1, 2]  # the others cannot be decoded
+
+
+def test_pixels_as_they_are_stored(tmp_path):
+    pixels = torch.cat([torch.linspace(-1.2, 1.2, 4095), torch.tensor([-1.0])]).view(1, 1, 64, 64)
+    images_from_pixels(pixels)[0].save(tmp_path / "stored.png")
+    with PIL.Image.open(tmp_path / "stored.png") as stored:
+        assert torch.equal(as_stored(pixels), pixels_from_images([stored]))
+    assert torch.equal(as_stored(as_stored(pixels)), as_stored(pixels)) and as_stored(pixels).unique().numel() == 256
+    assert torch.equal(to_signed(to_unit(as_stored(pixels))).round(decimals=6), as_stored(pixels).round(decimals=6))
+
+
+RANGES = re.compile(r"/ 2 \+ 0\.5|\* 2 - 1\b|\* 127\.5|/ 127\.5|\* 255\b|/ 255\b")
+OTHERWISE = {"evaluators/preprocessing.py"}  # the levels that an image processor works with
+
+
+def test_one_file_converts():
+    room = Path(dsco_hf.__path__[0])
+    found = {
+        path.relative_to(room).as_posix() for path in room.rglob("*.py") if RANGES.search(path.read_text("utf-8"))
+    }
+    assert found == OTHERWISE | {"data/images.py"}

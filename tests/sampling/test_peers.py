@@ -89,7 +89,7 @@ def test_a_peer_is_drawn_resumed_divided_counted_and_drawn_again(pipe, real_imag
     for share in divide(units, 2):  # as two processes would
         sampler = UnitSampler(pipe, kept, drawn_with(method), seed=3)
         for unit in [unit for unit in units if unit.group in share]:
-            rows, _ = sampler.draw(unit)
+            rows, *_ = sampler.draw(unit)
             found |= {(row["label"], unit.block): np.asarray(row["image"]).tobytes() for row in rows}
     assert [found[key] for key in sorted(found)] == pixels_of(small)
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullL
 from numpy.typing import ArrayLike
 
 from ...concentration.methods import Method, chance_level, dataset_title, find_method, find_methods, network_title
+from ...data.images import to_unit
 from ...evaluators import ImageSet
 
 
@@ -131,7 +132,7 @@ def _check_rows(rows: Mapping[str, torch.Tensor], class_names: Sequence[str]) ->
 
 def _band(images: torch.Tensor, scale: int) -> np.ndarray:
     """A method's images as one picture `(H, W, 3)` in [0, 1]: classes from left to right, images downwards."""
-    images = images.detach().float().cpu().add(1).div(2).clamp(0, 1)
+    images = to_unit(images.detach().float().cpu()).clamp(0, 1)
     images = images.expand(-1, -1, 3, -1, -1) if images.shape[2] == 1 else images
     images = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
     images = torch.nn.functional.pad(images, (4, 4, 2, 2), value=1.0)  # white between neighbours
