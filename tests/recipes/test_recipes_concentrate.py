@@ -12,10 +12,11 @@ from datasets import load_dataset
 from dsco_hf import DsCoPipeline, NOpt, Objective, Ridge, Sampling, SamplingMethod, Selection, concentrate, dope
 from dsco_hf.concentration.run_folder import RunFolder
 from dsco_hf.concentration.selection import find_selection
+from dsco_hf.generators.base import FAMILIES
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.flat import FLAT
 from dsco_hf.studies.plans import StudyPlan
-from dsco_hf.utils.configs import parse_config
+from dsco_hf.utils.configs import import_modules, parse_config
 from launches import launch_command, launch_environment, run
 from recipes.concentrate import ConcentrateRecipe, check_recipe, main
 
@@ -275,6 +276,66 @@ def test_names_that_lead_nowhere(own, given, message):
     with pytest.raises((TypeError, ValueError), match=message):
         main([*given, "--generator", "pipe", "--dataset", "real"])
     assert "antigravity" not in sys.modules
+
+
+NET = """
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from dsco_hf import Denoiser, register_denoiser
+
+
+class PatchNet(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, in_channels: int = 1, sample_size: int = 8, labels: int = 4, width: int = 4) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Conv2d(in_channels, width, 3, padding=1), nn.Conv2d(width, in_channels, 1)
+        self.table, self.level = nn.Embedding(labels, width), nn.Linear(1, width)
+
+    def forward(self, noisy, *, label, level):
+        shift = self.table(label) + self.level(level[:, None] / 1000)
+        return self.outward(torch.nn.functional.silu(self.inward(noisy) + shift[:, :, None, None]))
+
+
+@register_denoiser
+class Patches(Denoiser):
+    name = "patches"
+    kinds = (PatchNet,)
+    classes_field = "labels"
+    counts_null = True
+
+    def forward(self, x, timesteps, classes):
+        return self.network(x, label=classes, level=timesteps.to(x.dtype))
+"""
+
+
+@pytest.mark.slow
+def test_a_denoiser_of_ones_own_draws_in_two_processes(work, own, pipe, targets):
+    """Each process imports the module that `imports` names; what they draw is what one process draws."""
+    (work / "own_net.py").write_text(NET, encoding="utf-8")
+    try:
+        import_modules(["own_net"])
+        torch.manual_seed(0)
+        network = sys.modules["own_net"].PatchNet().eval()
+        mine = DsCoPipeline(network, pipe.scheduler, classifier=pipe.classifier, id2label=pipe.id2label)
+        mine.save_pretrained(work / "own pipe")
+        given = ("--generator", "own pipe", "--images_per_class", "3", "--output_dir", "own net")
+        told = launch(work, *given, "--imports", "own_net", processes=2).stdout
+        assert "6 of 6 units are finished: 9 images" in told
+        logs = [path.read_text().splitlines() for path in sorted((work / "own net" / "run" / "log").iterdir())]
+        assert len(logs) == 2 and all(any(json.loads(line).get("unit") for line in log) for log in logs)
+        mine = DsCoPipeline.from_pretrained(work / "own pipe")
+        mine.set_progress_bar_config(disable=True)
+        options = {"block_size": 2, "images_per_call": 2, "num_inference_steps": 4, "guidance_scale": 1.0}
+        alone = concentrate(mine, targets, 3, method=NOpt(start=0.0), progress=False, **options)
+        assert pixels(work / "own net") == [np.asarray(image).tobytes() for image in alone["image"]]
+        record = read(work / "own net" / "dataset" / "concentration.json")
+        assert record["generator"]["family"] == "own_net.Patches"
+    finally:
+        FAMILIES.pop("patches", None)
+        sys.modules.pop("own_net", None)
 
 
 @pytest.mark.slow
