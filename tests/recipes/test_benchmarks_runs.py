@@ -7,6 +7,7 @@ import pytest
 from recipes.benchmarks import cost_per_image, fault_sweep, two_processes
 
 
+@pytest.mark.slow
 def test_cost_per_image(tmp_path, capsys):
     sizes = ["--images_per_class", "10", "--block_size", "2", "--num_inference_steps", "3"]
     figures = cost_per_image.main([*sizes, "--out", str(tmp_path / "figures.json")])

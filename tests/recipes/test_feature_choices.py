@@ -13,7 +13,8 @@ def test_choices_are_specs():
 
 
 @pytest.mark.slow
-def test_a_row_for_every_choice_and_budget(tmp_path):
+def test_a_row_for_every_choice_and_budget(tmp_path, monkeypatch):
+    monkeypatch.setitem(feature_choices.SAMPLING, "num_inference_steps", 3)
     choices = [feature_choices.DEFAULT, "pooled + first block, grid", "both classifiers, pooled", "random network"]
     arguments = ["--generator_steps", "2", "--classifier_steps", "10", "--evaluator_steps", "3", "--budgets", "1"]
     arguments += ["--training_seeds", "1", "--processes", "1", "--out", str(tmp_path / "out.json"), "--choices"]

@@ -111,6 +111,7 @@ def cost():
     return recipe("benchmarks/cost")
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_cost_at_tiny_size(cost, tmp_path):
     """All that its processes do, in this one."""
     found = {}
