@@ -181,7 +181,10 @@ class _Run:
         seed = epoch_seed(self.seed, self.epoch + 1)
         self.order.manual_seed(seed)  # the same on all processes
         self.draws.manual_seed(seed ^ (self.rank + 1))
-        torch.manual_seed(seed ^ (self.rank + 1))  # dropout; `train_evaluator` restores the caller's state
+        # Dropout; the caller's state is restored. `torch.manual_seed` notes the stack for every kind of device: slow.
+        torch.default_generator.manual_seed(seed ^ (self.rank + 1))
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed ^ (self.rank + 1))
         by_epoch = self.protocol.steps is None
         for indices in self.batches()[: self.total_steps - self.steps]:
             position = (self.epoch, self.epochs) if by_epoch else (self.steps, self.total_steps)
