@@ -235,18 +235,8 @@ def load_splits(
 ) -> tuple[AnyDataset, AnyDataset | None, dict[str, Any]]:
     """The images to train and to test with, of a dataset wherever it is.
 
-    Args:
-        path: as for [`load_image_dataset`], like `name`, `revision` and `token`.
-        name: the configuration.
-        train_split: a split, slice or sum, see [`~dsco_hf.data.splits.divide`], like the next ones.
-        test_split: likewise; "auto" is the test split, else the validation split, else a part of the training images
-            that is held out; "none" is none.
-        holdout: share of every class that is held out.
-        seed: which images are held out.
-        label_column: where there are several.
-        revision: of a Hub dataset.
-        streaming: give streams. Of what is streamed from the Hub no images can be held out.
-        token: for a private one.
+    Arguments as for [`load_image_dataset`] and [`~dsco_hf.data.splits.divide`]. Of what is streamed from the Hub no
+    images can be held out.
 
     Returns:
         `tuple`: training images, test images or None, and what was taken, to be recorded.
@@ -273,15 +263,7 @@ def load_test_split(
 ) -> tuple[Dataset, dict[str, Any]]:
     """The images to test with, of a dataset wherever it is, and what was taken: those that [`load_splits`] gives.
 
-    Args:
-        path: as for [`load_splits`], like the others.
-        name: the configuration.
-        test_split: not "none", as networks are tested.
-        holdout: share of every class.
-        seed: which images are held out.
-        label_column: where there are several.
-        revision: of a Hub dataset.
-        token: for a private one.
+    Arguments as there; networks are tested, so that `test_split` is not "none".
     """
     loaded = _load(path, name, revision=revision, token=token)
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)

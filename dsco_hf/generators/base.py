@@ -16,7 +16,6 @@ from accelerate.utils import extract_model_from_parallel
 from diffusers import ModelMixin
 from torch import nn
 
-from ..data.schema import nearest
 from ..utils.values import Limits, plain_arguments, plain_fields
 
 
@@ -271,11 +270,6 @@ class ArchitectureOptions:
     def __post_init__(self) -> None:
         """Makes numbers plain, and refuses those of another kind."""
         plain_fields(self)
-
-    def check_choice(self, name: str, allowed: Sequence[str]) -> None:
-        """Raises ValueError if a field is none of the allowed values."""
-        if (value := getattr(self, name)) not in allowed:
-            raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(value, allowed)}")
 
 
 def check_side(kind: str, side: int, factor: int, why: str, *, remedy: str = "") -> None:

@@ -15,6 +15,7 @@ import yaml
 from diffusers import DDIMScheduler, ModelMixin
 
 from ..data.schema import nearest
+from ..utils.values import check_choice
 from .base import FAMILIES, Denoiser, denoiser_of, family_of
 from .dit import DiT, DiTOptions
 from .unet import UNet, UNetOptions
@@ -104,7 +105,7 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
         """Refuses values that no training can use."""
         super().__post_init__()
         for name, allowed in {"architecture": tuple(FAMILIES), **_CHOICES}.items():
-            self.check_choice(name, allowed)
+            check_choice(name, getattr(self, name), allowed)
         for name in ("class_dropout_prob", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")

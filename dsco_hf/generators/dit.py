@@ -9,6 +9,7 @@ from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
+from ..utils.values import check_choice
 from .base import ArchitectureOptions, Denoiser, check_side, register_denoiser
 
 
@@ -39,7 +40,7 @@ class DiTOptions(ArchitectureOptions):
     def __post_init__(self) -> None:
         """Refuses values that no DiT can have."""
         super().__post_init__()
-        self.check_choice("activation_fn", _ACTIVATIONS)
+        check_choice("activation_fn", self.activation_fn, _ACTIVATIONS)
 
 
 @register_denoiser

@@ -267,16 +267,8 @@ def save_study_folder(
 ) -> Path | None:
     """Writes the sets of a study that are of the first seed as they are published, with targets and discrepancies.
 
-    Args:
-        study: Has the discrepancies.
-        made: The sets.
-        folder: To write; returned unless the plan draws nothing.
-        results: Of the study.
-        source: Where the real images are from; None among its values is left out.
-        doped: Names of the configs with real images in them.
-        card: As for [`save_dataset_folder`], like the others.
-        figures: For the card.
-        default_config: That loads when none is named.
+    Arguments as for [`save_dataset_folder`]; None among the values of `source` is left out, `doped` names the configs
+    with real images in them. The folder is returned unless the plan draws nothing.
     """
     chosen = made.plan.published(doped)
     if not chosen:

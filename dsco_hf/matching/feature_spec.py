@@ -21,7 +21,7 @@ from ..data.labels import class_mapping
 from ..data.schema import nearest
 from ..evaluators.models import build_evaluator, is_own_architecture
 from ..evaluators.preprocessing import preprocess
-from ..utils.values import plain_fields
+from ..utils.values import check_choice, plain_fields
 from .features import POOLINGS, SEEDING, Observation, RandomExtractor, check_layer, observe_layers
 
 
@@ -74,13 +74,9 @@ class FeatureSpec:
         object.__setattr__(self, "layers", layers)
         if not layers or not all(isinstance(layer, str) for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(f"`layers` must be different names of layers, such as ('pooled',); got {self.layers!r}.")
-        for name, value, allowed in (
-            ("pooling", self.pooling, POOLINGS), ("network", self.network, NETWORKS), ("space", self.space, SPACES)
-        ):  # fmt: skip
-            if value not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {list(allowed)}, got {value!r}.{nearest(str(value), allowed)}"
-                )
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("network", self.network, NETWORKS)
+        check_choice("space", self.space, SPACES)
         if self.pooling != "average" and set(layers) <= {"pooled", "logits"}:
             raise ValueError(
                 f"pooling={self.pooling!r} needs positions, and {list(layers)} are pooled already: add a layer such "

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from ..data.labels import class_mapping
 from ..data.pixels import PixelBatch, iterate_pixels
-from ..data.schema import nearest
 from ..utils.processes import Team
-from ..utils.values import LARGEST_SET, check_whole
+from ..utils.values import LARGEST_SET, check_choice, check_whole
 from .feature_spec import layer_weights
 from .files import FeatureFolder, TemporaryFeatures
 from .kernels import draw_frequencies, fourier_embedding, median_bandwidth, single_precision
@@ -381,9 +380,7 @@ class Weighting:
         names: Sequence[str],
         own_labels: Sequence[int] | None = None,
     ) -> None:
-        kinds = ("confidence", "agreement", "posterior", "none")
-        if kind not in kinds:
-            raise ValueError(f"`weighting` must be one of {list(kinds)}, got {kind!r}.{nearest(kind, kinds)}")
+        check_choice("weighting", kind, ("confidence", "agreement", "posterior", "none"))
         self.kind = kind
         self.labels: list[int] = []
         if kind != "none":

@@ -26,7 +26,7 @@ from dsco.options import class_options, help_text
 
 from .files import Entry, read_entries
 from .names import RENAMED, nearest
-from .values import Named
+from .values import Named, check_choice
 
 
 T = TypeVar("T")
@@ -308,9 +308,8 @@ def make_accelerator(mixed_precision: str | None = None, **options: object) -> A
         ValueError: for an unknown precision.
         RuntimeError: if processes were started that cannot reach each other.
     """
-    choices = ("no", "fp16", "bf16", "fp8")
-    if mixed_precision is not None and mixed_precision not in choices:
-        raise ValueError(f"`mixed_precision` must be one of {list(choices)}, got {mixed_precision!r}.")
+    if mixed_precision is not None:
+        check_choice("mixed_precision", mixed_precision, ("no", "fp16", "bf16", "fp8"))
     options.setdefault("cpu", not torch.accelerator.is_available())
     # what one process does alone, a download or a training, may take longer than others usually wait (10 minutes)
     options.setdefault("kwargs_handlers", [InitProcessGroupKwargs(timeout=timedelta(days=7))])
