@@ -19,7 +19,8 @@ def test_cost_per_image(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_kill(tmp_path, capsys):
+def test_one_kill(forked, tmp_path, capsys):
+    """Of a launch as users make it; what runs to its end is forked."""
     figures = fault_sweep.main(["--kills", "1", "--images_per_class", "4", "--skip_disk"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     assert (figures["kills"], figures["identical"], figures["units_drawn_twice"]) == (1, 1, 0)
