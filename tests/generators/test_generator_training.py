@@ -151,6 +151,7 @@ def test_a_unet_in_bf16_resumes_bit_by_bit(tmp_path):
     assert list(undisturbed.components) == ["unet"] and isinstance(undisturbed.denoiser, UNet2DModel)
 
 
+@pytest.mark.slow
 def test_a_unet_that_predicts_velocity_draws_its_classes():
     config = dataclasses.replace(TINY, **UNET, train_steps=120, batch_size=32, class_dropout_prob=0.0)
     result = train(config)

@@ -13,6 +13,7 @@ from hub.cards import validate_card
 from hub.samples import RECORD, RESULTS, TOKEN, tiny_dataset
 
 
+pytestmark = pytest.mark.slow  # clients are processes, and each imports what it needs
 TINY = {"ipc1": {"per_class": 1}, "ipc10": {"per_class": 10}}
 SHARD = "data/ipc10/train-00000-of-00001.parquet"
 

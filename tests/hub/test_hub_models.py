@@ -9,6 +9,9 @@ from hub import Client, ClientError
 from hub.cards import validate_card
 
 
+pytestmark = pytest.mark.slow  # clients are processes, and each imports what it needs
+
+
 @pytest.fixture(scope="module")
 def stranger(hub, tmp_path_factory):
     with Client(hub.url, tmp_path_factory.mktemp("stranger")) as client:

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from hub import Client, LoopbackHub
 from hub.samples import TOKEN
 
 
+pytestmark = pytest.mark.slow  # clients are processes, and each imports what it needs
 MAKE = """
 from dsco_hf import concentrate_and_report
 from dsco_hf.hub import publish, publish_pipeline

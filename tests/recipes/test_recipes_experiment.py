@@ -157,6 +157,7 @@ def test_objectives_by_budget(work):
         experiment.ExperimentRecipe(dataset="a", objective=["ridg"])
 
 
+@pytest.mark.slow
 def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\n"
@@ -217,6 +218,7 @@ def test_two_processes_make_the_table_of_one(work):
         assert one == two
 
 
+@pytest.mark.slow
 def test_a_folder_of_photographs_needs_no_other_option(make, tmp_path, monkeypatch, capsys):
     """Several sizes, no test split, one damaged file: budgets, test images and doping follow from what is there."""
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,9 @@ from hub import Client
 from hub.samples import RECORD, TOKEN, tiny_dataset
 
 
+pytestmark = pytest.mark.slow  # clients are processes, and each imports what it needs
+
+
 # In a client's process, what `python recipes/publish.py ...` prints, or says when it stops.
 CALL = """
 import contextlib, io, sys

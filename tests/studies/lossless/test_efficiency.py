@@ -110,6 +110,7 @@ def test_recorded_studies_have_the_rates_that_the_documents_name():
         draw_cost(results, cost="gigawatts")
 
 
+@pytest.mark.slow
 def test_all_figures_from_one_command(tmp_path, capsys):
     figures.main([str(RECORDED / "quickstart"), "--output_dir", str(tmp_path)])
     for name in ("accuracy", "cost", "efficiency"):
