@@ -78,7 +78,7 @@ def parse_config(
         action.required = action.required and action.dest not in values
     arguments, absent = _as_written(arguments, get_type_hints(config_class))
     known, unknown = parser.parse_known_args(arguments)
-    names = list(config_class.__dataclass_fields__)  # type: ignore[attr-defined]
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     if unknown:
         raise ValueError(_not_understood(unknown[0], arguments, names))
     given: dict[str, Any] = {name: None if name in absent else getattr(known, name) for name in names}
