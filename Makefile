@@ -25,7 +25,7 @@ SPREAD = --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-small test test-fast quality style clean
+.PHONY: help setup demo demo-small test test-fast quality style dist clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -60,6 +60,9 @@ quality: $(STAMP)  ## what must pass before a commit: lint, format, types
 style: $(STAMP)  ## repairs what can be repaired automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+dist: $(STAMP)  ## wheel and sdist, in dist/
+	$(BIN)/python -m hatchling build
 
 clean:  ## removes caches and builds; .venv and outputs/ stay
 	rm -rf build dist

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,18 @@ def test_help_of_a_parsed_config_is_the_same(capsys):
     assert "Does it." in told and all(
         told.count(f"  {option.shown}  (") == 1 for option in recipe_options(RECIPES / "lossless.py")
     )
+
+
+def test_a_wheel_brings_recipes_configs_card_and_pipeline(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.iterdir()
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {*RECIPES.glob("*.py"), *RECIPES.glob("configs/**/*.yaml")}
+    assert {f"dsco/recipes/{path.relative_to(RECIPES).as_posix()}" for path in wanted} <= names
+    weights = "dsco_hf/sampling/embedded/digits/transformer/diffusion_pytorch_model.safetensors"
+    assert {"dsco_hf/hub/templates/pipeline_card.md", "dsco_hf/py.typed", weights} <= names
+    assert not [name for name in names if "results" in name or name.startswith(("tests", "recipes"))]
+    assert wheel.stat().st_size < 3e6
