@@ -23,7 +23,7 @@ from .features import fourier_features, seen_by
 # Rounding of the rank-one updates stays below what tells candidates apart for so many picks.
 REFRESH = 256
 # Candidates that are embedded or multiplied at once.
-CHUNK = 8192
+CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,11 @@ class RidgeRule(Selection):
     The regression is that of the objective `Ridge`: W = (ΨᵀΨ + λI)⁻¹ΨᵀY of embeddings ψ and labels y = onehot - 1/C;
     its error is the mean over classes of equal weight of E‖Wᵀψ - y‖² on the pool. On top of a set W starts from that.
     Adding an image is a rank-one update (Sherman & Morrison 1950), so that the change of the error is known of every
-    candidate without solving anything, see [`RidgeGreedy`]. A pick costs 10·N·D operations, the memory is that of one
-    embedding each.
+    candidate without solving anything, see [`RidgeGreedy`]. A pick costs 10·N·D operations; embeddings are kept in
+    half precision, 2·N·D bytes, and nothing else of that size.
+
+    Where every class is filled by itself, each in turn gives an image, the best one first, until none is wanted: what
+    is chosen of few is part of what is chosen of many.
 
     Attributes:
         features (`PreTrainedModel` or "pixels", *optional*): what is embedded, in random Fourier features by the
@@ -78,9 +81,9 @@ class RidgeRule(Selection):
             )
         phi = seen_by(self.features, pool, pipe, self.name)
         embed = fourier_features(phi, seed, self.embedding_dim)
-        psi = torch.empty(len(phi), self.embedding_dim)
+        psi = torch.empty(len(phi), self.embedding_dim, dtype=torch.float16)
         for part in torch.arange(len(phi)).split(CHUNK):
-            psi[part] = embed(phi[part])
+            psi[part] = embed(phi[part]).half()
         greedy = RidgeGreedy(psi, pool.labels, len(pool.names), self.regularization)
         if small is not None and len(small.labels):
             greedy.start(embed(seen_by(self.features, small, pipe, self.name)), small.labels)
@@ -99,7 +102,8 @@ class RidgeGreedy:
     vectors, as P, W and PH change by ranks one and two; every [`REFRESH`] picks they are computed anew.
 
     Args:
-        psi (`torch.Tensor` of shape `(N, D)`): embeddings of the candidates, which are the population.
+        psi (`torch.Tensor` of shape `(N, D)`): embeddings of the candidates, which are the population, of any
+            precision, in which they stay.
         labels (`torch.Tensor` of shape `(N,)`): their classes.
         num_classes (`int`): C.
         regularization (`float`): λ.
@@ -138,23 +142,34 @@ class RidgeGreedy:
         return torch.nn.functional.one_hot(labels, self.num_classes).double() - self.present.double() / self.classes
 
     def pick(self, wanted: Sequence[int] | int) -> torch.Tensor:
-        """Places `(n,)` of the picks in their order: so many of each class, or of all; ties go to the lowest."""
+        """Places `(n,)` of the picks in their order: so many of each class, or of all; ties go to the lowest.
+
+        For the sake of nesting every class has its turn in every round, also one that gives no more than was wanted.
+        """
         left = torch.tensor([wanted] if isinstance(wanted, int) else list(wanted))
         group = torch.zeros_like(self.labels) if isinstance(wanted, int) else self.labels
         left = left.minimum(torch.bincount(group, minlength=len(left)))
-        free, picked = left[group] > 0, []
-        for step in range(int(left.sum())):
+        free, picked, waiting, step = torch.ones_like(group, dtype=torch.bool), [], torch.zeros_like(left).bool(), 0
+        while (left > 0).any():
             if step % REFRESH == 0:
                 self.refresh()
+            if not waiting.any():
+                waiting[group[free].unique()] = True
             change = (self.residual * self.gain / (1 + self.spread) + 2 * self.slope) / (1 + self.spread)
-            best = int(change.masked_fill(~free, torch.inf).argmin())
-            picked.append(best)
+            best = int(change.masked_fill(~(free & waiting[group]), torch.inf).argmin())
+            own = group[best]
+            if left[own] > 0:
+                picked.append(best)
+            left[own] -= 1
             self.add(best)
-            free[best] = False
-            left[group[best]] -= 1
-            if not left[group[best]]:
-                free[group == group[best]] = False
+            free[best] = waiting[own] = False
+            step += 1
         return torch.tensor(picked, dtype=torch.int64)
+
+    def products(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Ψ times vectors `(D, k)`, in float32 → `(N, k)`, float64; never a copy of all of Ψ."""
+        columns = vectors.float()
+        return torch.cat([part.float() @ columns for part in self.psi.split(CHUNK)]).double()
 
     def refresh(self) -> None:
         """Computes s, q, ‖r‖² and c of every candidate, `(N,)` each, in float64."""
@@ -188,7 +203,7 @@ class RidgeGreedy:
         h = u @ height + (u @ self.moment @ g) * r  # what PH loses along u, (C,)
         slope = self.inverse @ (height @ r)  # P H r
         vectors = torch.stack([u, v, self.weights @ r, self.weights @ h, slope], dim=1)
-        a, b, wr, wh, pr = (self.psi @ vectors.to(self.psi)).double().T  # (N,) each
+        a, b, wr, wh, pr = self.products(vectors).T  # (N,) each
         own, other = (x[self.labels] - (self.present * x).sum() / self.classes for x in (r, h))
         rr, rh = own - wr, other - wh  # rᵢ·r and rᵢ·h
         alpha, beta = a * scale, b * scale

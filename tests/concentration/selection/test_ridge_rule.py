@@ -67,6 +67,30 @@ def test_of_each_class_as_many_as_are_wanted(problem):
     assert len(RidgeGreedy(psi, labels, 3, 2.0).pick(100).unique()) == 40
 
 
+def test_a_small_choice_is_part_of_a_large_one(problem):
+    psi, labels, *_ = problem
+
+    def chosen(*wanted):
+        found = RidgeGreedy(psi, labels, 3, 2.0).pick(wanted)
+        return [found[labels[found] == label].tolist() for label in range(3)]
+
+    many = chosen(9, 6, 8)
+    for few in ((2, 2, 2), (1, 5, 3), (4, 0, 1)):
+        assert chosen(*few) == [own[:count] for own, count in zip(many, few, strict=True)]
+
+
+def test_half_precision_in_chunks_is_what_one_product_in_memory_gives(problem, monkeypatch):
+    psi, labels, start, start_labels = problem
+    half = psi.half()
+    whole, chunked = (RidgeGreedy(kept, labels, 3, 2.0) for kept in (half.double(), half))
+    monkeypatch.setattr(ridge_rule, "CHUNK", 9)
+    for greedy in (whole, chunked):
+        greedy.start(start, start_labels)
+    assert chunked.psi.dtype == torch.float16
+    assert torch.equal(whole.pick([5, 5, 5]), chunked.pick([5, 5, 5]))
+    assert chunked.error() == pytest.approx(whole.error(), abs=1e-9)
+
+
 def test_a_class_without_image_is_no_class(problem):
     psi, labels, *_ = problem
     labels = labels * 2  # classes 0, 2 and 4 of 6

@@ -1,0 +1,51 @@
+"""The benchmarks of selections, at their smallest; their numbers mean nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from recipes.benchmarks import ridge_rule, selections
+
+
+SMALL = ["--steps", "1", "--seeds", "2", "--log_epochs", "2", "--processes", "1", "--evaluators"]
+SMALL += ['{"convnet-1": {"width": 2}}', "--observer", "convnet-1", "--images", "300", "--test_images", "60"]
+
+
+def test_a_row_for_every_selection_and_budget(tmp_path, capsys):
+    rules = ["--selections", "random", "ridge_rule", "clarity", "el2n", "--shares", "0.05", "0.1"]
+    options = [*SMALL, *rules, "--folder", str(tmp_path / "work"), "--out", str(tmp_path / "found.json")]
+    found = selections.main(options)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads((tmp_path / "found.json").read_text())
+    assert {(row["selection"], row["images_per_class"]) for row in found["rows"]} == {
+        (name, budget) for name in rules[1:5] for budget in (1, 2)
+    }
+    assert found["counts"] == {"choice": 240, "validation": 60, "test": 60, "on_top": 0}
+    assert set(found["ridge_rule_minus"]) == {"clarity", "random"}
+    assert "| ridge_rule |" in (tmp_path / "found.md").read_text()
+    again = selections.main(options)  # goes on with all that is there
+    assert again["rows"] == found["rows"]
+
+
+def test_clearly_behind():
+    generator = np.random.default_rng(0)
+    good, bad = (generator.random((3, 400)) < share for share in (0.8, 0.6))
+    assert selections.below(bad, good) and not selections.below(good, bad) and not selections.below(good, good)
+    mean, error = selections.difference(good, bad)
+    assert mean == pytest.approx(100 * (good.mean() - bad.mean()), abs=0.01) and 1 < error < 5
+
+
+def test_ranks_leave_out_what_was_dropped():
+    rows = [
+        {"selection": name, "images_per_class": 1, "evaluator": "a", "accuracy": value, "validation": -value}
+        for name, value in (("x", 3.0), ("y", 2.0), ("z", 1.0))
+    ]
+    assert selections.mean_ranks(rows, {"y"}) == {
+        "x": {"test": 1, "validation": 3}, "y": {"test": None, "validation": None}, "z": {"test": 3, "validation": 1},
+    }  # fmt: skip
+
+
+def test_cost_of_the_ridge_rule(tmp_path):
+    sizes = ["--sizes", "40", "80", "--picks", "3", "--embedding_dim", "8"]
+    found = ridge_rule.main([*sizes, "--out", str(tmp_path / "found.json")])
+    assert [row["images"] for row in found["measured"]] == [40, 80] and found["pick_linearity"] > 0
