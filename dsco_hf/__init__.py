@@ -58,7 +58,7 @@ from .sampling.methods.nopt import NOpt
 from .sampling.methods.released import QuantileTargets, Released
 from .sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
 from .studies.generator_check import GeneratorCheck, check_generator
-from .studies.lossless.efficiency import efficiency
+from .studies.lossless.efficiency import efficiency, recommended_doping
 from .studies.lossless.find import find_lossless_budget
 from .studies.lossless.search import SearchPlan
 from .studies.study import Study, real_baselines
@@ -134,6 +134,7 @@ __all__ = [
     "publish_pipeline",
     "read_concentration",
     "real_baselines",
+    "recommended_doping",
     "recorded_doping",
     "register_denoiser",
     "save_dataset_folder",

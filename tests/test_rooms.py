@@ -42,7 +42,7 @@ FOLDERS = {
     "sampling.methods": ["noise", "nopt", "released"],
     "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd", "d3hr"],
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
-    "concentration.additions": ["doping", "soft_labels"],
+    "concentration.additions": ["beginning", "doping", "soft_labels"],
     "studies.figures": ["accuracy", "features", "efficiency"],
     "studies.lossless": ["curves", "noninferiority", "search", "find", "report", "efficiency"],
 }

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from dsco_hf import DsCoPipeline, get_protocol, load_image_dataset, train_evaluator
-from dsco_hf.concentration.doping import choose
+from dsco_hf.concentration.additions.doping import choose
 from dsco_hf.concentration.selection import Clarity, Clearest, Selection, TrainingLog, log_training
 from dsco_hf.data.datasets import Pool
 from dsco_hf.data.splits import stratified_indices
@@ -57,7 +57,7 @@ SELECTIONS = list(dict.fromkeys(["random", "ridge_rule", "clarity", "clearest", 
 BEHIND = 2.0  # standard errors
 PLACES = ("out", "folder", "on_top", "processes")  # no figures
 # The second has no part in the choice of images: it is another architecture than the one that is asked.
-EVALUATORS = {"convnet-2": {"width": 32}, "resnetap-10": {"width": 16, "depths": [1, 1, 1]}}
+EVALUATORS = {"convnet-2": {"width": 32}, "resnetap-10": {"width": 16, "depths": [1, 1]}}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -93,7 +93,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--observer", default="convnet-2", help="architecture of the log and of the features")
     parser.add_argument("--log_epochs", type=int, default=30)
     parser.add_argument("--evaluators", type=json.loads, default=EVALUATORS, help="values of each architecture, JSON")
-    parser.add_argument("--steps", type=int, default=100, help="up to 10 images per class; twice that above")
+    parser.add_argument("--steps", type=int, default=60, help="up to 10 images per class; twice that above")
+    parser.add_argument("--learning_rate", type=float, default=1e-2)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of an evaluator on a set")
     parser.add_argument("--processes", type=int, default=mp.cpu_count(), help="trainings at a time")
     parser.add_argument("--folder", type=Path, help="keeps all that was made")
@@ -109,7 +110,7 @@ class Benchmark:
         changes = (RandomShift(1),) if options.dataset == "digits" else (HorizontalFlip(), RandomShift(2))
         shared: dict[str, Any] = {"augmentation": changes, "image_size": options.image_size}
         steps = ((10, options.steps), (None, 2 * options.steps))
-        self.protocol = get_protocol("quick", steps=steps, learning_rate=5e-3, **shared)
+        self.protocol = get_protocol("quick", steps=steps, learning_rate=options.learning_rate, **shared)
         self.observing = get_protocol("quick", epochs=options.log_epochs, **shared)
         train, validation, test = load_parts(options, self.protocol)
         self.validated, self.train = len(validation.labels), train

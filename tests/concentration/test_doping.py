@@ -6,7 +6,17 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
-from dsco_hf import Clarity, ConvNetForImageClassification, Herding, MatchingTargets, concentrate, dope
+from dsco_hf import (
+    Clarity,
+    ConvNetForImageClassification,
+    Herding,
+    MatchingTargets,
+    concentrate,
+    dope,
+    recorded_doping,
+)
+from dsco_hf.concentration.additions.beginning import until_doping
+from dsco_hf.concentration.set_records import changed_since, record_of
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.discrepancy import embed_pixels
 from dsco_hf.matching.kernels import mmd2
@@ -281,3 +291,46 @@ def test_chosen_files_keep_their_bytes_unless_their_size_differs(make, tmp_path)
     assert [image.size for image in sixteen["image"]] == [(8, 8), (16, 16), (16, 16)]
     with pytest.raises(ValueError, match="number of pixels or 'original', got 'orginal'"):
         dope(small, real, images_per_class=3, strategy="random", image_size="orginal")
+
+
+# --- where synthesis stops paying
+
+
+@pytest.fixture(scope="module")
+def blocks(_pixel_pipe):
+    """Five synthetic images of each class, in blocks of two."""
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "block_size": 2, "progress": False}
+    return concentrate(copy.deepcopy(_pixel_pipe), None, 5, **options)
+
+
+def test_auto_keeps_whole_blocks_until_doping_begins(blocks, real_images):
+    mixed = dope(blocks, real_images, images_per_class="auto", begin_doping=4.9, strategy="random", progress=False)
+    drawn = mixed.select(range(12))
+    assert per_class(mixed) == [5, 5, 5] and per_class(added(mixed)) == [1, 1, 1]
+    assert set(drawn["block"]) == {0, 1} and set(drawn["source"]) == {0}
+    record = record_of(mixed)
+    assert record["parameters"]["images_per_class"] == 4 and record["synthetic"]["rows"] == 12
+    assert record_of(blocks)["parameters"]["images_per_class"] == 5 and changed_since(record, mixed) is None
+    few = dope(blocks, real_images, images_per_class="auto", begin_doping=2, strategy="random", progress=False)
+    again = dope(few.select(range(6)), real_images, progress=False, **recorded_doping(record_of(few)["doping"]))
+    assert per_class(added(few)) == [3, 3, 3] and again["real_index"][:] == few["real_index"][:]
+
+
+def test_the_record_of_what_is_kept_is_that_of_a_run_that_drew_no_more(blocks, _pixel_pipe):
+    kept, size = until_doping(blocks, 4)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "block_size": 2, "progress": False}
+    alone = concentrate(copy.deepcopy(_pixel_pipe), None, 4, **options)
+    told, own = record_of(kept), record_of(alone)
+    assert size == 5 and told["parameters"] == own["parameters"] and told["synthetic"] == own["synthetic"]
+
+
+def test_without_blocks_every_image_counts_as_one(small, real_images):
+    bare = small.select_columns(["image", "label"])
+    mixed = dope(bare, real_images, images_per_class="auto", begin_doping=1.5, strategy="random", progress=False)
+    assert per_class(mixed) == [2, 2, 2] and per_class(added(mixed)) == [1, 1, 1]
+
+
+def test_auto_replaces_nothing_of_a_doped_set(small, real_images):
+    mixed = dope(small, real_images, images_per_class=3, strategy="random", progress=False)
+    with pytest.raises(ValueError, match="has real images already"):
+        dope(mixed, real_images, images_per_class="auto", begin_doping=1, strategy="random", progress=False)

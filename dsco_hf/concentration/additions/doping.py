@@ -24,6 +24,7 @@ from ...utils.values import check_whole, plain_arguments
 from ..concentrate import SOURCES, row_features
 from ..selection import Selection, recorded_selection
 from ..set_records import record_of, with_record
+from .beginning import until_doping
 
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ def dope(
     real: Dataset | Pool,
     pipe: DsCoPipeline | None = None,
     *,
-    images_per_class: int | None = None,
+    images_per_class: int | str | None = None,
     total: int | None = None,
+    begin_doping: float | None = None,
     strategy: str | Selection = "herding",
     class_wise: bool | None = None,
     image_size: int | str | None = None,
@@ -54,8 +56,11 @@ def dope(
             not chosen.
         pipe (`DsCoPipeline`, *optional*): its classifier gives the features for "herding", and the soft labels on
             which a student for "clarity" is trained. Not needed for "random" or `Clarity(student=...)`.
-        images_per_class (`int`, *optional*): size of the result per class, synthetic images included.
+        images_per_class (`int` or "auto", *optional*): size of the result per class, synthetic images included.
+            With "auto" real images take the place of the synthetic ones from `begin_doping` on: the size stays.
         total (`int`, *optional*): size of the result. Pass one of the two.
+        begin_doping (`float`, *optional*): images per class from where on the next synthetic image is worth less than
+            a real one, such as [`~dsco_hf.studies.lossless.efficiency.recommended_doping`] says; for "auto" alone.
         strategy (`str` or [`Selection`]): by which rule, with its own options, such as `Clarity(num_students=4)`; or
             the name of one with its defaults: "herding", "clarity", "random" or "clearest".
         class_wise (`bool`, *optional*): fill every class to the same number. If False, a rule that compares images
@@ -82,6 +87,13 @@ def dope(
         raise ValueError(
             "Pass either `images_per_class` or `total`, the size of the result with its synthetic images."
         )
+    if images_per_class == "auto":
+        small, images_per_class = until_doping(small, begin_doping)
+    elif begin_doping is not None or isinstance(images_per_class, str):
+        raise ValueError(
+            f"`images_per_class` must be a number or 'auto', which alone has `begin_doping`; got {images_per_class!r} "
+            f"and {begin_doping!r}: pass `images_per_class='auto'` with `begin_doping`, or a number alone."
+        )
     record = record_of(small) or {}
     small = as_concentrated(small)
     names, stored_size = class_names(small), check_size(image_size, small)
@@ -100,6 +112,7 @@ def dope(
     doping = {
         **{"strategy": rule.record(names, pipe), "images_per_class": images_per_class, "total": total},
         **{"class_wise": class_wise, "image_size": stored_size or "original", "seed": seed},
+        **({} if begin_doping is None else {"begin_doping": begin_doping}),
         **({} if classifier is None else {"classifier_sha256": model_sha256(classifier)}),
         **{"real_fingerprint": whole.fingerprint, "real_rows": len(whole.dataset), **whole.columns},
     }

@@ -7,15 +7,21 @@ same accuracy, divided by n.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from ...utils.files import read_json
+from ...utils.values import check_choice
 from .curves import LEAST_STD, Floats, fit_curves
 
+
+logger = logging.getLogger(__name__)
 
 REAL = "random"  # what the exchange rate counts in
 LEVEL = 0.95  # of all intervals
@@ -66,6 +72,35 @@ def efficiency(results: Mapping[str, Any], *, draws: int = DRAWS, seed: int = 0)
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["images_per_class"])
         methods[method] = method_efficiency(own, sizes, accuracy, random)
     return {"methods": methods, "rank_correlation": rank_correlations(rows), "draws": draws, "level": LEVEL}
+
+
+def recommended_doping(report: Mapping[str, Any] | str | Path, method: str = "nopt") -> float:
+    """Images per class at which doping should begin, for [`~dsco_hf.concentration.additions.doping.dope`].
+
+        dope(small, real, pipe, images_per_class="auto", begin_doping=recommended_doping("figures/efficiency.json"))
+
+    Args:
+        report (mapping, `str` or `Path`): of [`efficiency`], or the efficiency.json that `recipes/figures.py` writes.
+        method (`str`): how the set was drawn, as the study calls it.
+
+    Raises:
+        ValueError: for a method that the study did not draw, or one whose images it saw no end of.
+        DamagedFileError: for a file that cannot be read.
+    """
+    if not isinstance(report, Mapping):
+        report = read_json(Path(report), "Write it again: `python recipes/figures.py STUDY`.")
+    check_choice("method", method, list(report["methods"]))
+    moment = report["methods"][method].get("doping")
+    if moment is None:
+        raise ValueError(
+            f"The study saw no moment from which on a real image is worth more than the next of {method!r}: evaluate "
+            "sets at two budgets or more and at larger ones, or pass `images_per_class` as a number."
+        )
+    if moment["extrapolated"]:
+        logger.warning(
+            "Doping should begin at %g images per class, which is extrapolated.", moment["images_per_class"]
+        )
+    return float(moment["images_per_class"])
 
 
 def method_efficiency(
