@@ -20,6 +20,7 @@ from dsco_hf.concentration.set_records import record_of
 from dsco_hf.evaluators.batches import predict_logits
 from dsco_hf.sampling.loading import EMBEDDED, embedded_folder
 from hub.cards import validate_card
+from recipes import embed
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,19 @@ def test_sets_say_its_name_and_are_drawn_again(pipe, tmp_path):
     assert re.search(r"\| generator: .*digits.* \| cc-by-4.0 \|", text)
     again, targets, _ = load_recorded(tmp_path / "set")
     assert targets is None and again.name_or_path == "digits" and again.classifier is not None
+
+
+def test_the_recipe_that_made_it_makes_it_again(pipe, tmp_path, monkeypatch):
+    """From the same weights the same weights; the card says what was measured."""
+    monkeypatch.setattr(embed, "PER_CLASS", 1)
+    pipe.save_pretrained(tmp_path / "trained")
+    places = ["--into", str(tmp_path / "embedded"), "--results", str(tmp_path / "results")]
+    embed.main(["--pipeline", str(tmp_path / "trained"), *places])
+    made, stored = tmp_path / "embedded" / "digits", EMBEDDED / "digits"
+    names = {path.relative_to(stored) for path in stored.rglob("*") if path.is_file()}
+    assert {path.relative_to(made) for path in made.rglob("*") if path.is_file()} == names
+    weights = [name for name in names if name.suffix == ".safetensors"]  # other files name versions of libraries
+    assert len(weights) == 2 and all((made / name).read_bytes() == (stored / name).read_bytes() for name in weights)
+    measured = json.loads((tmp_path / "results" / "half_precision.json").read_text())
+    assert measured["samples"] == 10 and measured["classifier_agrees"] == 1 and measured["mean_difference"] == 0
+    assert "of 10 plain samples that they are of their class" in (made / "README.md").read_text(encoding="utf-8")
