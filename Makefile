@@ -1,6 +1,6 @@
 # `make demo` runs the main job and `make test` all tests; both first set up .venv, if that has not been done yet.
 #
-#   make demo ARGS=--fresh           other options of recipes/quickstart.py
+#   make demo ARGS=--train           trains the generator first; other options: make demo ARGS=--help
 #   make test ARGS="-k kernels -x"   other options of pytest
 #   make test WORKERS=0 ARGS=--pdb   in one process, as a debugger needs it
 #   make demo PROCESSES=1            as many processes, with or without GPUs
