@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from ..data.shards import embedded, rows_record, synthetic_rows
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Targets
+from ..sampling.peers import ClassStatistics
 from ..utils.files import whole
 from ..utils.origins import cached_origin as cached_origin
 from ..utils.origins import commit_of, model_sha256, targets_sha256, versions
@@ -145,12 +146,17 @@ def _plain_name(dataset: str) -> str:
 
 
 def _targets(targets: Targets | None, origin: Mapping[str, str | None]) -> dict[str, Any] | None:
+    if isinstance(targets, ClassStatistics):
+        # of names alone the record says all: they can be made again from it
+        names = {name: getattr(targets, name) for name in ("class_names", "class_labels")}
+        told = {"kind": type(targets).__name__, "statistics": targets.kind, **targets_record(targets)}
+        return told | (names if targets.kind == "names" else {})
     if not isinstance(targets, MatchingTargets):
         return None if targets is None else {"kind": type(targets).__name__}
     return targets_record(targets) | (_without_none(origin) or {})
 
 
-def targets_record(targets: MatchingTargets) -> dict[str, Any]:
+def targets_record(targets: MatchingTargets | ClassStatistics) -> dict[str, Any]:
     """How targets were made, and the SHA-256 of their content."""
     names = {
         key: next(iter(published_origin(value).values()), value) if isinstance(value, str) and "/" in value else value

@@ -27,6 +27,7 @@ from ..matching.targets import MatchingTargets
 from ..sampling.call import Targets
 from ..sampling.methods.released import Released
 from ..sampling.models import load_classifier, load_model
+from ..sampling.peers import ClassStatistics
 from ..sampling.pipeline import DsCoPipeline
 from ..studies.generator_check import GeneratorCheck
 from ..utils.files import check_path, reading
@@ -62,7 +63,7 @@ def load_recorded(
     generator_revision: str | None = None,
     token: Token = None,
     cache_dir: str | Path | None = None,
-) -> tuple[DsCoPipeline, MatchingTargets | None, dict[str, Any]]:
+) -> tuple[DsCoPipeline, MatchingTargets | ClassStatistics | None, dict[str, Any]]:
     """Loads what a published dataset was made with: the pipeline and the targets, at the recorded commits.
 
     `concentrate(pipe, targets, seed=record["seed"], **record_parameters(record))` then makes its synthetic rows again.
@@ -204,13 +205,15 @@ def _load_part(
 
 def _load_targets(
     record: Mapping[str, Any], folder: Path, name: str, options: Mapping[str, Any]
-) -> MatchingTargets | None:
+) -> MatchingTargets | ClassStatistics | None:
     entry = record.get("targets")
     if not entry:
         return None
+    if entry.get("statistics") == "names":
+        return ClassStatistics("names", list(entry["class_names"]), list(entry["class_labels"]))
     if entry.get("kind"):
         raise ValueError(
-            f"{name} matches real images one by one ({entry['kind']}): only with them can it be drawn again, by "
+            f"{name} was drawn for real images themselves ({entry['kind']}): only with them can it be drawn again, by "
             "`concentrate`."
         )
     if entry.get("path"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from ..utils.origins import fingerprint, identity
 from ..utils.progress import Clock
 from ..utils.values import Named
 from .generator_check import GeneratorCheck
-from .kept import DRAW_AGAIN, KeptSets, kept_check, passes_of
+from .kept import DRAW_AGAIN, KeptSets, kept_check
 
 
 METHODS = ("plain", "nopt-classifier-only", "nopt", "nopt-data-free", "nopt-quantile")
@@ -44,6 +45,7 @@ ALLOWED = (*METHODS, *PEERS)
 PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset
 OF_SAMPLING = ("num_inference_steps", "guidance_scale")
 Kept: TypeAlias = MatchingTargets | ClassStatistics
+EFFORT = {"plain": 1.0, "best-of-n": 4.0, "s3": 5.0}
 DEFAULT_BUDGETS = (1, 10, 50)
 # What all sets of a study depend on beside models and images; the rest is about single sets.
 SHARED = (
@@ -241,7 +243,7 @@ class StudyPlan(ImportOptions):
     def effort(self, name: str) -> float:
         """About how long a set takes, in images that are sampled plainly; told by figures of the digits."""
         method, budget, _ = set_parts(name)
-        return budget * {"plain": 1.0, "nopt-quantile": 4.0 * self.quantile_iterations}.get(method, 1.5)
+        return budget * (EFFORT | {"nopt-quantile": 4.0 * self.quantile_iterations}).get(method, 1.5)
 
     def doped_names(self) -> dict[str, str]:
         """Names of the sets with real images in them, with the set of "nopt" that each begins with."""
@@ -323,11 +325,6 @@ class PlannedSets:
         self.targets: dict[str, Any] = {}
         self.check: GeneratorCheck | None = None
 
-    def data_pass(self, name: str) -> dict[str, int]:
-        """What the targets of a set cost: `images` read, and those that passed through each network."""
-        told = self.kept.told(self.plan.doped_names().get(name, name)).get("population") or ""
-        return passes_of(self.targets.get(told))
-
     def make(self) -> None:
         """Makes what is left: the targets by all processes together, of the sets each process its share.
 
@@ -357,11 +354,13 @@ class PlannedSets:
         names = (*self.plan.set_names(), *self.plan.doped_names())
         return {name: self.kept.rows(name) for name in names if name in self.kept}
 
+    def drawn_for(self, name: str) -> Any:
+        """The targets of a set, or of the one that a doped set begins with, as far as they are files of their own."""
+        return self.targets.get(self.kept.told(self.plan.doped_names().get(name, name)).get("population") or "")
+
     def targets_of(self, name: str) -> MatchingTargets | None:
-        """What a set, or the one that a doped set begins with, was matched to, as far as it is a file of its own."""
-        told = self.kept.told(self.plan.doped_names().get(name, name)).get("population") or ""
-        found = self.targets.get(told)
-        return found if isinstance(found, MatchingTargets) else None
+        """The same, if they are what a published set can bring."""
+        return found if isinstance(found := self.drawn_for(name), MatchingTargets) else None
 
     def _makers(self) -> dict[str, Callable[..., Any]]:
         """How targets are made, by name; the discrepancy of all sets is measured by the first."""
@@ -381,14 +380,12 @@ class PlannedSets:
             makers["nopt-data-free"] = functools.partial(
                 MatchingTargets.from_generator, self.pipe, **plan.templates, **plan.matched
             )
-        for method in [name for name in plan.methods if name in PEERS]:
-            for budget in plan.budgets:
-                population, options = plan.drawing(method, budget)
-                if population is not None:
-                    sampling = Sampling.of(**{name: options[name] for name in (*OF_SAMPLING, "method")})
-                    shared = {"images_per_class": budget, **self.columns}
-                    make = functools.partial(sampling.make_targets, self.pipe, self.real, **shared)
-                    makers.setdefault(population, make)
+        for method, budget in itertools.product([name for name in plan.methods if name in PEERS], plan.budgets):
+            population, options = plan.drawing(method, budget)
+            if population is not None:
+                sampling = Sampling.of(**{name: options[name] for name in (*OF_SAMPLING, "method")})
+                given = {"images_per_class": budget, **self.columns}
+                makers[population] = functools.partial(sampling.make_targets, self.pipe, self.real, **given)
         return makers
 
     def _targets(self, name: str, make: Callable[..., Kept]) -> Kept:

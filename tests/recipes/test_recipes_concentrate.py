@@ -163,7 +163,7 @@ def test_other_things_to_match(work, real_images, monkeypatch, options, method):
     if method == "plain":
         assert rows.features["label"].names == ["triangle", "circle"]
     if method == "nopt-quantile":
-        with pytest.raises(ValueError, match="matches real images one by one"):
+        with pytest.raises(ValueError, match="was drawn for real images themselves"):
             main(["--from", f"{method}/dataset", "--output_dir", "no"])
     else:
         main(["--from", f"{method}/dataset", "--output_dir", f"{method} again"])

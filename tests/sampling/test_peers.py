@@ -11,6 +11,7 @@ from datasets import load_dataset
 from safetensors.torch import save_file
 
 from dsco_hf import (
+    DsCoPipeline,
     Sampling,
     SamplingMethod,
     concentrate,
@@ -19,6 +20,7 @@ from dsco_hf import (
     dope,
     get_protocol,
     load_image_set,
+    load_recorded,
     save_dataset_folder,
 )
 from dsco_hf.concentration.concentrate import UnitSampler, divide, plan_units
@@ -416,6 +418,32 @@ def test_what_errors_of_peers_say_to_do_is_done(pipe, real_images, targets):
         drawn(inverted, D3HR(groups=2))
     assert drawn(real_images, D3HR(groups=2)) == 3
     assert drawn(made, "d4m") == drawn(real_images, "d4m") == 3
+
+
+@pytest.mark.parametrize("name", ["best-of-n", "uag"])
+def test_a_data_free_set_is_made_again_from_its_folder_alone(pipe, tmp_path, name):
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe = DsCoPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    small = concentrate(pipe, ["square", "circle"], 2, method=drawn_with(PEERS[name]), seed=3, progress=False)
+    save_dataset_folder(small, tmp_path / "set")
+    again, targets, record = load_recorded(tmp_path / "set")
+    again.set_progress_bar_config(disable=True)
+    assert targets.class_labels == [1, 0]
+    found = concentrate(again, targets, seed=3, progress=False, **record_parameters(record))
+    assert pixels_of(found) == pixels_of(small) and found.features["label"].names == ["square", "circle"]
+
+
+def test_what_was_read_is_recorded_and_others_need_the_images(pipe, real_images, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe = DsCoPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    small = concentrate(pipe, real_images, 1, method=drawn_with(PEERS["mgd3"]), progress=False)
+    told = record_of(small)["targets"]
+    assert told["statistics"] == "centroids" and told["images"] == 21 and len(told["sha256"]) == 64
+    save_dataset_folder(small, tmp_path / "set")
+    with pytest.raises(ValueError, match="was drawn for real images themselves .ClassStatistics.: only with them"):
+        load_recorded(tmp_path / "set")
 
 
 def test_files_and_settings_that_cannot_be_are_refused(pipe, tmp_path):

@@ -1,5 +1,6 @@
 """Sets by name, what evaluators reach on them, and the rows of results.json."""
 
+import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
@@ -174,3 +175,9 @@ def test_images_network_and_samples_of_a_study(pipe, train, tmp_path):
     with pytest.raises(ValueError, match="`test_split` is a split or 'auto' here, not 'none'"):
         RealOptions(dataset=str(tmp_path / "data"), test_split="none").splits(tested=True)
     assert draw_study_samples({"random-ipc2-seed0": train}, 2, tmp_path / "samples.png").stat().st_size > 1000
+    height = {}
+    for name in ("mine", "mgd3"):  # two images of a class where there are peers, four where there are none
+        sets = {"random-ipc2-seed0": train, f"{name}-ipc2-seed0": train}
+        with PIL.Image.open(draw_study_samples(sets, 2, tmp_path / f"{name}.png")) as drawn:
+            height[name] = drawn.size[1]
+    assert height["mgd3"] < 1.5 * height["mine"]

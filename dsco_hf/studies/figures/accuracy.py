@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from ...concentration.methods import Method, chance_level, dataset_title, find_method, find_methods, network_title
 from ...data.images import to_unit
 from ...evaluators import ImageSet
+from ...sampling.peers import PEERS
 
 
 INK, FAINT = "#222222", "#d9d9d9"
@@ -101,7 +102,9 @@ def sample_grid(
 
 
 def draw_study_samples(sets: Mapping[str, ImageSet], images_per_class: int, path: str | Path) -> Path:
-    """Draws real, plain, concentrated and data-free images of up to ten classes side by side, of the first seed.
+    """Draws real, plain, concentrated and data-free images of up to ten classes side by side, and those of peers.
+
+    Of the first seed; four of a class, or two where there are peers.
 
     Args:
         sets (mapping of `str` to [`~dsco_hf.evaluators.ImageSet`]): by [`~dsco_hf.studies.plans.set_name`]; those
@@ -110,10 +113,12 @@ def draw_study_samples(sets: Mapping[str, ImageSet], images_per_class: int, path
         path (`str` or `Path`): the PNG file to write.
     """
     methods = {"real": "random", "plain": "plain", "nopt": "nopt", "nopt-data-free": "nopt-data-free"}
+    methods |= {peer: peer for peer in PEERS}
     found = {title: sets.get(f"{method}-ipc{images_per_class}-seed0") for title, method in methods.items()}
     there = {title: images for title, images in found.items() if images is not None}
     names = next(iter(there.values())).names[:10]
-    grid = {title: images.first_of(range(len(names)), 4) for title, images in there.items()}
+    count = 2 if there.keys() & PEERS.keys() else 4
+    grid = {title: images.first_of(range(len(names)), count) for title, images in there.items()}
     return sample_grid(grid, names, path)
 
 
