@@ -69,7 +69,7 @@ class Option:
     @property
     def shown(self) -> str:
         """The option and its value in `--help`."""
-        value = "|".join(_KINDS.get(kind, kind) for kind in self.kinds if kind != "None")
+        value = "|".join(dict.fromkeys(_KINDS.get(kind, "TEXT") for kind in self.kinds if kind != "None"))
         return f"--{self.alias or self.name} {value}{' ...' if self.many else ''}"
 
     def refusal(self, value: str) -> str | None:

@@ -41,7 +41,7 @@ class ClassifierRecipe(RealOptions, NetworkOptions):
         image_size: what images are brought to (shorter side, then the centre), and the network is fed; by default
             their own size, or 32 if they have several; stock networks are fed at least 32.
         protocol: a protocol's name or YAML file; its hard labels, schedule and augmentation are used.
-        weight_decay: a change to it.
+        weight_decay: in place of the protocol's own.
         seed: decides initial weights, order and augmentation.
         output_dir: the classifier's folder.
     """

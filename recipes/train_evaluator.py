@@ -44,7 +44,7 @@ class EvaluatorRecipe(ReadOptions, StudyOptions):
         test_image_column, test_label_column: of the `test_dataset`; as the others if it is the same dataset.
         first_seed: the seeds are first_seed, first_seed + 1, ...
         label_type: "hard", "teacher", "stored" or "learned"; the protocol's own by default, "teacher" if there is one.
-        temperature: a change to the protocol.
+        temperature: of soft labels, in place of the protocol's own.
         best: also report the best epoch on the test set, as most of the field does.
         report_to: "tensorboard", "trackio" or "none".
         save_models: store the trained networks in `<output_dir>/models`.

@@ -63,11 +63,18 @@ class SamplingOptions(ImportOptions):
         objective: "rkhs", "ridge" or "classifier" of NOpt, see `dsco_hf.matching.objectives`, or "quantile", the
             released algorithm; or one of your own, "module:Class", with fields `{name: module:Class, field: value}`.
         method: what steers the sampling in place of NOpt: one of your own, likewise, which has options of its own.
-        num_inference_steps, guidance_scale, eta, batch_size: of all methods, see `dsco_hf.Sampling`.
-        optimization_steps: at each of the optimised sampling steps; 0 draws plain samples.
-        step_size, step_decay, optimize_from, optimize_until, lookahead: of NOpt, see there.
-        contrast: of "rkhs".
-        regularization: of "ridge".
+        num_inference_steps: sampling steps.
+        guidance_scale: classifier-free guidance; 1 is off.
+        eta: 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
+        batch_size: images per pass through denoiser, decoder and classifier; all of a call at once if none.
+        optimization_steps: updates of the noise at each of the optimised sampling steps; 0 draws plain samples.
+        optimize_from, optimize_until: where NOpt begins and ends, as fractions of the sampling steps.
+        step_size: length of NOpt's first update, in units of the noise's norm.
+        step_decay: NOpt's update at the last sampling step is this times `step_size`; in between it falls evenly.
+        lookahead: how NOpt predicts the images: "conditional" asks the denoiser again without guidance, "guided" with
+            it, "none" reuses its last answer.
+        contrast: of "rkhs": how far a class aims away from the mean over all classes; 0 matches the class itself.
+        regularization: of "ridge": λ of the regression.
         block_size: images of a class that are optimised jointly.
         images_per_call: of several classes, at most; smaller calls occupy more processes.
     """
