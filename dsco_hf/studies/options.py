@@ -369,8 +369,8 @@ class TrainingOptions(OutputOptions):
 
     Attributes:
         protocol: a name (quick, minimax-hard, rded-soft, rded-soft-small, released-dsco, cifar-convnet) or YAML file.
-        epochs, steps, batch_size, learning_rate: in place of the protocol's own; `steps` drops its epochs, and `epochs`
-            its steps.
+        epochs, steps, batch_size, learning_rate: in place of the protocol's own; `steps` drops its epochs, and
+            `epochs` its steps.
         model_options: values of the networks' configurations, as JSON, e.g. '{"width": 32}'.
         mixed_precision: "no", "fp16" or "bf16"; without it, what `accelerate launch` was told.
     """
