@@ -137,4 +137,4 @@ def test_options_that_contradict_each_other_are_refused(options, message):
 
 def test_unknown_options_are_named():
     done = run([sys.executable, str(ROOT / "recipes" / "train_generator.py"), "--train_step", "3"])
-    assert done.returncode and "Unknown option '--train_step'. Nearest: 'train_steps'" in done.stderr
+    assert done.returncode and "Unknown option '--train_step'. Did you mean --train_steps" in done.stderr
