@@ -6,7 +6,6 @@
 
 All processes share one pass. A pass that was stopped goes on where it was when the same command is run again; its
 features, 4 bytes for each of their dimensions and images, wait in <output_dir>-work until the targets are saved.
-
 The folder is read by `MatchingTargets.from_pretrained` and by `--targets` of recipes/concentrate.py.
 """
 
@@ -72,8 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.data_free == (recipe.dataset is not None):
         raise ValueError("Give either `dataset`, the images to match, or `data_free`, to match the generator's own.")
     check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
-    accelerator = make_accelerator()
-    output = Path(recipe.output_dir).absolute()
+    accelerator, output = make_accelerator(), Path(recipe.output_dir).absolute()
     work = output.with_name(f"{output.name}-work")  # beside, so that it is never published
     check_anew(recipe.resume, accelerator, [work])
     with accelerator.main_process_first():  # one process downloads, the others read its cache
@@ -88,9 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = time.perf_counter() - begin
     if accelerator.is_main_process:
         targets.save_pretrained(output)
-        spent = None if continued else seconds  # nothing is said of a pass of several sessions
-        results = {"config": dataclasses.asdict(recipe), "splits": splits, **made(targets, spent)}
-        write_json(output / "results.json", results | run_environment(accelerator))
+        told = made(targets, None if continued else seconds) | run_environment(accelerator)
+        write_json(output / "results.json", {"config": dataclasses.asdict(recipe), "splits": splits, **told})
         if not recipe.keep_work:
             shutil.rmtree(work)
         print(f"Saved targets of {targets.num_classes} classes to {output} after {seconds:.1f} s.")
@@ -101,24 +98,21 @@ def make_targets(
     recipe: TargetsRecipe, pipe: DsCoPipeline, accelerator: Accelerator, work: Path
 ) -> tuple[MatchingTargets, dict[str, Any]]:
     """The targets, by all processes together, and which images were matched and which left out."""
-    real, splits = None, {}
-    if not recipe.data_free:
-        with accelerator.main_process_first():
-            real, _, splits = recipe.splits(streaming=recipe.streaming)
+    with accelerator.main_process_first():
+        real, _, splits = recipe.splits(streaming=recipe.streaming)
     drawing = {name: getattr(recipe, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
-    common = ("embedding_dim", "bandwidth", "second_moment", "seed", "batch_size")
+    common = ["embedding_dim", "bandwidth", "second_moment", "seed", "batch_size"]
+    common += [] if recipe.data_free else ["decode_threads"]
     options = recipe.targets_options(pipe, **drawing) | {name: getattr(recipe, name) for name in common}
-    options |= {} if recipe.data_free else {"decode_threads": recipe.decode_threads}
     return recipe.make_targets(pipe, real, accelerator=accelerator, work_dir=work, **options), splits
 
 
 def made(targets: MatchingTargets, seconds: float | None) -> dict[str, Any]:
-    """What targets are of, and how long they took if that is known, for results.json."""
-    provenance = targets.provenance
-    images = provenance.get("images") or provenance["samples_per_class"] * targets.num_classes
+    """What targets are of, and how long they took, unless it was in several sessions, for results.json."""
+    images = targets.provenance.get("images") or targets.provenance["samples_per_class"] * targets.num_classes
     speed = {"seconds": seconds and round(seconds, 2), "images_per_second": seconds and round(images / seconds, 1)}
-    return {"images": images, **speed, "classes": targets.num_classes, "feature_dim": targets.feature_dim,
-            "bandwidth": targets.bandwidth, "provenance": provenance}  # fmt: skip
+    about = {name: getattr(targets, name) for name in ("feature_dim", "bandwidth", "provenance")}
+    return {"images": images, **speed, "classes": targets.num_classes, **about}
 
 
 if __name__ == "__main__":

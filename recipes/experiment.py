@@ -106,8 +106,7 @@ class Experiment:
         self.study = Study(
             baselines | ({FULL: train} if recipe.full else {}), test, self.output, protocol=protocol,
             architectures=[recipe.architecture], seeds=recipe.training_seeds, overrides=recipe.overrides,
-            teacher=pipe.classifier if protocol.label_type == "teacher" else None, accelerator=accelerator,
-            clock=self.clock,
+            teacher=pipe.classifier if protocol.label_type == "teacher" else None, clock=self.clock,
         )  # fmt: skip
 
     def write(self) -> str:

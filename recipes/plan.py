@@ -6,8 +6,7 @@
     python recipes/plan.py --preset imagenet1k --device a100 --memory_gib 24 --max_hours 8
 
 Calls are counted by the pipeline itself on networks that cost nothing, and are exact. Time comes from a few steps on
-this machine (`--device here`), or from counted FLOPs and a stated share of a device's peak rate, which is an
-assumption. Prints Markdown; `--help` lists the options.
+this machine (`--device here`), or from counted FLOPs and an assumed share of a device's peak rate. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -66,10 +65,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         recipe = parse_config(PlanRecipe, arguments, defaults=of_run_config(Path(recipe.run_config)))
     pipe = load(recipe)
     classes, population = PRESETS.get(recipe.preset or "", (pipe.num_classes, 0))
-    recipe = dataclasses.replace(
-        recipe, num_classes=recipe.num_classes or min(classes, pipe.num_classes),
-        population=population if recipe.population is None else recipe.population,
-    )  # fmt: skip
+    population = population if recipe.population is None else recipe.population
+    num_classes = recipe.num_classes or min(classes, pipe.num_classes)
+    recipe = dataclasses.replace(recipe, num_classes=num_classes, population=population)
     plan = recipe.of(pipe)
     print(recipe.markdown(plan))
     if recipe.output_file is not None:
@@ -90,8 +88,7 @@ def of_run_config(path: Path) -> dict[str, Any]:
     """The options of a run that this recipe has too; those of the command line come before them."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no config file {path}: `--run_config` is that of recipes/concentrate.py.")
-    found = {"dtype": "float32", **read_config(path, PlanRecipe, others=True)}  # the run's default
-    found.pop("max_hours", None)
+    found = {"dtype": "float32", **read_config(path, PlanRecipe, others=True), "max_hours": None}  # as the run's
     classes = RunClasses(**read_config(path, RunClasses, others=True))
     if classes.class_labels:
         found["num_classes"] = len(classes.class_labels)

@@ -2,12 +2,10 @@
 
     accelerate launch recipes/quickstart.py
     accelerate launch recipes/quickstart.py --train
-    accelerate launch recipes/quickstart.py --small --fresh
 
-Draws with the pipeline that the package brings, or with --train trains one like it first. Writes results.json,
-table.md, samples.png (as soon as there are images), accuracy.png, features.png and dataset/ to outputs/quickstart.
-What is there already is used again; --fresh starts anew, --small is a setting for tests of the software, whose numbers
-mean nothing. `recipes/concentrate.py --from outputs/quickstart/dataset` draws the dataset again.
+Draws with the pipeline that the package brings, or trains one like it first. Writes results.json, table.md, figures
+(samples.png as soon as there are images) and dataset/, which `recipes/concentrate.py --from` draws again. What is
+there already is used again; --small is for tests of the software, its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -29,18 +27,17 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from dsco_hf import DsCoPipeline, build_evaluator, get_protocol, load_digits_dataset, load_image_set
-from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
-from dsco_hf.generators.training import train_generator
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import save_study_folder
 from dsco_hf.studies.figures.accuracy import draw_study_samples
 from dsco_hf.studies.figures.features import draw_study_features
-from dsco_hf.studies.kept import kept_classifiers
+from dsco_hf.studies.kept import kept_classifiers, kept_pipeline
 from dsco_hf.studies.plans import METHODS, PlannedSets, StudyPlan, set_name
-from dsco_hf.studies.study import FULL, Study, real_baselines
+from dsco_hf.studies.study import FULL, Study, first_sets, real_baselines
 from dsco_hf.studies.tables import write_results
 from dsco_hf.utils.configs import make_accelerator, parse_config, read_config
-from dsco_hf.utils.files import remove_partials, whole
+from dsco_hf.utils.files import remove_partials
 from dsco_hf.utils.origins import fingerprint, versions
 from dsco_hf.utils.progress import Clock
 
@@ -49,8 +46,6 @@ EVALUATOR: dict[str, Any] = {"architectures": ["convnet-2"], "overrides": {"widt
 CONFIGS = Path(__file__).parent / "configs"
 CARD = DatasetCardFields(pretty_name="Digits, concentrated", source_license="cc-by-4.0", generator_license="cc-by-4.0")
 NETWORK: dict[str, Any] = {"architecture": "convnet-2", "image_size": 8, "num_channels": 1, "width": 64}
-SHOWN = ("plain", "nopt")  # first, in samples.png, beside real images: targets without data take longer
-PER_BUDGET = ("clearest_share", "objective", "contrast", "regularization")
 # What an untrained network of the evaluators' architecture sees led to better sets than what the classifier sees.
 FEATURES = '{"network": "untrained", "architecture": "convnet-2", "width": 64, "seed": 1000}'
 
@@ -68,8 +63,7 @@ class Quickstart(StudyPlan):
         generator_steps: with `train`, in place of those of recipes/configs/generator_digits.yaml.
         training_seeds: repetitions of the trainings.
         random_seeds: choices of random real images at one image per class, and beside the doped dataset.
-        herding_seeds: herded sets at each budget, by as many classifiers: which images are herded depends on the
-            classifier, and accuracy with it.
+        herding_seeds: herded sets at each budget, by as many classifiers, on which herded images and accuracy depend.
     """
 
     output_dir: str = "outputs/quickstart"
@@ -113,10 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = run.pipeline().to(accelerator.device)
     run.draw_first(pipe)
     run.add_baselines()
-    made = PlannedSets(
-        run.recipe, pipe, run.real, run.work, clock=run.clock,
-        students={"protocol": run.study.protocol, "architecture": EVALUATOR["architectures"][0]},
-    )  # fmt: skip
+    students = {"protocol": run.study.protocol, "architecture": EVALUATOR["architectures"][0]}
+    made = PlannedSets(run.recipe, pipe, run.real, run.work, clock=run.clock, students=students)
     run.study.train_planned(made, num_channels=1)
     if accelerator.is_main_process:
         table = run.write(made)
@@ -130,62 +122,46 @@ class Run:
 
     def __init__(self, recipe: Quickstart, accelerator: Accelerator) -> None:
         self.accelerator, self.clock, self.output = accelerator, Clock(accelerator), Path(recipe.output_dir)
-        fewer = {"steps": ((10, 30), (None, 60))} if recipe.small else {}
-        self.protocol = protocol = get_protocol(CONFIGS / "protocols" / "digits.yaml", **fewer)
+        steps = {"steps": ((10, 30), (None, 60))} if recipe.small else {}
+        self.protocol = protocol = get_protocol(CONFIGS / "protocols" / "digits.yaml", **steps)
         digits, self.reading = load_digits_dataset(), {"protocol": protocol, "num_channels": 1}
         self.real, self.train = digits["train"], load_image_set(digits["train"], **self.reading)
         test = load_image_set(digits["test"], test_for=self.train, **self.reading)
         self.clock.say(f"digits: {len(self.real):,} training and {len(test.labels)} test images of 8x8 pixels")
-        doping = [round(recipe.doped_share * self.train.images_per_class)]
-        self.recipe = dataclasses.replace(recipe, doping_budgets=doping)
+        doped = round(recipe.doped_share * self.train.images_per_class)
+        self.recipe = dataclasses.replace(recipe, doping_budgets=[doped])
         values = read_config(CONFIGS / "generator_digits.yaml", GeneratorTrainingConfig, others=True)
+        values |= {} if recipe.generator_steps is None else {"train_steps": recipe.generator_steps}
         self.generator = GeneratorTrainingConfig(**values)
-        if recipe.generator_steps is not None:
-            self.generator = dataclasses.replace(self.generator, train_steps=recipe.generator_steps)
-        decisive = [recipe.small, recipe.train and self.generator, NETWORK, protocol, versions()]
-        decisive += [self.train.digest, accelerator.mixed_precision]
-        self.work = self.output / "work" / fingerprint(*decisive)[:8]  # where the models are
+        decisive = [recipe.small, recipe.train and self.generator, NETWORK, protocol, versions(), self.train.digest]
+        self.work = self.output / "work" / fingerprint(*decisive, accelerator.mixed_precision)[:8]  # of the models
         if accelerator.is_main_process:
             if recipe.fresh:
                 shutil.rmtree(self.output, ignore_errors=True)
             remove_partials(self.work)  # of a run that was cut off
             self.work.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
-        self.study = Study(
-            {FULL: self.train}, test, self.work, protocol=protocol, seeds=recipe.training_seeds, clock=self.clock,
-            accelerator=accelerator, **EVALUATOR,
-        )  # fmt: skip
+        options: dict[str, Any] = {"seeds": recipe.training_seeds, "clock": self.clock, **EVALUATOR}
+        self.study = Study({FULL: self.train}, test, self.work, protocol=protocol, **options)
 
     @functools.cached_property
     def classifiers(self) -> list[PreTrainedModel]:
         """By the features of each, real images are herded; they differ in their seed."""
-        self.clock.say("training the classifiers")
+        build = functools.partial(build_evaluator, class_names=self.train.names, norm="batch", **NETWORK)
         protocol = dataclasses.replace(self.protocol, steps=30 if self.recipe.small else 800, learning_rate=2e-3)
-        return kept_classifiers(
-            self.work, self.new_classifier, self.train, self.recipe.herding_seeds, protocol=protocol,
-            accelerator=self.accelerator,
-        )  # fmt: skip
+        seeds = self.recipe.herding_seeds
+        return kept_classifiers(self.work, build, self.train, seeds, protocol=protocol, clock=self.clock)
 
     def pipeline(self) -> DsCoPipeline:
         """That of the package, or one that is trained here, with the first of the classifiers."""
         if not self.recipe.train:
             return DsCoPipeline.from_pretrained("digits")
-        folder, classifier = self.work / "pipeline", self.classifiers[0]
-        if not folder.is_dir() and self.accelerator.is_main_process:
-            self.clock.say("training the generator")
-            with whole(folder) as partial:
-                self.new_pipeline(classifier).save_pretrained(partial)
-        self.accelerator.wait_for_everyone()
-        return DsCoPipeline.from_pretrained(folder)
+        models = {"classifier": self.classifiers[0], "clock": self.clock}
+        return kept_pipeline(self.work / "pipeline", self.train, self.generator, **models)
 
     def draw_first(self, pipe: DsCoPipeline) -> None:
         """The first sets of the largest size, for samples.png: minutes before all is done."""
-        recipe, largest = self.recipe, max(self.recipe.budgets)
-        values = {name: [recipe.at_budget(name, largest)] for name in PER_BUDGET}
-        plan = dataclasses.replace(
-            recipe, methods=[name for name in recipe.methods if name in SHOWN], budgets=[largest], synthesis_seeds=1,
-            single_seeds=1, doping_budgets=[], **values,
-        )  # fmt: skip
+        plan, largest = first_sets(self.recipe, ["plain", "nopt"]), max(self.recipe.budgets)  # these take least
         first = PlannedSets(plan, pipe, self.real, self.work, clock=self.clock)
         first.make()
         if self.accelerator.is_main_process:
@@ -195,32 +171,16 @@ class Run:
 
     def add_baselines(self) -> None:
         """Random and herded real images."""
-        recipe = self.recipe
-        for sizes, seeds, classifiers in (
-            (recipe.budgets[:1], recipe.random_seeds, self.classifiers),
-            (recipe.budgets[1:], recipe.synthesis_seeds, self.classifiers),
-            (recipe.doping_budgets, recipe.random_seeds, self.classifiers[:1]),
-        ):
-            self.study.sets |= real_baselines(self.train, sizes, random_seeds=seeds, classifiers=classifiers)
-
-    def new_classifier(self, seed: int) -> PreTrainedModel:
-        """A classifier before its training."""
-        return build_evaluator(class_names=self.train.names, seed=seed, norm="batch", **NETWORK)
-
-    def new_pipeline(self, classifier: PreTrainedModel) -> DsCoPipeline:
-        """The generator, with the network that says what it drew."""
-        images, options = (self.train.pixels, self.train.labels), {"num_classes": 10, "distributed": False}
-        trained = train_generator(*images, self.generator, accelerator=self.accelerator, **options)
-        return DsCoPipeline(
-            **trained.components, scheduler=build_scheduler(self.generator, latents=False), classifier=classifier,
-            id2label=dict(enumerate(self.train.names)),
-        )  # fmt: skip
+        for size in self.recipe.sizes:
+            seeds = self.recipe.synthesis_seeds if size in self.recipe.budgets[1:] else self.recipe.random_seeds
+            networks = self.classifiers[: 1 if size in self.recipe.doping_budgets else None]
+            self.study.sets |= real_baselines(self.train, [size], random_seeds=seeds, classifiers=networks)
 
     def write(self, made: PlannedSets) -> str:
         """results.json, the table, the figures, and dataset/, whose default config is the largest."""
-        config, seconds = dataclasses.asdict(self.recipe), made.seconds(self.clock)
-        results = self.study.results(made, dataset="digits", total_seconds=seconds, config=config | EVALUATOR)
+        told = {"config": dataclasses.asdict(self.recipe) | EVALUATOR, "total_seconds": made.seconds(self.clock)}
         sets, largest = self.study.fixed, max(self.recipe.budgets)
+        results = self.study.results(made, dataset="digits", **told)
         table = write_results(results, self.output, sets=sets)
         figures = [self.output / name for name in ("samples.png", "accuracy.png", "features.png")]
         shown = {method: sets[set_name(method, largest, 0)] for method in ("plain", "nopt")}
@@ -229,9 +189,9 @@ class Run:
             self.study, made, self.output / "dataset", results=results, card=CARD, figures=figures, doped="doped",
             source={"dataset": "scikit-learn digits", "split": "train"}, default_config=f"ipc{largest}",
         )  # fmt: skip
-        shutil.rmtree(self.output / "pipeline", ignore_errors=True)  # of other settings
-        if self.recipe.train:  # `concentrate.py --from` finds it there
-            shutil.copytree(self.work / "pipeline", self.output / "pipeline")
+        shutil.rmtree(place := self.output / "pipeline", ignore_errors=True)  # of other settings
+        if self.recipe.train:
+            shutil.copytree(self.work / "pipeline", place)  # `concentrate.py --from` finds it there
         return table
 
 

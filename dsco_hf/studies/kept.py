@@ -1,4 +1,4 @@
-"""What a study makes once and uses again: sets, checks of a generator, classifiers.
+"""What a study makes once and uses again: sets, checks of a generator, models.
 
 Sets and checks lie beside all that decided them, and are used again where their identity is that of what would be made
 now, and made anew or refused where it differs; see `dsco_hf.utils.origins`.
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
@@ -20,12 +19,16 @@ from transformers import PreTrainedModel
 from ..concentration.set_records import read_set, write_set
 from ..evaluators import Execution, ImageSet, Protocol, train_evaluator
 from ..evaluators.evaluation import save_network
+from ..generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from ..generators.failures import NonFiniteError
+from ..generators.training import train_generator
 from ..matching.kept import pipeline_identity
 from ..matching.targets import MatchingTargets
 from ..sampling.models import load_classifier
+from ..sampling.pipeline import DsCoPipeline
 from ..utils.files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
 from ..utils.origins import differences
+from ..utils.progress import Clock
 from .generator_check import GeneratorCheck, check_generator
 
 
@@ -139,29 +142,61 @@ def kept_check(
 
 def kept_classifiers(
     folder: str | Path,
-    build: Callable[[int], PreTrainedModel],
+    build: Callable[..., PreTrainedModel],
     images: ImageSet,
     seeds: int,
     *,
     protocol: Protocol,
-    accelerator: Accelerator,
+    clock: Clock,
 ) -> list[PreTrainedModel]:
     """Classifiers that differ in their seed; those that are not there are trained, each by one of the processes.
 
     Args:
         folder (`str` or `Path`): that of one kind of network, data and protocol, on a file system that all see.
-        build (`Callable`): the untrained network of a seed.
+        build (`Callable`): the untrained network of a `seed`.
         images (`ImageSet`): to train on.
         seeds (`int`): how many, from seed 0 on.
         protocol (`Protocol`): how.
-        accelerator (`Accelerator`): of the launch.
+        clock ([`~dsco_hf.utils.progress.Clock`]): of the launch.
     """
+    accelerator = clock.accelerator
+    clock.say("training the classifiers")
     folders = [Path(folder) / f"classifier-seed{seed}" for seed in range(seeds)]
     for seed, place in list(enumerate(folders))[accelerator.process_index :: accelerator.num_processes]:
         if not place.is_dir():
             execution = Execution(accelerator)
-            result = train_evaluator(build(seed), images, protocol=protocol, seed=seed, execution=execution)
+            result = train_evaluator(build(seed=seed), images, protocol=protocol, seed=seed, execution=execution)
             with whole(place) as partial:
                 save_network(result.model, partial)
     accelerator.wait_for_everyone()
     return [load_classifier(str(place)) for place in folders]
+
+
+def kept_pipeline(
+    folder: str | Path,
+    images: ImageSet,
+    config: GeneratorTrainingConfig,
+    *,
+    classifier: PreTrainedModel,
+    clock: Clock,
+) -> DsCoPipeline:
+    """A pipeline of a generator of pixels; where it is not there, the main process trains one.
+
+    Args:
+        folder (`str` or `Path`): that of one config, data and classifier, on a file system that all processes see.
+        images (`ImageSet`): to train on; gives the classes.
+        config (`GeneratorTrainingConfig`): how.
+        classifier (`PreTrainedModel`): says what was drawn.
+        clock ([`~dsco_hf.utils.progress.Clock`]): of the launch.
+    """
+    accelerator = clock.accelerator
+    if not Path(folder).is_dir() and accelerator.is_main_process:
+        clock.say("training the generator")
+        options: dict[str, Any] = {"num_classes": len(images.names), "distributed": False}
+        trained = train_generator(images.pixels, images.labels, config, accelerator=accelerator, **options)
+        scheduler, names = build_scheduler(config, latents=False), dict(enumerate(images.names))
+        pipe = DsCoPipeline(**trained.components, scheduler=scheduler, classifier=classifier, id2label=names)
+        with whole(Path(folder)) as partial:
+            pipe.save_pretrained(partial)
+    accelerator.wait_for_everyone()
+    return DsCoPipeline.from_pretrained(folder)

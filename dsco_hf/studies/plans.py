@@ -47,6 +47,7 @@ OF_SAMPLING = ("num_inference_steps", "guidance_scale")
 Kept: TypeAlias = MatchingTargets | ClassStatistics
 EFFORT = {"plain": 1.0, "best-of-n": 4.0, "s3": 5.0}
 DEFAULT_BUDGETS = (1, 10, 50)
+PER_BUDGET = ("clearest_share", "objective", "contrast", "regularization")  # one value, or one for each budget
 # What all sets of a study depend on beside models and images; the rest is about single sets.
 SHARED = (
     "num_inference_steps", "guidance_scale", "block_size", "images_per_call", "samples_per_class",
@@ -98,8 +99,7 @@ class StudyPlan(ImportOptions):
             value, or one for each of the budgets. Fewer images can only show clearer ones.
         step_size, optimize_from, optimize_until: of NOpt. With a weak generator, steps of less than 1 stay closer to
             the images it knows.
-        objective: of NOpt, "ridge", "rkhs" or one of your own, "module:Class", with its fields `{name: module:Class,
-            field: value}`; one, or one for each of the budgets.
+        objective: of NOpt, "ridge", "rkhs" or your own "module:Class", also with fields; one, or one for each budget.
         contrast, regularization: of NOpt with "rkhs" and with "ridge"; one value, or one for each of the budgets.
         block_size: images of a class that are optimised jointly.
         images_per_call: images of several classes drawn in one call, at most.
@@ -165,7 +165,7 @@ class StudyPlan(ImportOptions):
         for objective in self.objective:
             if Objective.of(objective).needs is None:
                 raise ValueError(f"`objective` may hold those that match something, and {objective!r} does not.")
-        for name in ("clearest_share", "objective", "contrast", "regularization"):
+        for name in PER_BUDGET:
             if len(values := getattr(self, name)) > 1 and not self.budgets:
                 raise ValueError(f"Several values of `{name}` belong to as many `budgets`: give these, too.")
             if len(values) not in (1, len(self.budgets) or 1):

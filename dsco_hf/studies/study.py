@@ -41,7 +41,7 @@ from ..utils.files import write_json
 from ..utils.progress import Clock
 from ..utils.values import check_whole
 from .kept import passes_of
-from .plans import PlannedSets, set_name
+from .plans import PER_BUDGET, PlannedSets, StudyPlan, set_name
 
 
 FULL = "full"  # the set of all real images
@@ -74,7 +74,7 @@ class Study:
         protocol (`str` or `Protocol`): how networks are trained.
         architectures (sequence of `str`): see [`~dsco_hf.evaluators.build_evaluator`].
         seeds (`int` or sequence of `int`): of the trainings of each network on each set; a number counts from 0.
-        accelerator (`Accelerator`, *optional*): of the launch; made if None.
+        accelerator (`Accelerator`, *optional*): of the launch; that of `clock`, or made if there is none.
         teacher (`PreTrainedModel`, *optional*): where labels are those of a teacher.
         clock ([`~dsco_hf.utils.progress.Clock`], *optional*): when it is over, nothing new is begun.
         models (`str` or `Path`, *optional*): where to store the trained networks.
@@ -104,8 +104,8 @@ class Study:
         self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
         self.architectures = list(architectures)
         self.seeds = list(range(check_whole("seeds", seeds, 1)) if isinstance(seeds, int) else seeds)
-        self.accelerator = accelerator or make_accelerator()
-        self.clock = clock or Clock(self.accelerator)
+        self.clock = clock or Clock(accelerator or make_accelerator())
+        self.accelerator = self.clock.accelerator
         self.models, self.on_epoch = None if models is None else Path(models), on_epoch
         watched = ("progress", "checkpoint_seconds")
         self._watched = {name: training.pop(name) for name in watched if name in training}
@@ -384,6 +384,14 @@ def real_baselines(
         for seed in range(random_seeds):
             found[set_name("random", budget, seed)] = select(train, "random", images_per_class=budget, seed=seed)
     return found
+
+
+def first_sets(plan: StudyPlan, methods: Sequence[str]) -> StudyPlan:
+    """Of the largest size, and of these methods, one set each: what can be looked at before all is drawn."""
+    largest = max(plan.budgets)
+    values: dict[str, Any] = {name: [plan.at_budget(name, largest)] for name in PER_BUDGET}
+    values |= {"methods": [name for name in plan.methods if name in methods], "budgets": [largest]}
+    return dataclasses.replace(plan, doping_budgets=[], synthesis_seeds=1, single_seeds=1, **values)
 
 
 def study_discrepancies(
