@@ -4,6 +4,7 @@
     python recipes/plan.py --run_config recipes/configs/concentrate_digits.yaml --num_processes 1 2
     python recipes/plan.py --preset imagenet1k --images_per_class 10 50 650 --num_processes 1 8 64 --device a100
     python recipes/plan.py --preset imagenet1k --device a100 --memory_gib 24 --max_hours 8
+    python recipes/plan.py --search_config recipes/configs/lossless_digits.yaml --num_processes 1 2
 
 Calls are counted by the pipeline itself on networks that cost nothing, and are exact. Time comes from a few steps on
 this machine (`--device here`), or from counted FLOPs and an assumed share of a device's peak rate. Prints Markdown.
@@ -28,8 +29,10 @@ from dsco_hf.costs.probe import imagenet_pipeline
 from dsco_hf.data.labels import PRESETS as LABEL_SETS
 from dsco_hf.data.labels import label_set
 from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.studies.lossless.options import SearchOptions
+from dsco_hf.studies.lossless.planned import plan_search, planned_table
 from dsco_hf.studies.options import PreviewOptions
-from dsco_hf.utils.configs import check_made, parse_config, read_config
+from dsco_hf.utils.configs import check_made, make_accelerator, parse_config, read_config
 from dsco_hf.utils.files import write_json
 from dsco_hf.utils.values import check_choice
 
@@ -47,12 +50,14 @@ class PlanRecipe(CostPlan, PreviewOptions):
             preview VAE and ResNet-18, without weights.
         generator: a pipeline's folder or Hub id, instead.
         run_config: a YAML file of `recipes/concentrate.py`; options that both recipes have are taken from it.
+        search_config: a YAML file of `recipes/lossless.py`, whose search is planned instead, on this machine.
         tiny: the preset's shapes at a size for tests.
         output_file: JSON file for all numbers.
     """
 
     preset: str | None = None
     run_config: str | None = None
+    search_config: str | None = None
     dtype: str = "bfloat16"
     tiny: bool = False
     output_file: str | None = None
@@ -61,6 +66,8 @@ class PlanRecipe(CostPlan, PreviewOptions):
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Reads the config, predicts, prints the plan, and returns its numbers."""
     recipe = parse_config(PlanRecipe, arguments, description=__doc__)
+    if recipe.search_config is not None:
+        return written(recipe, *of_search(recipe))
     if recipe.run_config is not None:
         recipe = parse_config(PlanRecipe, arguments, defaults=of_run_config(Path(recipe.run_config)))
     pipe = load(recipe)
@@ -69,11 +76,28 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     num_classes = recipe.num_classes or min(classes, pipe.num_classes)
     recipe = dataclasses.replace(recipe, num_classes=num_classes, population=population)
     plan = recipe.of(pipe)
-    print(recipe.markdown(plan))
+    return written(recipe, plan, recipe.markdown(plan))
+
+
+def written(recipe: PlanRecipe, plan: dict[str, Any], table: str) -> dict[str, Any]:
+    """Prints a plan, and writes its numbers where a file is named."""
+    print(table)
     if recipe.output_file is not None:
         Path(recipe.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(recipe.output_file), plan)
     return plan
+
+
+def of_search(recipe: PlanRecipe) -> tuple[dict[str, Any], str]:
+    """The plan of a search for the lossless size, and its table."""
+    if recipe.preset or recipe.generator or recipe.run_config or recipe.device != "here":
+        raise ValueError(
+            "`--search_config` plans trainings on this machine: leave `--preset`, `--generator`, `--run_config` and "
+            "`--device` out."
+        )
+    options = parse_config(SearchOptions, ["--config", str(recipe.search_config)])
+    plan = plan_search(options, recipe.num_processes, make_accelerator(options.mixed_precision))
+    return plan, planned_table(plan)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,17 @@ FOLDERS = {
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
     "concentration.additions": ["beginning", "doping", "soft_labels"],
     "studies.figures": ["accuracy", "features", "efficiency"],
-    "studies.lossless": ["curves", "noninferiority", "search", "find", "report", "efficiency"],
+    "studies.lossless": [
+        "curves",
+        "noninferiority",
+        "search",
+        "checks",
+        "find",
+        "options",
+        "planned",
+        "report",
+        "efficiency",
+    ],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = list(ORDER)

@@ -182,10 +182,10 @@ def test_it_says_what_it_starts_and_starts_it(tmp_path, monkeypatch, capfd):
 
 
 def test_help_of_a_parsed_config_is_the_same(capsys):
-    from recipes.lossless import LosslessRecipe
+    from dsco_hf.studies.lossless.options import SearchOptions
 
     with pytest.raises(SystemExit):
-        parse_config(LosslessRecipe, ["--help"], description="Does it.")
+        parse_config(SearchOptions, ["--help"], description="Does it.")
     told = capsys.readouterr().out
     assert "Does it." in told and all(
         told.count(f"  {option.shown}  (") == 1 for option in recipe_options(RECIPES / "lossless.py")

@@ -40,7 +40,7 @@ RECIPES = {
     "evaluator": (train_evaluator, train_evaluator.EvaluatorRecipe),
     "experiment": (experiment, experiment.ExperimentRecipe),
     "generator": (train_generator, train_generator.GeneratorRecipe),
-    "lossless": (lossless, lossless.LosslessRecipe),
+    "lossless": (lossless, lossless.SearchOptions),
     "targets": (compute_targets, compute_targets.TargetsRecipe),
 }
 INPUTS = ("generator", "classifier", "finetune_from")  # folders that other commands make
@@ -171,6 +171,9 @@ def test_runs_as_it_stands(path, work, monkeypatch):
         models = given[given.index("--generator") :] if "--generator" in given else []
         found = plan.main(["--run_config", str(path.relative_to(ROOT)), "--images_per_class", "1", *models])
         assert found["rows"][0]["images"] == 10  # of ten digits, and of the ten classes of the label set
+    if module is lossless:
+        found = plan.main(["--search_config", str(path.relative_to(ROOT)), "--num_processes", "1", "4"])
+        assert found["trainings"]["fewer images"] == 20 and found["seconds"][1] > 2 * found["seconds"][4]
 
 
 @pytest.mark.parametrize(

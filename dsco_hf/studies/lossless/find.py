@@ -15,20 +15,22 @@ from transformers import PreTrainedModel
 
 from ...concentration.selection import Selection
 from ...data.datasets import Pool
-from ...evaluators import ImageSet, Protocol, check_same_classes, get_protocol, protocol_to_dict
-from ...evaluators.batches import check_images, epoch_batches
+from ...evaluators import ImageSet, Protocol, get_protocol, protocol_to_dict
+from ...evaluators.batches import epoch_batches
 from ...evaluators.evaluation import evaluator_builder, read_job, run_environment, unpacked
 from ...evaluators.protocols import by_budget
 from ...sampling.pipeline import DsCoPipeline
 from ...utils.configs import make_accelerator
+from ...utils.origins import model_sha256
 from ...utils.progress import Clock, remaining
-from ...utils.values import check_choice, check_real, check_whole
+from ...utils.values import check_choice
 from ..study import Study
-from .noninferiority import images_needed
+from .checks import begin, check_plan, check_reference, check_trainable, rising
 from .search import Search, SearchPlan
 
 
 LENGTHS = ("same steps", "same epochs")
+HALF_SEEDS = 2  # trainings on all images that are half as long, to see whether longer ones would reach more
 
 
 def find_lossless_budget(
@@ -78,97 +80,75 @@ def find_lossless_budget(
         ValueError: for classes, labels or options that do not fit, a rule whose sets do not nest, a reference that is
             no better than chance, a margin that the test images cannot resolve, or a folder with other trainings.
     """
-    plan = check_plan(plan or SearchPlan(), 0 if small is None else len(small.labels), len(real.labels))
-    check_same_classes(real.names, test.names, what="the test set")
-    check_images(test.pixels, test.labels, len(real.names), what="test")
     check_choice("length", length, LENGTHS)
-    rule, accelerator = Selection.of(strategy), accelerator or make_accelerator()
+    plan = check_plan(plan or SearchPlan(), 0 if small is None else len(small.labels), len(real.labels))
+    rule, accelerator, folder = Selection.of(strategy), accelerator or make_accelerator(), Path(folder)
     given = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    if given.label_type in ("stored", "learned"):
-        raise ValueError(
-            "A search trains on real images, which have no stored soft labels: set the protocol's label_type='hard', "
-            "or 'teacher' and pass `teacher=`."
-        )
     network = evaluator_builder(architecture, real, given, **(training.get("overrides") or {}))()
+    teacher: PreTrainedModel | None = training.get("teacher")
+    check_trainable(network, given, teacher, real, test, small)
     fixed = with_length(given.for_model(len(real.names), network.config.model_type), length, real)
     order = nested_order(Pool(real, progress=False), None if small is None else Pool(small), rule, pipe)
-    trainer = _Trainer(real, small, order, test, Path(folder), accelerator,
-                       {"protocol": fixed, "architectures": [architecture], **training})  # fmt: skip
-    search = Search(len(real.labels), plan, trainer)
-    trainer.planned = plan.reference_seeds + plan.trainings
-    trainer.clock.say(
-        f"up to {trainer.planned} trainings: {plan.reference_seeds} on all {search.whole:,} images, {plan.trainings} "
-        f"on fewer, {length} ({protocol_length(fixed)} each)"
-    )
-    check_reference(search.reference(), test.labels, plan)
-    search.run()
-    teacher: PreTrainedModel | None = training.get("teacher")
-    return {
-        **described(search, small),
-        "labels": "hard" if teacher is None else "teacher",
+    stated = {
+        "labels": fixed.label_type,
+        "teacher": None if teacher is None else {"name": type(teacher).__name__, "sha256": model_sha256(teacher)},
         "length": length,
         "selection": rule.record(real.names, pipe),
         "architecture": architecture,
         "protocol": protocol_to_dict(fixed),
+    }
+    begin(folder, {**stated, **dataclasses.asdict(plan)}, accelerator)
+    trainer = _Trainer(real, small, order, test, folder, accelerator,
+                       {"protocol": fixed, "architectures": [architecture], **training})  # fmt: skip
+    search = Search(len(real.labels), plan, trainer)
+    trainer.tell(plan)
+    check_reference(search.reference(), test.labels, plan)
+    gain = trainer.check_length(search.reference(), plan)
+    search.run()
+    return {
+        **described(search, small),
+        **stated,
+        "gain_of_second_half": gain,
         "rows": None if search.accepted is None else order[: search.accepted - trainer.synthetic].tolist(),
         "environment": run_environment(accelerator),
     }
 
 
-def check_plan(plan: SearchPlan, synthetic: int, real: int) -> SearchPlan:
-    """The plan, with a smallest size that holds the synthetic images.
-
-    Raises:
-        ValueError: for a margin or confidence out of range, too few trainings, or as many synthetic images as real.
-    """
-    check_real("margin", plan.margin, 0, 0.5, open_low=True)
-    check_real("confidence", plan.confidence, 0.5, 0.9999)
-    check_whole("reference_seeds", plan.reference_seeds, 2)
-    check_whole("trainings", plan.trainings, len(plan.first_shares) + 2)
-    check_whole("looks", plan.looks, 1, 2)
-    if synthetic >= real:
-        raise ValueError(
-            f"There are {synthetic} synthetic images and {real} real ones: a search looks for fewer images than all "
-            "real ones, so give fewer synthetic ones."
-        )
-    return dataclasses.replace(plan, smallest=max(plan.smallest, synthetic))
-
-
-def check_reference(full: NDArray[np.bool_], labels: torch.Tensor, plan: SearchPlan) -> None:
-    """Checks what trainings on all data have right, `(R, M)`.
-
-    Raises:
-        ValueError: where they are no better than chance, or too few test images for the margin.
-    """
-    accuracy, chance = full.mean(1), float(torch.bincount(labels).max()) / len(labels)
-    error = float(np.sqrt(chance * (1 - chance) / len(labels)))
-    if accuracy.mean() <= chance + 3 * error:
-        raise ValueError(
-            f"Trainings on all data reach {100 * accuracy.mean():.1f} %, and always naming the most frequent class "
-            f"reaches {100 * chance:.1f} %: nothing can be lost. Train longer, or with another learning rate."
-        )
-    needed = images_needed(full, plan.margin, 1 - plan.confidence)
-    if needed > full.shape[1]:
-        raise ValueError(
-            f"A margin of {100 * plan.margin:g} points cannot be resolved with {full.shape[1]:,} test images: about "
-            f"{needed:,} would be needed. Use a wider margin, or more test images."
-        )
-
-
 def with_length(protocol: Protocol, length: str, real: ImageSet) -> Protocol:
     """The protocol with the batch size that it has for all data, and the steps or the epochs."""
     size = by_budget(protocol.batch_size, real.images_per_class)
-    batches = len(epoch_batches(len(real.labels), size, generator=torch.Generator(), device=torch.device("cpu")))
+    fixed = dataclasses.replace(protocol, batch_size=size)
     if protocol.steps is None:
         epochs = by_budget(protocol.epochs or 1, real.images_per_class)
-        steps = epochs * batches
+        steps = length_in_steps(dataclasses.replace(fixed, epochs=epochs), len(real.labels))
     else:
         steps = by_budget(protocol.steps, real.images_per_class)
-        epochs = -(-steps // batches)
+        epochs = -(-steps // _batches(len(real.labels), size))
     own: dict[str, Any] = (
         {"steps": steps, "epochs": None} if length == LENGTHS[0] else {"steps": None, "epochs": epochs}
     )
-    return dataclasses.replace(protocol, batch_size=size, **own)
+    return dataclasses.replace(fixed, **own)
+
+
+def length_in_steps(protocol: Protocol, images: int) -> int:
+    """Steps of a training on so many images, for a protocol as of [`with_length`]."""
+    if isinstance(protocol.steps, int):
+        return protocol.steps
+    assert isinstance(protocol.epochs, int) and isinstance(protocol.batch_size, int)
+    return protocol.epochs * _batches(images, protocol.batch_size)
+
+
+def _batches(images: int, size: int) -> int:
+    """Steps of an epoch."""
+    return len(epoch_batches(images, size, generator=torch.Generator(), device=torch.device("cpu")))
+
+
+def half_as_long(protocol: Protocol) -> Protocol:
+    """The protocol with half its steps or epochs, at least one."""
+    halved: dict[str, Any] = {
+        name: max(1, value // 2) for name in ("steps", "epochs") if isinstance(value := getattr(protocol, name), int)
+    }
+    return dataclasses.replace(protocol, **halved)
 
 
 def protocol_length(protocol: Protocol) -> str:
@@ -260,24 +240,64 @@ class _Trainer:
         self.real, self.small, self.order, self.test, self.folder = real, small, order, test, folder
         self.accelerator, self.options, self.clock = accelerator, options, Clock(accelerator)
         self.synthetic = 0 if small is None else len(small.labels)
-        self.planned, self.done, self.seconds = 0, 0, 0.0
+        self.planned, self.done, self.seconds = 0.0, 0.0, 0.0  # in trainings of full length
 
-    def __call__(self, images: int, seeds: Sequence[int]) -> NDArray[np.bool_]:
+    def __call__(self, sizes: Sequence[int], seeds: Sequence[int]) -> list[NDArray[np.bool_]]:
+        """Which test images trainings have right, `(S, M)` for each number of images."""
+        self.say(f"{len(sizes) * len(seeds)} trainings on {', '.join(f'{size:,}' for size in sizes)} images")
+        return self.train({f"lossless-{size}": self.images(size) for size in sizes}, seeds, self.options)
+
+    def tell(self, plan: SearchPlan) -> None:
+        """Says what the search will cost at most."""
+        protocol: Protocol = self.options["protocol"]
+        length = "steps" if protocol.steps is not None else "epochs"
+        self.planned = plan.reference_seeds + HALF_SEEDS / 2 + plan.trainings
+        self.say(
+            f"up to {plan.reference_seeds + plan.trainings} trainings, {plan.reference_seeds} on all "
+            f"{len(self.real.labels):,} images and {plan.trainings} on fewer, with the same number of {length} "
+            f"({protocol_length(protocol)}), and {HALF_SEEDS} half as long"
+        )
+
+    def check_length(self, full: NDArray[np.bool_], plan: SearchPlan) -> float:
+        """What the second half of the reference's trainings is worth, which is said where it is more than the margin.
+
+        Args:
+            full (array of shape `(R, M)`): what the reference has right.
+            plan ([`SearchPlan`]): with the margin.
+        """
+        self.say(f"{HALF_SEEDS} trainings of half the length on all images")
+        options = {**self.options, "protocol": half_as_long(self.options["protocol"])}
+        (half,) = self.train({f"lossless-{len(self.real.labels)}-half": self.real}, range(HALF_SEEDS), options, 0.5)
+        if (gain := rising(full, half)) > plan.margin:
+            self.clock.say(
+                f"all images are still rising: the second half of the training gains {100 * gain:.1f} points, more "
+                f"than the margin of {100 * plan.margin:g}. What is found holds for this length only; a longer one "
+                "may need more images."
+            )
+        return gain
+
+    def say(self, what: str) -> None:
+        """Tells a stage, and how long it is to the end at most."""
         left = ""
         if self.done:
-            mean = self.seconds / self.done / min(self.accelerator.num_processes, len(seeds))
+            mean = self.seconds / self.done / self.accelerator.num_processes
             left = f"; at most {remaining(mean * (self.planned - self.done))}"
-        self.clock.say(f"{len(seeds)} trainings on {images:,} images{left}")
-        study = Study(
-            {f"lossless-{images}": self.images(images)}, self.test, self.folder, seeds=list(seeds),
-            accelerator=self.accelerator, **self.options,
-        )  # fmt: skip
+        self.clock.say(what + left)
+
+    def train(
+        self, sets: dict[str, ImageSet], seeds: Sequence[int], options: dict[str, Any], length: float = 1.0
+    ) -> list[NDArray[np.bool_]]:
+        """Trains on sets, and reads which test images each training has right, `(S, M)` for each set."""
+        study = Study(dict(sets), self.test, self.folder, seeds=list(seeds), accelerator=self.accelerator, **options)
         study.train()
         self.accelerator.wait_for_everyone()
-        jobs = [read_job(self.folder / "jobs" / f"{key}.json") for key in study.jobs()]
-        self.done += len(jobs)
-        self.seconds += sum(job["seconds"] for job in jobs)
-        return np.stack([unpacked(job["correct"], len(self.test.labels)) for job in jobs])
+        found: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in sets}
+        for key, (name, _, _) in study.jobs().items():
+            job = read_job(self.folder / "jobs" / f"{key}.json")
+            found[name].append(unpacked(job["correct"], len(self.test.labels)))
+            self.done += length
+            self.seconds += job["seconds"]
+        return [np.stack(right) for right in found.values()]
 
     def images(self, count: int) -> ImageSet:
         """The set of so many images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,84 @@ from ...utils.files import write_atomically, write_json
 from ..figures.accuracy import FAINT, INK, save_figure
 
 
+LENGTHS = {
+    "same steps": (
+        "Every network was trained for the same number of steps ({length}), however many images it had: fewer images "
+        "save storage here, and no training time."
+    ),
+    "same epochs": (
+        "Every network was trained for the same number of epochs ({length}), so that fewer images had fewer steps: "
+        "they save storage and training time here."
+    ),
+}
+
+
 def claim(found: Mapping[str, Any]) -> str:
-    """What was shown, in one sentence with margin, confidence and protocol."""
-    points, confidence = f"{100 * found['margin']:g}", f"{100 * found['confidence']:g} %"
-    labels = {"hard": "hard labels", "teacher": "a teacher's soft labels"}[found["labels"]]
-    how = f"({found['architecture']}, protocol {found['protocol']['name']}, {labels}, {found['length']} as all data)"
-    rule, all_images = found["selection"]["name"], f"{found['all_images']:,}"
+    """What was shown, in sentences that state size, margin, confidence, length, labels, protocol and their limits."""
+    all_images, points = f"{found['all_images']:,}", f"{100 * found['margin']:g} percentage points"
+    reference = found["reference"]
+    chosen = f"real ones chosen by the rule {found['selection']['name']!r}"
+    if found["synthetic_images"]:
+        chosen = f"{found['synthetic_images']:,} synthetic ones, then {chosen}"
     if found["status"] == "accepted":
-        return (
-            f"{found['images']:,} of {all_images} images ({100 * found['share']:.1f} %), chosen by {rule!r}, train a "
-            f"network whose accuracy is less than {points} points below that of all data, with {confidence} "
-            f"confidence {how}."
+        look = next(look for look in found["looks"] if look["images"] == found["images"])
+        own = sum(row["images"] == found["images"] for row in found["every_training"])
+        first = (
+            f"Trained on {found['images']:,} images ({chosen}; {100 * found['share']:.1f} % of the number of all real "
+            f"ones), a network's mean test accuracy is at most {points} below that of training on all {all_images} "
+            "real images. This was shown with "
+            f"{100 * found['confidence']:g} % confidence by a one-sided test, {own} trainings against "
+            f"{reference['trainings']} on {found['test_images']:,} test images (all images reach "
+            f"{100 * reference['accuracy_mean']:.2f} %, these {100 * look['difference']:+.2f} points)."
         )
-    return (
-        f"Within {found['trainings']} trainings no smaller set, chosen by {rule!r}, was shown to be less than "
-        f"{points} points below all {all_images} images with {confidence} confidence {how}."
-    )
+    else:
+        first = (
+            f"Not shown: within {found['trainings']} trainings no smaller set ({chosen}) than all {all_images} real "
+            "images was shown "
+            f"with {100 * found['confidence']:g} % confidence to train a network whose mean test accuracy "
+            f"is at most {points} below that of training on all of them "
+            f"({100 * reference['accuracy_mean']:.2f} %, {reference['trainings']} trainings, "
+            f"{found['test_images']:,} test images)."
+        )
+    return " ".join([first, *_conditions(found)])
+
+
+def _conditions(found: Mapping[str, Any]) -> list[str]:
+    """Under which the claim holds, a sentence each."""
+    protocol = found["protocol"]
+    length = f"{protocol['steps']:,} steps" if protocol["steps"] is not None else f"{protocol['epochs']:,} epochs"
+    labels = "Labels are hard: the dataset's own classes, for all sizes."
+    if found["labels"] == "teacher":
+        labels = (
+            f"Labels are soft, given at training time by a teacher ({found['teacher']['name']}, SHA-256 "
+            f"{found['teacher']['sha256'][:12]}…), for all images as for fewer: nothing is said of the dataset's own "
+            "labels, nor of training without this teacher."
+        )
+    told = [LENGTHS[found["length"]].format(length=length), labels]
+    if found["gain_of_second_half"] > found["margin"]:
+        told.append(
+            f"All images were still rising: the second half of the training gained "
+            f"{100 * found['gain_of_second_half']:.1f} points, so that a longer training may need more images."
+        )
+    return [
+        *told,
+        f"This holds for the network {found['architecture']} under the protocol {protocol['name']!r}, and says "
+        "nothing of others.",
+    ]
+
+
+def accepted_results(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracies of the accepted size and of all images, as a results.json has them."""
+    rows = []
+    for images in (found["images"], found["all_images"]):
+        own = [row["accuracy"] for row in found["every_training"] if row["images"] == images]
+        rows.append({"method": found["selection"]["name"], "images": images, "training_seeds": len(own),
+                     "accuracy_mean": statistics.fmean(own), "accuracy_std": statistics.stdev(own)})  # fmt: skip
+    few, full = rows
+    if found["synthetic_images"]:
+        few["method"] = f"synthetic, then {few['method']}"
+    full = {key: value for key, value in full.items() if key != "method"} | {"seeds": full["training_seeds"]}
+    return {"rows": [few], "full": full}
 
 
 def lossless_table(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from .noninferiority import Look, compare
 
 BRACKET = 1.25  # finer than this is not asked for
 SHARES = (0.3, 0.5, 0.7)  # of the trainings that are left, for the first of two looks
-Trainer = Callable[[int, Sequence[int]], NDArray[np.bool_]]
+Trainer = Callable[[Sequence[int], Sequence[int]], list[NDArray[np.bool_]]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SearchPlan:
     confidence: float = 0.95
     trainings: int = 20
     looks: int = 2
-    reference_seeds: int = 16
+    reference_seeds: int = 32
     first_shares: Sequence[float] = (0.1, 0.3, 0.6)
     smallest: int = 2
 
@@ -54,7 +54,7 @@ class Search:
     Attributes:
         whole (`int`): number of all images.
         plan ([`SearchPlan`]): what was decided before.
-        train (`Callable`): `train(images, seeds)` → which test images each training has right, `(S, M)`.
+        train (`Callable`): `train(sizes, seeds)` → which test images each training has right, `(S, M)` for each size.
         measured: number of images → what `train` has given, seeds from 0.
         looks: number of images → what its test has shown, in the order of testing.
         level (`float`, *optional*): of each look, once their number is known.
@@ -79,8 +79,8 @@ class Search:
     def run(self) -> None:
         """Trains the reference and the first sizes, then tests size after size until the bracket is narrow."""
         full = self.reference()
-        for share in self.plan.first_shares:
-            self._more(max(self.plan.smallest, round(share * self.whole)), 1)
+        first = {max(self.plan.smallest, round(share * self.whole)) for share in self.plan.first_shares}
+        self.measured |= dict(zip(sorted(first), self.train(sorted(first), [0]), strict=True))
         seeds = min(self.plan.splits(), key=lambda seeds: self.propose(seeds)[1])
         self.level = (1 - self.plan.confidence) / len(seeds)
         for place in range(len(seeds)):
@@ -148,6 +148,6 @@ class Search:
         """So many more trainings of a size; all it has by now."""
         had = self.measured.get(images)
         start = 0 if had is None else len(had)
-        new = self.train(images, range(start, start + seeds))
+        (new,) = self.train([images], range(start, start + seeds))
         self.measured[images] = new if had is None else np.concatenate([had, new])
         return self.measured[images]

@@ -1,22 +1,26 @@
-"""The search on real trainings: small digits, killed and resumed, and what it refuses."""
+"""The search on real trainings: small digits, killed and resumed, and its two lengths and labels."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 
+from dsco_hf import build_evaluator
 from dsco_hf.concentration.selection import Random, Selection
 from dsco_hf.data.datasets import Pool, load_digits_dataset
-from dsco_hf.evaluators import get_protocol, load_image_set
-from dsco_hf.studies.lossless.find import find_lossless_budget, nested_order, with_length
-from dsco_hf.studies.lossless.noninferiority import compare
+from dsco_hf.evaluators import get_protocol, load_image_set, train_evaluator
+from dsco_hf.studies.lossless import find
+from dsco_hf.studies.lossless.find import find_lossless_budget, half_as_long, nested_order, with_length
 from dsco_hf.studies.lossless.report import claim, write_lossless
 from dsco_hf.studies.lossless.search import SearchPlan
 
 
 PROTOCOL = get_protocol("quick", steps=60, batch_size=32)
 PLAN = SearchPlan(margin=0.1, trainings=8, reference_seeds=3, looks=1)
+SHORT = get_protocol("quick", steps=12, batch_size=64, learning_rate=0.01)
+FEW = SearchPlan(margin=0.2, trainings=5, reference_seeds=2, looks=1)
 
 
 @pytest.fixture(scope="module")
@@ -32,38 +36,84 @@ def search(digits, folder, **options):
     return find_lossless_budget(*digits, folder, **given | options)
 
 
-def test_a_search_from_nothing_to_its_files_and_again(digits, tmp_path):
+def short(digits, folder, **options):
+    return search(digits, folder, **{"protocol": SHORT, "plan": FEW} | options)
+
+
+def test_a_search_from_nothing_to_its_files_and_again(digits, tmp_path, capsys):
     found = search(digits, tmp_path)
     assert found["status"] == "accepted" and 0 < found["share"] < 1 and found["trainings"] <= 8
     assert (found["labels"], found["length"], found["selection"]["name"]) == ("hard", "same steps", "random")
     assert len(found["rows"]) == found["images"] == found["bracket"][1]
     assert len(found["every_training"]) == found["trainings"] + 3
+    told = capsys.readouterr().out
+    assert "up to 11 trainings, 3 on all 400 images and 8 on fewer, with the same number of steps (60 steps)" in told
+    assert "3 trainings on 40, 120, 240 images; at most" in told and "left, until" in told
     next(iter((tmp_path / "jobs").glob("lossless-*run0.json"))).unlink()  # killed before the end
     again = search(digits, tmp_path)
     assert again["every_training"] == found["every_training"] and again["images"] == found["images"]
     table = write_lossless(found, tmp_path)
     assert claim(found) in table and "accepted" in table and (tmp_path / "lossless.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "lossless.json").read_text(encoding="utf-8"))["images"] == found["images"]
+    for other in (
+        {"protocol": dataclasses.replace(PROTOCOL, learning_rate=0.5)},
+        {"plan": dataclasses.replace(PLAN, margin=0.15)},  # not after the results are known
+        {"length": "same epochs"},
+    ):
+        with pytest.raises(ValueError, match="was begun otherwise .*set the options as they were"):
+            search(digits, tmp_path, **other)
     with pytest.raises(ValueError, match="was made with other settings or data"):
-        search(digits, tmp_path, protocol=dataclasses.replace(PROTOCOL, learning_rate=0.5))
+        search((digits[0].select(torch.arange(400).flip(0)), digits[1]), tmp_path)
 
 
-def test_what_cannot_be_found(digits, tmp_path):
-    with pytest.raises(ValueError, match="nothing can be lost. Train longer"):
-        search(digits, tmp_path / "a", protocol=get_protocol("quick", steps=1))
-    with pytest.raises(ValueError, match=r"margin of 0.001 points cannot be resolved with 360 test images: about"):
-        search(digits, tmp_path / "b", plan=dataclasses.replace(PLAN, margin=1e-5))
-    with pytest.raises(ValueError, match="reference_seeds"):
-        search(digits, tmp_path, plan=dataclasses.replace(PLAN, reference_seeds=1))
-    with pytest.raises(ValueError, match="synthetic images and 400 real ones"):
-        search(digits, tmp_path, small=digits[0])
-    with pytest.raises(ValueError, match="no stored soft labels"):
-        search(digits, tmp_path, protocol=dataclasses.replace(PROTOCOL, label_type="stored"))
-    with pytest.raises(ValueError, match="Nearest: 'same epochs'"):
-        search(digits, tmp_path, length="same epoch")
+def test_a_teachers_labels_are_another_answer(digits, tmp_path):
+    network = build_evaluator("convnet-2", class_names=digits[0].names, num_channels=1, image_size=8, width=8)
+    teacher = train_evaluator(network, digits[0], protocol=PROTOCOL).model
+    protocol = dataclasses.replace(SHORT, label_type="teacher", temperature=2.0)
+    soft, hard = short(digits, tmp_path / "soft", protocol=protocol, teacher=teacher), short(digits, tmp_path / "hard")
+    assert (soft["labels"], hard["labels"]) == ("teacher", "hard")
+    assert soft["teacher"]["name"] == "ConvNetForImageClassification" and hard["teacher"] is None
+    assert soft["reference"] != hard["reference"]  # which has the teacher's labels, too
+    assert "Labels are soft" in claim(soft) and "Labels are hard" in claim(hard)
+
+
+def test_same_epochs_are_fewer_steps_and_nothing_else(digits, tmp_path):
+    found = short(digits, tmp_path, length="same epochs")
+    assert found["length"] == "same epochs" and found["protocol"]["steps"] is None
+    jobs = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "jobs").iterdir()]
+    epochs = found["protocol"]["epochs"]  # 12 steps are 2 epochs of 7 batches
+    assert epochs == 2 and {job["steps"] for job in jobs} == {2 * 7, 7, 2 * 1, 2 * 2, 2 * 4} | {
+        2 * -(-row["images"] // 64) for row in found["looks"]
+    }
+    with pytest.raises(ValueError, match="was begun otherwise .*length"):
+        short(digits, tmp_path, length="same steps")
+    jobs = short(digits, tmp_path / "steps")
+    steps = [json.loads(path.read_text(encoding="utf-8"))["steps"] for path in (tmp_path / "steps/jobs").iterdir()]
+    assert sorted(set(steps)) == [6, 12] and jobs["length"] == "same steps"
+
+
+def test_every_set_begins_with_the_synthetic_images(digits, tmp_path):
     train, test = digits
-    with pytest.raises(ValueError, match="without"):
-        search((train, dataclasses.replace(test, names=("a", *test.names[1:]))), tmp_path)
+    small = train.select(torch.arange(30))
+    small = dataclasses.replace(small, pixels=-small.pixels)
+    seen = {}
+
+    class Seen(find._Trainer):
+        def images(self, count):
+            seen[count] = super().images(count)
+            return seen[count]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find, "_Trainer", Seen)
+        found = short(digits, tmp_path, small=small)
+    fewer = sorted(seen)[:-1]
+    assert seen[400] is train and found["synthetic_images"] == 30 and fewer[0] == 40
+    for count in fewer:
+        assert len(seen[count].labels) == count and torch.equal(seen[count].pixels[:30], small.pixels)
+    for less, more in itertools.pairwise(fewer):
+        assert torch.equal(seen[more].pixels[:less], seen[less].pixels)
+    if found["status"] == "accepted":
+        assert len(found["rows"]) == found["images"] - 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +126,7 @@ class Restless(Selection):
 
 @dataclasses.dataclass(frozen=True)
 class Lazy(Selection):
-    """Ranks as many as are wanted at first, and no more."""
+    """Ranks half of the images, and no more."""
 
     def rank(self, pool, small, wanted, pipe, seed):
         return torch.arange(len(pool.labels) // 2)
@@ -101,21 +151,5 @@ def test_lengths_are_those_of_all_data(digits):
     assert (by_epochs.steps, by_epochs.epochs) == (None, 5)  # 13 batches of 32
     again = with_length(get_protocol("quick", epochs=3, batch_size=32), "same steps", train)
     assert again.steps == 39
-
-
-def test_what_errors_say_to_do_is_done(digits, tmp_path):
-    few = digits[0].select(torch.arange(20))
-    for refused, followed in (
-        ({"protocol": dataclasses.replace(PROTOCOL, label_type="stored")}, {"protocol": PROTOCOL}),
-        ({"small": digits[0]}, {"small": few}),
-        ({"plan": dataclasses.replace(PLAN, margin=1e-5)}, {"plan": PLAN}),
-        ({"strategy": Restless()}, {"strategy": "random"}),
-    ):
-        with pytest.raises(ValueError, match="set the protocol's|so give fewer|Use a wider|Use a rule whose"):
-            search(digits, tmp_path / "refused", **refused)
-        found = search(digits, tmp_path / ("small" if "small" in followed else "followed"), **followed)
-        assert found["status"] in ("accepted", "not shown")
-    right = torch.ones(3, 10, dtype=torch.bool).numpy()
-    with pytest.raises(ValueError, match="10 and 9 images: use the same"):
-        compare(right, right[:, :9], level=0.05)
-    compare(right, right, level=0.05)
+    assert half_as_long(again).steps == 19 and half_as_long(by_epochs).epochs == 2
+    assert half_as_long(get_protocol("quick", steps=1)).steps == 1

@@ -21,7 +21,7 @@ def test_a_search_is_right_and_keeps_to_its_trainings():
         truth, search = searched(MEASURED["ImageNet, Swin-T, Dyn-Unc"], 0.001, seed)
         assert search.accepted is not None and truth.smallest <= search.accepted < 1.5 * truth.smallest
         assert sum(len(own) for size, own in search.measured.items() if size != WHOLE) <= 20
-        assert len(search.measured[WHOLE]) == 16
+        assert len(search.measured[WHOLE]) == SearchPlan().reference_seeds
         assert search.refuted is None or search.refuted < search.accepted
 
 
@@ -45,7 +45,7 @@ def test_nothing_below_the_smallest_size_is_trained():
 
 def test_simulated_trainings_have_the_accuracy_and_deviation_they_should(tmp_path):
     truth = Truth(*MEASURED["CIFAR-10, ResNet-18, random"], STDS[1], np.random.default_rng(0))
-    right = truth.train(WHOLE, range(200))
+    right = truth.right(WHOLE, range(200))
     assert right.mean() == pytest.approx(truth.top, abs=0.007)
     assert right.mean(1).std() == pytest.approx(STDS[1], rel=0.2)
     assert truth.accuracy(truth.smallest) == pytest.approx(truth.top - 0.005, abs=1e-5)
@@ -54,4 +54,5 @@ def test_simulated_trainings_have_the_accuracy_and_deviation_they_should(tmp_pat
 def test_the_calibration_prints_its_figures(capsys):
     main(["--runs", "36", "--hard_runs", "24"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["plan"]["reference_seeds"] == SearchPlan().reference_seeds
     assert found["wrong_share"] <= 0.05 and found["hard"]["wrong_share"] <= 0.1 and 1 < found["mean_excess"] < 1.5
