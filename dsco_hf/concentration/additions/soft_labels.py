@@ -111,7 +111,7 @@ def add_soft_labels(
         teacher = load_classifier(str(teacher), revision=revision, dtype=dtype).to(device)
     places = _places(names, present_classes(dataset, label_column=label_column), teacher)
     columns = {"image_column": image_column, "label_column": label_column}
-    size = image_size or _common_size(dataset, teacher, **columns)
+    size = image_size or _common_size(dataset, teacher, columns)
     options: dict[str, Any] = {"views": views, "transforms": transforms, "temperature": temperature}
     options |= {"batch_size": batch_size, "seed": seed}
     rows: list[np.ndarray | dict[str, np.ndarray]] = []
@@ -269,7 +269,7 @@ def _places(names: Sequence[str], present: Sequence[str], teacher: PreTrainedMod
     return [sure.get(name, None if place in found else place) for name, place in others]
 
 
-def _common_size(dataset: Dataset, teacher: PreTrainedModel, **columns: Any) -> int | None:
+def _common_size(dataset: Dataset, teacher: PreTrainedModel, columns: Mapping[str, Any]) -> int | None:
     """None where all images have one size, which they keep; the teacher's otherwise."""
     if len(image_sizes(dataset, **columns)) < 2:
         return None
