@@ -135,6 +135,7 @@ def test_options_that_contradict_each_other_are_refused(options, message):
         parse_config(GeneratorRecipe, options).load_base()
 
 
+@pytest.mark.slow
 def test_unknown_options_are_named():
     done = run([sys.executable, str(ROOT / "recipes" / "train_generator.py"), "--train_step", "3"])
     assert done.returncode and "Unknown option '--train_step'. Did you mean --train_steps" in done.stderr

@@ -245,6 +245,7 @@ def test_feature_figure_refuses(tmp_path):
         report.feature_figure(features(9, 1), {"nopt": features(3, 1, dimensions=5)}, ["a"], tmp_path / "f.png")
 
 
+@pytest.mark.slow
 def test_figures_leave_pyplot_alone(tmp_path, results):
     code = (
         "import sys, json, dsco_hf.studies.tables as r; "
@@ -277,6 +278,7 @@ def test_results_table_of_one_unknown_method():
     assert "| new | 50.00 | – |" in table and "All training data" not in table
 
 
+@pytest.mark.slow
 def test_readme_table_is_written_between_marks_and_checked(tmp_path, results):
     (tmp_path / "results.json").write_text(json.dumps(results))
     readme = tmp_path / "README.md"

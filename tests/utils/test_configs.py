@@ -158,6 +158,7 @@ print(during.hblkhd - before.hblkhd, after.arena - before.arena + before.keepcos
     platform.libc_ver()[0] != "glibc" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
     reason="needs version 2.33 or newer of the GNU C library",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "kept"), [("recipe", True), ("told", False)])
 def test_what_a_step_frees_is_there_for_the_next(kind, kept):
     environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "GLIBC_TUNABLES")}
