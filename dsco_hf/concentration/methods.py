@@ -26,7 +26,7 @@ METHODS = {
     "random": Method("random real", "#8c8c8c", "o"),
     "herding": Method("herded real", "#3d3d3d", "s"),
     "plain": Method("plain generator", "#56b4e9", "v"),
-    "best-of-n": Method("best of N by the classifier", "#999933", "^"),
+    "best-of-n": Method("best of N", "#999933", "^"),
     "uag": Method("UAG", "#882255", "<"),
     "d4m": Method("D4M", "#117733", ">"),
     "ddoq": Method("DDOQ", "#332288", "p"),

@@ -90,11 +90,11 @@ class KeptSets:
         return self.folder / f"{name}.json"
 
 
-def passes_of(targets: object) -> dict[str, int]:
+def passes_of(targets: Any, pipe: DiffusionPipeline) -> dict[str, int]:
     """What making targets cost: `images` that were read, and images that passed through networks, by kind.
 
     Targets of several networks have passed every image through each of them; those of a generator, which read no
-    image, have drawn their samples.
+    image, have drawn their samples with `pipe`.
     """
     told = getattr(targets, "provenance", {})
     if not isinstance(targets, MatchingTargets):
@@ -105,7 +105,12 @@ def passes_of(targets: object) -> dict[str, int]:
     samples = told["samples_per_class"] * targets.num_classes
     branches = 2 if told["guidance_scale"] > 1 else 1
     denoised = samples * told["num_inference_steps"] * branches
-    return {"images": 0, "denoiser": denoised, "decoder": samples, "classifier": samples * networks}
+    return {
+        "images": 0,
+        "denoiser": denoised,
+        "decoder": samples * (pipe.vae is not None),
+        "classifier": samples * networks,
+    }
 
 
 def kept_check(

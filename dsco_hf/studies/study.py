@@ -246,7 +246,7 @@ class Study:
             "random_discrepancy": random_beside(self.discrepancies).get(names[0]),
             "seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in spent),
             **{f"{kind}_calls": spent[0].get(f"{kind}_calls", 0) for kind in ("denoiser", "decoder", "classifier")},
-            "data_pass": passes_of(made.drawn_for(names[0])),
+            "data_pass": passes_of(made.drawn_for(names[0]), made.pipe),
         }
 
 
