@@ -8,7 +8,7 @@
 
 Takes a generator (recipes/train_generator.py) and a classifier (recipes/train_classifier.py); computes targets, draws
 the sets, mixes real images in, trains evaluators on all of them with random and herded real images beside, and writes
-results.json, table.md, samples.png, accuracy.png and dataset/, which recipes/publish.py sends.
+results.json, table.md, samples.png, accuracy.png, features.png and dataset/, which recipes/publish.py sends.
 Whatever is finished is kept: a run that was stopped, or that met `--max_minutes`, goes on when it is started again.
 Sets do not depend on how evaluators are trained: give two runs the same `--sets_dir`.
 """
@@ -29,8 +29,9 @@ from accelerate import Accelerator
 
 from dsco_hf.data.datasets import check_classes
 from dsco_hf.hub.folder import save_study_folder
+from dsco_hf.studies.figures.features import draw_study_features
 from dsco_hf.studies.options import PipelineOptions, RealOptions, TrainingOptions
-from dsco_hf.studies.plans import PlannedSets, StudyPlan
+from dsco_hf.studies.plans import METHODS, PlannedSets, StudyPlan, set_name
 from dsco_hf.studies.study import FULL, Study, real_baselines
 from dsco_hf.studies.tables import write_results
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
@@ -91,6 +92,7 @@ class Experiment:
             real, test, self.splits = recipe.splits(tested=True)
             train, test = recipe.images(real, test, protocol=protocol, num_channels=pipe.num_channels)
             real = recipe.readable(real, train, num_channels=pipe.num_channels, image_size=pipe.image_size)
+        self.train = train
         self.clock.say(f"{len(real)} training, {len(test.labels)} test images: {self.splits['test_split']}")
         self.recipe = recipe = recipe.for_classes(int(train.labels.bincount().min()))
         check_classes(train.labels, train.names, images_per_class=max(recipe.sizes))
@@ -117,6 +119,10 @@ class Experiment:
             config=dataclasses.asdict(recipe) | {"image_size": self.pipe.image_size},
         )  # fmt: skip
         table = write_results(results, output, sets=self.study.fixed)
+        if "real" in self.made.targets:
+            names = {method: set_name(method, max(recipe.budgets), 0) for method in METHODS}
+            shown = {method: self.study.fixed[name] for method, name in names.items() if name in self.study.fixed}
+            draw_study_features(self.train, shown, self.pipe, self.made.targets["real"], output / "features.png")
         save_study_folder(
             self.study, self.made, output / "dataset", results=results,
             source={"dataset": recipe.dataset, "config": recipe.dataset_name, "revision": recipe.revision,

@@ -1,10 +1,12 @@
-"""Draws all figures of a study again, as PNG and PDF, from its results file alone.
+"""Draws all figures of a study again, as PNG and PDF, from its result files alone.
 
     python recipes/figures.py outputs/experiment
     python recipes/figures.py recipes/results/cifar10_16px --cost denoiser_calls
 
-Writes to figures/ in that folder: accuracy (figure 3 of the paper, arXiv 2603.27987), cost (its figure 4, and accuracy
-against cost), efficiency (what an image is worth, and what is left of the difference) and efficiency.json.
+Writes to figures/ in that folder: features (targets and small sets in the RKHS, figure 1 of the paper, arXiv
+2603.27987), accuracy (its figure 3), cost (its figure 4, and accuracy against cost), samples (its figure 5),
+efficiency (what an image is worth, and what is left of the difference) and efficiency.json. features and samples are
+drawn from features.safetensors and samples.safetensors, which a study writes beside results.json.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsco_hf.studies.figures.accuracy import draw_accuracy, save_figure
+from dsco_hf.studies.figures.accuracy import draw_accuracy, draw_samples, load_samples, save_figure
 from dsco_hf.studies.figures.efficiency import draw_cost, draw_efficiency
+from dsco_hf.studies.figures.features import draw_features, load_projections
 from dsco_hf.studies.lossless.efficiency import efficiency
 from dsco_hf.utils.configs import parse_config
 from dsco_hf.utils.files import write_json
@@ -52,7 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise FileNotFoundError(f"{recipe.study} has no results.json: give the output folder of a finished study.")
     results = json.loads(file.read_text(encoding="utf-8"))
     folder = Path(recipe.output_dir or Path(recipe.study) / "figures")
-    figures = {"accuracy": lambda: draw_accuracy(results), "cost": lambda: draw_cost(results, cost=recipe.cost)}
+    figures = {
+        "features": lambda: draw_features(load_projections(file.with_name("features.safetensors"))),
+        "accuracy": lambda: draw_accuracy(results),
+        "cost": lambda: draw_cost(results, cost=recipe.cost),
+        "samples": lambda: draw_samples(*load_samples(file.with_name("samples.safetensors"))),
+    }
 
     def worth():
         report = efficiency(results)
@@ -62,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, draw in {**figures, "efficiency": worth}.items():
         try:
             figure = draw()
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             print(f"{name}: not drawn. {error}")
             continue
         for suffix in ("png", "pdf"):

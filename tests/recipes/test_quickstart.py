@@ -93,6 +93,7 @@ def test_the_dataset_says_how_it_was_drawn_and_is_drawn_again(output, capsys):
 
 
 def test_figures_are_pictures(output):
+    assert all((output / f"{name}.safetensors").stat().st_size < 300_000 for name in ("samples", "features"))
     for name in ("samples.png", "accuracy.png", "features.png"):
         with PIL.Image.open(output / name) as picture:
             assert min(picture.size) > 400

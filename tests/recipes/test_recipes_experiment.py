@@ -185,7 +185,9 @@ def test_the_table_comes_in_slices_and_is_that_of_one_run(work, capsys):
     assert rows["nopt", 2]["discrepancy"] < rows["plain", 2]["discrepancy"]
     assert results["full"]["images"] == 21 and results["config"]["image_size"] == 8
     assert "DsCo" in (work / "sliced" / "table.md").read_text()
-    assert all((work / "sliced" / name).stat().st_size > 1000 for name in ("samples.png", "accuracy.png"))
+    assert all(
+        (work / "sliced" / name).stat().st_size > 1000 for name in ("samples.png", "accuracy.png", "features.png")
+    )
     # the sets are kept apart from the evaluators: another evaluator takes them as they are
     drawn = {path: path.stat().st_mtime_ns for path in (work / "sets").rglob("*.parquet")}
     assert len(drawn) == 2 * (3 * 2 + 1)

@@ -13,6 +13,7 @@ from matplotlib.transforms import Bbox
 from dsco_hf.concentration import methods
 from dsco_hf.studies import tables as report
 from dsco_hf.studies.figures import accuracy as figures
+from dsco_hf.studies.figures import accuracy as report_figures
 from dsco_hf.studies.figures import features as feature_figures
 from launches import run
 from recipes import readme_table
@@ -198,9 +199,38 @@ def test_feature_figure(tmp_path):
     assert report.feature_figure(features(60, 3), sets, ["a", "b", "c"], path, classes=[1]).is_file()
 
 
+def test_features_are_drawn_again_from_the_file_beside_the_picture(tmp_path):
+    some = features(9, 3)
+    sets = {"plain": features(6, 2, shift=1.0), "nopt": some}  # no plain image of the last class
+    path = report.feature_figure(features(60, 3), sets, ["a", "b", "c"], tmp_path / "features.png")
+    kept = feature_figures.load_projections(path.with_suffix(".safetensors"))
+    again = report_figures.save_figure(feature_figures.draw_features(kept), tmp_path / "again.png")
+    assert again.read_bytes() == path.read_bytes() and path.with_suffix(".safetensors").stat().st_size < 20_000
+    assert [one.names for one in kept] == [("a", "b", "c"), ("a",), ("b",)] and kept[0].sets["plain"][2].isnan().all()
+    means = torch.zeros(3, 6)  # those of a larger population
+    (_, one) = feature_figures.project_features(features(60, 3), sets, list("abc"), classes=[1], means=means)
+    assert one.numbers["nopt"] == pytest.approx(float(some[0][some[1] == 1].mean(0).square().sum()))
+    with pytest.raises(FileNotFoundError, match="run the study again"):
+        feature_figures.load_projections(tmp_path / "other.safetensors")
+
+
+def test_samples_are_drawn_again_from_the_file_beside_the_picture(tmp_path):
+    levels = torch.arange(256).reshape(1, 1, 1, 16, 16) / 127.5 - 1
+    report_figures.save_samples({"plain": levels, "nopt": -levels}, ["a"], tmp_path / "samples.safetensors")
+    rows, names = report_figures.load_samples(tmp_path / "samples.safetensors")
+    assert list(rows) == ["plain", "nopt"] and names == ["a"]
+    torch.testing.assert_close(rows["plain"], levels)
+    large = torch.full((2, 1, 3, 256, 256), 0.5)
+    report_figures.save_samples({"nopt": large}, ["a", "b"], tmp_path / "large.safetensors")
+    assert report_figures.load_samples(tmp_path / "large.safetensors")[0]["nopt"].shape == (2, 1, 3, 128, 128)
+    with pytest.raises(FileNotFoundError, match="run the study again"):
+        report_figures.load_samples(tmp_path / "other.safetensors")
+
+
 def test_what_stands_over_a_panel_stays_over_it():
     sets = {"plain": features(90, 10, shift=1.0), "nopt": features(90, 10)}
-    figure = feature_figures.draw_features(features(200, 10), sets, [f"{'digit ' * 9}{i}" for i in range(10)])
+    names = [f"{'digit ' * 9}{i}" for i in range(10)]
+    figure = feature_figures.draw_features(feature_figures.project_features(features(200, 10), sets, names))
     FigureCanvasAgg(figure).draw()
     titles = [axes.title if axes.get_title() else axes._left_title for axes in figure.axes]
     boxes = [title.get_window_extent() for title in titles]

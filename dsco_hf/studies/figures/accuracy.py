@@ -7,6 +7,7 @@ methods are those of `dsco_hf.concentration.methods`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,14 +21,18 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ...concentration.methods import Method, chance_level, dataset_title, find_method, find_methods, network_title
 from ...data.images import to_unit
 from ...evaluators import ImageSet
 from ...sampling.peers import PEERS
+from ...utils.files import reading, whole
 
 
 INK, FAINT = "#222222", "#d9d9d9"
+SAMPLE_SIDE = 128  # px, of images that are kept for a figure
 # How far an error bar may reach downwards and upwards: an accuracy lies in [0, 1].
 _ROOM = (lambda row: row["accuracy_mean"], lambda row: 1 - row["accuracy_mean"])
 
@@ -61,6 +66,11 @@ def sample_grid(
     Raises:
         ValueError: if there is nothing to draw, or shapes and names do not fit.
     """
+    return save_figure(draw_samples(rows, class_names, cell_size=cell_size), path)
+
+
+def draw_samples(rows: Mapping[str, torch.Tensor], class_names: Sequence[str], *, cell_size: int = 48) -> Figure:
+    """The figure of [`sample_grid`]; images `(K, n, C, H, W)` and other arguments as there."""
     _check_rows(rows, class_names)
     side = next(iter(rows.values())).shape[-1]
     scale = max(1, math.ceil(cell_size / side))
@@ -98,13 +108,16 @@ def sample_grid(
             fontsize=size,
             color=INK,
         )
-    return save_figure(figure, path)
+    return figure
 
 
 def draw_study_samples(sets: Mapping[str, ImageSet], images_per_class: int, path: str | Path) -> Path:
     """Draws real, plain, concentrated and data-free images of up to ten classes side by side, and those of peers.
 
     Of the first seed; four of a class, or two where there are peers.
+
+    Beside the picture a safetensors file of its name keeps the images, large ones at `SAMPLE_SIDE` pixels, so that
+    `recipes/figures.py` draws them again.
 
     Args:
         sets (mapping of `str` to [`~dsco_hf.evaluators.ImageSet`]): by [`~dsco_hf.studies.plans.set_name`]; those
@@ -119,7 +132,35 @@ def draw_study_samples(sets: Mapping[str, ImageSet], images_per_class: int, path
     names = next(iter(there.values())).names[:10]
     count = 2 if there.keys() & PEERS.keys() else 4
     grid = {title: images.first_of(range(len(names)), count) for title, images in there.items()}
+    save_samples(grid, names, Path(path).with_suffix(".safetensors"))
     return sample_grid(grid, names, path)
+
+
+def save_samples(rows: Mapping[str, torch.Tensor], class_names: Sequence[str], path: Path) -> None:
+    """Writes images `(K, n, C, H, W)` in [-1, 1] by method, as uint8, to a small safetensors file, whole or absent."""
+    tensors = {}
+    for name, images in rows.items():
+        if images.shape[-1] > SAMPLE_SIDE:
+            small = torch.nn.functional.interpolate(images.flatten(0, 1), size=SAMPLE_SIDE, mode="area")
+            images = small.unflatten(0, images.shape[:2])
+        tensors[name] = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        save_file(tensors, partial, {"told": json.dumps({"methods": list(rows), "classes": list(class_names)})})
+
+
+def load_samples(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What [`save_samples`] wrote: images `(K, n, C, H, W)` in [-1, 1] by method, and the classes.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        DamagedFileError: if it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: run the study again, which writes it.")
+    with reading(path, "Delete it, and run the study again."), safe_open(path, framework="pt") as file:
+        told = json.loads((file.metadata() or {})["told"])
+        return {name: file.get_tensor(name).float() / 127.5 - 1 for name in told["methods"]}, told["classes"]
 
 
 def _check_rows(rows: Mapping[str, torch.Tensor], class_names: Sequence[str]) -> None:

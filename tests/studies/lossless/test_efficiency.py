@@ -120,6 +120,9 @@ def test_all_figures_from_one_command(tmp_path, capsys):
     figures.main([str(RECORDED / "quickstart"), "--output_dir", str(tmp_path)])
     assert first == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     figures.main([str(RECORDED / "cifar10_convnet"), "--output_dir", str(tmp_path / "other")])
-    assert "cost: not drawn. No row of the results has 'seconds'" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "cost: not drawn. No row of the results has 'seconds'" in told
+    assert all(f"{name}: not drawn" in told and f"{name}.safetensors is not there" in told
+               for name in ("features", "samples"))  # fmt: skip
     with pytest.raises(FileNotFoundError, match="results.json"):
         figures.main(["--study", str(tmp_path / "nothing")])
