@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     trained = DsCoPipeline.from_pretrained(options.pipeline, dtype=torch.float32)
     stored = DsCoPipeline.from_pretrained(folder, dtype=torch.float32)
     for path in folder.rglob("*.json"):  # where its models lay on this machine
-        path.write_text(re.sub(r'^ *"_name_or_path": ".*",\n', "", path.read_text(), flags=re.MULTILINE))
+        told = re.sub(r'^ *"_name_or_path": ".*",\n', "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        path.write_text(told, encoding="utf-8")
     measured = compare(trained, stored)
     measured["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     options.results.mkdir(parents=True, exist_ok=True)

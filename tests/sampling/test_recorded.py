@@ -51,7 +51,10 @@ def targets(pipe):
     }
 
 
-@pytest.mark.parametrize("name", FACTS["sets"])
+SETS = [pytest.param(name, marks=[pytest.mark.slow] * (name == "quantile")) for name in FACTS["sets"]]
+
+
+@pytest.mark.parametrize("name", SETS)
 def test_images_calls_and_discrepancies_are_those_of_then(name, pipe, targets):
     facts = FACTS["sets"][name]
     matched = {"plain": "none", "classifier": "none", "rkhs-contrast": "rkhs", "ridge": "rkhs"}.get(name, name)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dsco_hf
 
 
@@ -94,6 +96,7 @@ print("told to the end")
 """
 
 
+@pytest.mark.slow
 def test_the_whole_story_without_what_windows_lacks(tmp_path):
     code = f"{WITHOUT}\n{STORY}"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "ACCELERATE_USE_CPU": "true"}
