@@ -7,7 +7,12 @@ from huggingface_hub import constants
 from recipes.benchmarks import bad_inputs
 
 
-@pytest.mark.parametrize("kind", bad_inputs.KINDS)
+SLOW = ("kept_names",)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in bad_inputs.KINDS]
+)
 def test_inputs_have_their_right_value_or_a_clear_error(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with warnings.catch_warnings(action="ignore"):

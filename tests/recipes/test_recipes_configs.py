@@ -147,6 +147,7 @@ def arguments(path, folder):
     return given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [path for path in CONFIGS if path.parent.name != "protocols"], ids=lambda path: path.stem
 )
