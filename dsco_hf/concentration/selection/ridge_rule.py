@@ -168,28 +168,28 @@ class RidgeGreedy:
 
     def products(self, vectors: torch.Tensor) -> torch.Tensor:
         """Ψ times vectors `(D, k)`, in float32 → `(N, k)`, float64; never a copy of all of Ψ."""
-        columns = vectors.float()
-        return torch.cat([part.float() @ columns for part in self.psi.split(CHUNK)]).double()
+        columns, found = vectors.float(), torch.empty(len(self.psi), vectors.shape[1])
+        for part, place in zip(self.psi.split(CHUNK), found.split(CHUNK), strict=True):
+            place.copy_(part.float() @ columns)
+        return found.double()
 
     def refresh(self) -> None:
         """Computes s, q, ‖r‖² and c of every candidate, `(N,)` each, in float64."""
         slopes = self.inverse @ (self.moment @ self.weights - self.cross)  # PH (D, C)
-        found = []
+        found = torch.empty(4, len(self.psi)).double()  # small results kept apart would split the memory of large ones
         for rows in torch.arange(len(self.psi)).split(CHUNK):
             part = self.psi[rows].double()
             seen = part @ self.inverse
             residual = self.answers(self.labels[rows]) - part @ self.weights
-            found.append(
-                torch.stack(
-                    [
-                        (seen * part).sum(1),
-                        ((seen @ self.moment) * seen).sum(1),
-                        residual.square().sum(1),
-                        (residual * (part @ slopes)).sum(1),
-                    ]
-                )
+            found[:, rows] = torch.stack(
+                [
+                    (seen * part).sum(1),
+                    ((seen @ self.moment) * seen).sum(1),
+                    residual.square().sum(1),
+                    (residual * (part @ slopes)).sum(1),
+                ]
             )
-        self.spread, self.gain, self.residual, self.slope = torch.cat(found, dim=1)
+        self.spread, self.gain, self.residual, self.slope = found
 
     def add(self, place: int) -> None:
         """Takes a candidate into the set: P, W and the four numbers of every candidate change."""
