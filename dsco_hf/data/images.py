@@ -130,8 +130,7 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 def pixels_from_arrays(arrays: np.ndarray) -> torch.Tensor:
     """uint8 `(B, H, W)` or `(B, H, W, C)` to float32 `(B, C, H, W)` in [-1, 1]."""
-    values = torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2)
-    return values.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+    return from_levels(torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2))
 
 
 def pixels_from_images(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
@@ -149,14 +148,23 @@ def images_from_pixels(pixels: torch.Tensor) -> list[PIL.Image.Image]:
         raise ValueError(f"Expected pixels of shape (B, 1 or 3, H, W), got {tuple(pixels.shape)}.")
     if torch.isnan(pixels).any():
         raise ValueError("The pixels contain NaN; they cannot be made images.")
-    values = pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-    arrays = values.permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, C)
+    arrays = to_levels(pixels).permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, C)
     return [PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def to_levels(pixels: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1], of any shape, as uint8 on the CPU; values outside are clipped."""
+    return pixels.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def from_levels(levels: torch.Tensor) -> torch.Tensor:
+    """uint8 values, of any shape, as float32 in [-1, 1]; the inverse of `to_levels`."""
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def as_stored(pixels: torch.Tensor) -> torch.Tensor:
     """Pixels `(B, C, H, W)` in [-1, 1] with the values that they have once they were stored as 8-bit images."""
-    return pixels.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).div(127.5).sub(1.0)
+    return from_levels(to_levels(pixels))
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def make_pipeline(folder: Path | None) -> DsCoPipeline:
 
 def one_image(pipe: DsCoPipeline, targets: MatchingTargets, sampling: dict[str, Any]) -> float:
     """Denoiser calls of a set of one image per class, per image."""
-    _, output = UnitSampler(pipe, targets, Sampling(**sampling)).draw(Unit(0, 0, range(len(NAMES)), range(1)))
+    *_, output = UnitSampler(pipe, targets, Sampling(**sampling)).draw(Unit(0, 0, range(len(NAMES)), range(1)))
     return output.denoiser_calls / len(NAMES)
 
 

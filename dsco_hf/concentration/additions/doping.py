@@ -94,6 +94,8 @@ def dope(
             f"`images_per_class` must be a number or 'auto', which alone has `begin_doping`; got {images_per_class!r} "
             f"and {begin_doping!r}: pass `images_per_class='auto'` with `begin_doping`, or a number alone."
         )
+    elif images_per_class is not None:
+        images_per_class = check_whole("images_per_class", images_per_class, 1)
     record = record_of(small) or {}
     small = as_concentrated(small)
     names, stored_size = class_names(small), check_size(image_size, small)
@@ -306,7 +308,6 @@ def _per_class(
     """Real images to add to each class; with a total they go where there are fewest, as far as there are any."""
     if total is None:
         assert images_per_class is not None
-        check_whole("images_per_class", images_per_class, 1)
         for name, have, most in zip(names, held.tolist(), available.tolist(), strict=True):
             if have + most and not have <= images_per_class <= have + most:
                 raise ValueError(

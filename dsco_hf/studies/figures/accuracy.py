@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ...concentration.methods import Method, chance_level, dataset_title, find_method, find_methods, network_title
-from ...data.images import to_unit
+from ...data.images import from_levels, to_levels, to_unit
 from ...evaluators import ImageSet
 from ...sampling.peers import PEERS
 from ...utils.files import reading, whole
@@ -143,7 +143,7 @@ def save_samples(rows: Mapping[str, torch.Tensor], class_names: Sequence[str], p
         if images.shape[-1] > SAMPLE_SIDE:
             small = torch.nn.functional.interpolate(images.flatten(0, 1), size=SAMPLE_SIDE, mode="area")
             images = small.unflatten(0, images.shape[:2])
-        tensors[name] = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous()
+        tensors[name] = to_levels(images).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
         save_file(tensors, partial, {"told": json.dumps({"methods": list(rows), "classes": list(class_names)})})
@@ -160,7 +160,7 @@ def load_samples(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         raise FileNotFoundError(f"{path} is not there: run the study again, which writes it.")
     with reading(path, "Delete it, and run the study again."), safe_open(path, framework="pt") as file:
         told = json.loads((file.metadata() or {})["told"])
-        return {name: file.get_tensor(name).float() / 127.5 - 1 for name in told["methods"]}, told["classes"]
+        return {name: from_levels(file.get_tensor(name)) for name in told["methods"]}, told["classes"]
 
 
 def _check_rows(rows: Mapping[str, torch.Tensor], class_names: Sequence[str]) -> None:
