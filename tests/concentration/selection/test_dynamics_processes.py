@@ -23,7 +23,7 @@ log = log_training(
     Dataset.from_parquet(data), folder, architecture="convnet-1", protocol=protocol,
     execution=execution, progress=False,
 )
-print(execution.accelerator.num_processes, log.sha256)
+sys.stdout.write(f"{execution.accelerator.num_processes} {log.sha256}\\n")  # in one piece, as two processes write
 """
 
 
