@@ -101,6 +101,7 @@ def python_blocks(path):
     return blocks
 
 
+@pytest.mark.slow
 def test_the_first_example_runs_alone(capsys):
     """On the pipeline that the package brings, without a Hub."""
     title, block = python_blocks("README.md")[0]

@@ -68,6 +68,7 @@ def test_seed_and_repetition(pipe, targets):
     assert not set(first["seed"]) & set(other["seed"])
 
 
+@pytest.mark.slow
 def test_a_dataset_or_classes_in_place_of_targets(pipe, real_images):
     made = MatchingTargets.from_dataset(real_images, pipe, progress=False)
     assert torch.equal(

@@ -42,6 +42,7 @@ def same_rows(one, other):
     return values[0] == values[1] and pixels[0] == pixels[1]
 
 
+@pytest.mark.slow
 def test_targets_are_made_once_and_kept_in_the_folder(pipe, real_images, make, tmp_path, monkeypatch):
     options = {**OPTIONS, "images_per_call": 6, "seed": 3}
     kept = concentrate_to_folder(pipe, real_images, 2, tmp_path / "run", **options)
@@ -244,6 +245,7 @@ def test_what_a_unit_holds_does_not_depend_on_the_number_of_processes():
         assert max(loads) - min(loads) <= 120  # one unit
 
 
+@pytest.mark.slow
 def test_plain_samples_and_other_objectives(pipe, targets, real_images, tmp_path):
     plain = concentrate_to_folder(
         pipe, None, 2, tmp_path / "a", class_labels=["triangle", 0], measure_by=targets, **OPTIONS

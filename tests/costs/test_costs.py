@@ -74,6 +74,7 @@ def test_calls_are_those_that_the_pipeline_counts(request, make, space, options)
     assert calls(Rehearsal(pipe, sampling).passes(5, classes=3, output_type=kind)) == measured(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "features, networks, decodes",
     [
@@ -165,6 +166,7 @@ def test_flops_are_those_of_the_layers(pipe):
     assert costs["preview_backward"].flops == 0 and "decoder" not in costs
 
 
+@pytest.mark.slow
 def test_the_reference_shapes_need_no_memory():
     """FLOPs of the tiny pipeline on "meta" are those of its real weights; only the attention's gradient differs."""
     meta, real = (imagenet_pipeline(device=device, tiny=True) for device in ("meta", "cpu"))
@@ -176,6 +178,7 @@ def test_the_reference_shapes_need_no_memory():
     assert counted["decoder"].flops > counted["preview"].flops > 0
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_weights_activations_and_images(latent_costs):
     pipe, costs = latent_costs
     assert costs["preview"] == costs["decoder"]

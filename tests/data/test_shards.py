@@ -12,6 +12,7 @@ def file_bytes(dataset, folder, **options):
     return [path.read_bytes() for path in paths]
 
 
+@pytest.mark.slow
 def test_the_same_rows_give_the_same_bytes_however_they_were_put_together(tmp_path):
     dataset = tiny_dataset(300)
     pieces = datasets.concatenate_datasets([dataset.select(range(100)), dataset.select(range(100, 600))])

@@ -67,6 +67,7 @@ def weights(result):
     return torch.cat([parameter.flatten() for parameter in result.denoiser.parameters()])
 
 
+@pytest.mark.slow
 def test_loss_falls_and_the_model_learns_its_classes():
     config = dataclasses.replace(TINY, train_steps=150, batch_size=32, attention_head_dim=8)
     result = train(config, log_every=10)

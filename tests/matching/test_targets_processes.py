@@ -93,6 +93,7 @@ def test_units_that_are_there_are_not_made_again(pipe, tmp_path):
     assert counted.images == 6 + 2 and not torch.equal(other.frequencies, first.frequencies)
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks_off_is_continued_where_it_was(pipe, tmp_path):
     rows, broken = sorted_images(), []
 

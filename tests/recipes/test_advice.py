@@ -346,6 +346,7 @@ def messages(path):
 OTHERS = {"config", "help", "multi_gpu", "num_processes", "from", "to", "ignore"}
 
 
+@pytest.mark.slow
 def test_every_option_that_a_message_names_exists():
     """In the recipe itself or in one that the message names; the library's messages may be of any recipe."""
     options = {name: {field.name for field in dataclasses.fields(recipe)} for name, recipe in RECIPES.items()}
@@ -387,6 +388,7 @@ def parameters(function):
     return names | ({"**"} if wild else set())
 
 
+@pytest.mark.slow
 def test_every_function_and_argument_that_a_message_names_exists():
     known, seen = all_callables(), 0
     arguments = {name for functions in known.values() for one in functions for name in parameters(one)}

@@ -131,6 +131,7 @@ def is_of(pattern, text):
     return same[-1] >= 0.8 * len(wanted)
 
 
+@pytest.mark.slow
 def test_every_error_that_says_what_to_do_is_followed_in_a_test():
     patterns, found = list(followed()), sites()
     assert len(patterns) > 150 and len(found) > 140

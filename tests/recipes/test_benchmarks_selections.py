@@ -12,6 +12,7 @@ SMALL = ["--steps", "1", "--seeds", "2", "--log_epochs", "2", "--processes", "1"
 SMALL += ['{"convnet-1": {"width": 2}}', "--observer", "convnet-1", "--images", "300", "--test_images", "60"]
 
 
+@pytest.mark.slow
 def test_a_row_for_every_selection_and_budget(tmp_path, capsys):
     rules = ["--selections", "random", "ridge_rule", "clarity", "el2n", "--shares", "0.05", "0.1"]
     options = [*SMALL, *rules, "--folder", str(tmp_path / "work"), "--out", str(tmp_path / "found.json")]

@@ -31,6 +31,7 @@ def test_a_row_for_every_choice_and_budget(tmp_path, monkeypatch):
     assert results["best"]["1"] in names
 
 
+@pytest.mark.slow
 def test_labels_of_every_kind_are_compared_on_the_same_sets(tmp_path, capsys):
     arguments = ["--images", "60", "--teacher_epochs", "1", "--steps", "2", "--seeds", "1", "--networks", "convnet-3"]
     found = soft_labels.main([*arguments, "--budgets", "2", "--threads", "1", "--out", str(tmp_path / "out.json")])

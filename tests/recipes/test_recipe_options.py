@@ -125,6 +125,7 @@ def test_starting_anew_where_a_run_has_left_something(tmp_path):
     check_anew(False, accelerator, left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_classifier", "train_evaluator", "compare", "train_generator"])
 def test_another_run_in_the_folder_names_the_option_with_both_values(name, tmp_path, monkeypatch):
     """A run that was cut by a signal, then run with another option, as it was, and anew."""

@@ -103,6 +103,7 @@ def test_the_generator_is_by_default_the_one_that_is_trained(tmp_path, monkeypat
         main(["--data_free"])
 
 
+@pytest.mark.slow
 def test_a_run_its_files_and_the_same_from_its_record(work, pipe, targets, monkeypatch, capsys):
     monkeypatch.chdir(work)
     here("--output_dir", "out", "--max_hours", "0")
@@ -151,6 +152,7 @@ def test_a_finished_run_is_extended_and_other_settings_are_refused(work, monkeyp
     (["--data_free", "--samples_per_class", "4", "--weighting", "none"], "nopt-data-free"),
     (["--objective", "quantile", "--dataset", "real", "--optimization_steps", "1", "--draws", "1"], "nopt-quantile"),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_other_things_to_match(work, real_images, monkeypatch, options, method):
     monkeypatch.chdir(work)
     if not (work / "real").exists():

@@ -99,6 +99,7 @@ def test_classifier_without_a_test_split(tmp_path):
     assert results(tmp_path / "out")["accuracy"] is None
 
 
+@pytest.mark.slow
 def test_evaluator_with_teacher_and_several_networks(small, tmp_path, capsys):
     teacher, out = tmp_path / "teacher", tmp_path / "out"
     train_classifier.main(["--architecture", "convnet-2", "--output_dir", str(teacher), *TINY])
@@ -200,6 +201,7 @@ def test_evaluator_refuses_what_does_not_fit(small, tmp_path):
         train_evaluator.main(["--dataset", str(tmp_path / "letters.parquet"), "--test_dataset", "digits", *out])
 
 
+@pytest.mark.slow
 def test_compare_writes_tables_and_figure(small, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [

@@ -61,6 +61,7 @@ def test_unknown_features_are_named():
         experiment.ExperimentRecipe(dataset="a", features='{"network": "untraind"}')
 
 
+@pytest.mark.slow
 def test_matched_features_are_of_the_chosen_networks(work):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\nmethods: [nopt]\n"
@@ -93,6 +94,7 @@ def test_options_for_each_budget():
         experiment.ExperimentRecipe(dataset="a", contrast=[8, 0])
 
 
+@pytest.mark.slow
 def test_contrast_and_the_clearest_images_by_budget(work):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\nmethods: [nopt]\n"
@@ -131,6 +133,7 @@ def test_contrast_and_the_clearest_images_by_budget(work):
     assert first["images_per_class"] == 1
 
 
+@pytest.mark.slow
 def test_objectives_by_budget(work):
     (work / "tiny.yaml").write_text(
         f"generator: {work / 'pipe'}\nclassifier: {work / 'classifier'}\ndataset: {work / 'data'}\n"
@@ -345,6 +348,7 @@ def test_the_folder_of_targets_and_sets_is_named_by_all_that_decides_them(change
     assert (folder(**options) == base) == (changed in ("nothing", "test images", "evaluators"))
 
 
+@pytest.mark.slow
 def test_all_peers_are_rows_of_one_table(work):
     peers = list(PEERS)
     data = DatasetDict(train=striped_images((10, 10, 11)), test=striped_images((4, 4, 4), seed=1))

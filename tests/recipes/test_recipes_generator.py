@@ -91,6 +91,7 @@ def fresh_accelerate():
         state._reset_state()
 
 
+@pytest.mark.slow
 def test_a_unet_is_scored_while_it_trains_and_fine_tuned_to_other_classes(tmp_path, make, fresh_accelerate):
     from recipes.train_generator import main
 

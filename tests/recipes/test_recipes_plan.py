@@ -30,6 +30,7 @@ def plan():
 TINY = ["--preset", "imagenet1k", "--tiny", "true", "--images_per_call", "4", "--num_inference_steps", "5"]
 
 
+@pytest.mark.slow
 def test_a_plan_for_assumed_devices(plan, tmp_path, capsys):
     arguments = [*TINY, "--device", "a100", "--images_per_class", "2", "20", "--num_processes", "1", "2"]
     found = plan.main([*arguments, "--max_hours", "1e-7", "--output_file", str(tmp_path / "deep" / "plan.json")])
@@ -55,6 +56,7 @@ def test_the_budget_just_fits_into_the_time(plan):
     assert largest_budget(lambda budget: 3.0 * budget, 2.0) == 0
 
 
+@pytest.mark.slow
 def test_a_device_that_is_too_small(plan, capsys):
     arguments = [*TINY, "--device", "h100", "--images_per_call", "40", "--num_processes", "3"]
     small = plan.main([*arguments, "--memory_gib", "0.0017"])
@@ -66,6 +68,7 @@ def test_a_device_that_is_too_small(plan, capsys):
     assert "| no |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plan_measured_here_for_the_config_of_a_run(plan, latent_pipe, tmp_path, capsys):
     latent_pipe.save_pretrained(tmp_path / "generator")
     config = tmp_path / "run.yaml"

@@ -83,6 +83,7 @@ def test_sets_say_its_name_and_are_drawn_again(pipe, tmp_path):
     assert targets is None and again.name_or_path == "digits" and again.classifier is not None
 
 
+@pytest.mark.slow
 def test_the_recipe_that_made_it_makes_it_again(pipe, tmp_path, monkeypatch):
     """From the same weights the same weights; the card says what was measured."""
     monkeypatch.setattr(embed, "PER_CLASS", 1)

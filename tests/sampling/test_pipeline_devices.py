@@ -19,6 +19,7 @@ def draw(pipe, make, targets=None, **options):
     return pipe([0, 0, 1], targets, generator=make.generators(range(3)), **from_flat(OPTIONS | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["in place", "wrapped"])
 def test_a_compiled_denoiser_draws_the_same_images(pipe, targets, make, way, tmp_path):
     options = {"guidance_scale": 1.0}  # one shape, one compilation

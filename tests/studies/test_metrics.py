@@ -114,6 +114,7 @@ def test_density_and_coverage_of_a_hand_made_case():
         Coverage().compute(predictions=features(3).numpy(), real_features=features(5))
 
 
+@pytest.mark.slow
 def test_features_that_do_not_fit():
     with pytest.raises(ValueError, match="real_features"):
         Discrepancy().compute(predictions=features(3).numpy())
@@ -139,6 +140,7 @@ def test_ars_is_the_formula_on_fractions():
     assert result["ars"] == pytest.approx((math.exp(beta) - math.exp(-1)) / (math.e - math.exp(-1)))
 
 
+@pytest.mark.slow
 def test_scores_stay_in_their_range():
     assert label_score(1.0, 0.0, hard=1.0, full=0.0) == pytest.approx(1)
     assert label_score(0.0, 1.0, hard=0.0, full=1.0) == pytest.approx(0)
@@ -163,6 +165,7 @@ def test_paired_difference():
         paired_difference([0.5], [])
 
 
+@pytest.mark.slow
 def test_numbers_of_every_library_and_no_bools():
     scores, labels = np.eye(3), [0, 1, 2]
     small, real = features(6), features(12, seed=1)

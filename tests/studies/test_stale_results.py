@@ -180,6 +180,7 @@ def flipped(dataset, row):
     )
 
 
+@pytest.mark.slow
 def test_the_fingerprint_of_a_dataset_sees_every_image_and_label():
     rows = striped_images((700, 700, 700))
     base = dataset_fingerprint(rows)

@@ -27,6 +27,7 @@ sys.stdout.write(f"{execution.accelerator.num_processes} {log.sha256}\\n")  # in
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_log_what_one_does(tmp_path, real_images):
     script, data, folder = tmp_path / "worker.py", tmp_path / "real.parquet", tmp_path / "log"

@@ -40,6 +40,7 @@ def short(digits, folder, **options):
     return search(digits, folder, **{"protocol": SHORT, "plan": FEW} | options)
 
 
+@pytest.mark.slow
 def test_a_search_from_nothing_to_its_files_and_again(digits, tmp_path, capsys):
     found = search(digits, tmp_path)
     assert found["status"] == "accepted" and 0 < found["share"] < 1 and found["trainings"] <= 8
@@ -67,9 +68,11 @@ def test_a_search_from_nothing_to_its_files_and_again(digits, tmp_path, capsys):
 
 
 def test_a_teachers_labels_are_another_answer(digits, tmp_path):
-    network = build_evaluator("convnet-2", class_names=digits[0].names, num_channels=1, image_size=8, width=8)
-    teacher = train_evaluator(network, digits[0], protocol=PROTOCOL).model
-    protocol = dataclasses.replace(SHORT, label_type="teacher", temperature=2.0)
+    shape = {"num_channels": 1, "image_size": 8, "width": 8}
+    network = build_evaluator("convnet-2", class_names=digits[0].names, seed=0, **shape)
+    longer = get_protocol("quick", steps=150, batch_size=64, learning_rate=0.01)
+    teacher = train_evaluator(network, digits[0], protocol=longer).model
+    protocol = dataclasses.replace(SHORT, label_type="teacher", temperature=1.0)
     soft, hard = short(digits, tmp_path / "soft", protocol=protocol, teacher=teacher), short(digits, tmp_path / "hard")
     assert (soft["labels"], hard["labels"]) == ("teacher", "hard")
     assert soft["teacher"]["name"] == "ConvNetForImageClassification" and hard["teacher"] is None

@@ -62,6 +62,7 @@ def test_a_reference_that_tells_nothing():
     assert rising(good, good[:1] & False) == pytest.approx(good.mean())
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_still_rising_is_said(digits, tmp_path, capsys):
     few = get_protocol("quick", steps=24, batch_size=64, learning_rate=0.003)
     found = search(digits, tmp_path / "short", protocol=few)

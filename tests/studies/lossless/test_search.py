@@ -51,6 +51,7 @@ def test_simulated_trainings_have_the_accuracy_and_deviation_they_should(tmp_pat
     assert truth.accuracy(truth.smallest) == pytest.approx(truth.top - 0.005, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_calibration_prints_its_figures(capsys):
     main(["--runs", "36", "--hard_runs", "24"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -41,6 +41,7 @@ def test_a_synthetic_set_at_the_head_of_the_accepted_one(synthetic):
     assert alone["source"] == [1, 1] and alone["real_index"] == [5, 3]
 
 
+@pytest.mark.slow
 def test_a_rule_that_goes_by_a_logged_training_logs_one(tmp_path):
     options = SearchOptions(**GIVEN, strategy="aum", output_dir=str(tmp_path))
     given = options.load()
