@@ -393,6 +393,7 @@ def _made_network(key: FeatureSpec, channels: int, size: int, device: torch.devi
     return network.eval().requires_grad_(False).to(device, dtype)
 
 
+@functools.lru_cache(maxsize=64)
 def _group(spec: FeatureSpec) -> FeatureSpec:
     """What one pass through a network serves: that network's first features."""
     seed = 0 if spec.network in TRAINED else spec.seed
