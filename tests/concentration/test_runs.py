@@ -83,6 +83,7 @@ def test_a_run_gives_what_concentrate_gives(pipe, targets, tmp_path):
     assert "9 of 9 units are finished: 15 images" in result.message
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again(pipe, targets, tmp_path, monkeypatch):
     expected = concentrate(pipe, targets, 5, **OPTIONS)
     draw, calls = type(pipe).sample, []
@@ -126,6 +127,7 @@ def test_the_clock_does_not_matter(pipe, targets, tmp_path):
     assert again.session["images"] == 6 and same_rows(again.dataset(), concentrate(pipe, targets, 4, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_a_run_grows_and_keeps_its_first_blocks(pipe, targets, tmp_path):
     small = concentrate_to_folder(pipe, targets, 2, tmp_path, **OPTIONS).dataset()
     grown = concentrate_to_folder(pipe, targets, 6, tmp_path, **OPTIONS)
@@ -139,6 +141,7 @@ def test_a_run_grows_and_keeps_its_first_blocks(pipe, targets, tmp_path):
         concentrate_to_folder(pipe, targets, 3, tmp_path, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_grown_run_of_the_ridge_objective_remembers_every_image(pipe, real_images, tmp_path):
     targets = MatchingTargets.from_dataset(real_images, pipe, embedding_dim=64, second_moment=True, progress=False)
     options = {**OPTIONS, "objective": "ridge", "images_per_call": 4}  # two groups: of one class, and of two

@@ -100,6 +100,7 @@ def test_calls_and_work_follow_the_features(make, features, networks, decodes):
     assert set(passes) - {"decoder"} <= set(seconds)  # decoding is part of "call"
 
 
+@pytest.mark.slow
 def test_calls_of_the_released_objective(pipe, real_images, make):
     targets = QuantileTargets.from_dataset(real_images, pipe, progress=False)
     sampling = Sampling(5, method=Released(iterations=3))

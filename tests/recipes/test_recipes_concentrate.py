@@ -127,6 +127,7 @@ def test_a_run_its_files_and_the_same_from_its_record(work, pipe, targets, monke
     assert pixels(work / "again") == expected and read(work / "again" / "results.json")["from"]["identical"] is True
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_and_other_settings_are_refused(work, monkeypatch, capsys):
     monkeypatch.chdir(work)
     here("--output_dir", "grown", "--images_per_class", "2")

@@ -272,6 +272,7 @@ def test_compare_refuses_what_is_no_comparison(small, tmp_path, options, message
         compare.main([*options, "--output_dir", str(tmp_path / "out"), "--architectures", "convnet-2", *TINY])
 
 
+@pytest.mark.slow
 def test_compare_reads_the_columns_sizes_and_splits_of_every_set(small, tmp_path, monkeypatch):
     """Two sets of other people: one with two of each column, one in a split of its own."""
     theirs = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
@@ -307,6 +308,7 @@ def test_compare_reads_the_columns_sizes_and_splits_of_every_set(small, tmp_path
     assert seen == {"user/peer": ("ipc1", {"split": "train", "revision": "abc"})}
 
 
+@pytest.mark.slow
 def test_compare_refuses_sets_of_several_sizes(small, tmp_path):
     digits = load_dataset("parquet", data_files=str(small / "small1.parquet"), split="train")
     large = digits.map(lambda row: {"image": row["image"].resize((16, 16))})

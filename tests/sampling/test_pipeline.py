@@ -608,6 +608,7 @@ def test_a_call_leaves_the_pipeline_as_it_was(pipe, targets, make):
     assert state() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["rkhs", "classifier"])
 def test_two_threads_draw_with_one_pipeline(pipe, targets, make, objective):
     """Sets of other sizes, steps, guidance and seeds at the same time, each as if it were drawn alone."""

@@ -125,6 +125,7 @@ def test_sets_of_each_training_networks_and_all_data(train, tmp_path):
     assert "against_random" not in results["rows"][0] and "| ours | ConvNet-2 |" in write_comparison(results, tmp_path)
 
 
+@pytest.mark.slow
 def test_planned_sets_are_drawn_once_and_rows_have_random_real_images_beside_them(pipe, train, tmp_path):
     plan = StudyPlan(methods=["plain", "nopt"], budgets=[1], synthesis_seeds=1, num_inference_steps=5, check_images=0,
                      doping_budgets=[2])  # fmt: skip

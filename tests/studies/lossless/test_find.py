@@ -80,6 +80,7 @@ def test_a_teachers_labels_are_another_answer(digits, tmp_path):
     assert "Labels are soft" in claim(soft) and "Labels are hard" in claim(hard)
 
 
+@pytest.mark.slow
 def test_same_epochs_are_fewer_steps_and_nothing_else(digits, tmp_path):
     found = short(digits, tmp_path, length="same epochs")
     assert found["length"] == "same epochs" and found["protocol"]["steps"] is None
