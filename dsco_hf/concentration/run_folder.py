@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -79,9 +79,11 @@ class RunSession:
     accept_changed: Sequence[str] = ()
     accelerator: Accelerator = dataclasses.field(default_factory=make_accelerator)
 
+    field_limits: ClassVar[dict[str, float]] = {"cpu_threads": 1, "max_hours": 0}
+
     def __post_init__(self) -> None:
         """Refuses numbers out of range."""
-        plain_fields(self, cpu_threads=1, max_hours=0)
+        plain_fields(self)
 
 
 class RunFolder:

@@ -224,14 +224,13 @@ def plain_arguments(**least: int) -> Callable[[F], F]:
     return decorate
 
 
-def plain_fields(instance: DataclassInstance, **least: float) -> None:
+def plain_fields(instance: DataclassInstance) -> None:
     """The same for the fields of a dataclass, also a frozen one: to be called in its `__post_init__`.
 
-    The class and its bases say in `field_limits` what numbers may be: the smallest, or [`Limits`], by field; `least`
-    are further ones.
+    The class and its bases say in `field_limits` what numbers may be: the smallest, or [`Limits`], by field.
     """
     annotations: dict[str, Any] = {}  # as written: HfArgumentParser takes the None out of `field.type`
-    limits: dict[str, float | Limits] = dict(least)
+    limits: dict[str, float | Limits] = {}
     for base in reversed(type(instance).__mro__):
         annotations |= base.__dict__.get("__annotations__", {})
         limits |= base.__dict__.get("field_limits", {})

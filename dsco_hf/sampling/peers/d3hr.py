@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from ...data.schema import image_seed
 from ...matching.population import refuse_empty_classes
-from ...utils.values import check_real, plain_fields
+from ...utils.values import Limits
 from ..call import Call, Population, Sampling, SamplingMethod
 from .statistics import ClassStatistics, check_statistics, refuse_without_images, stand_in, stream_classes
 
@@ -50,11 +50,7 @@ class D3HR(SamplingMethod):
     groups: int = 100_000
     skew: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        plain_fields(self, groups=1)
-        check_real("start", self.start, 0, 1)
-        check_real("skew", self.skew, 0)
+    field_limits = {"start": Limits(0, 1), "groups": 1, "skew": 0}
 
     def first(self, steps: int) -> int:
         """The first of so many steps that is done."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ...utils.values import check_real, plain_fields
+from ...utils.values import Limits
 from ..call import Call, SamplingMethod
 from ..methods.noise import loss_gradient, norms
 from .statistics import FromCentroids
@@ -47,13 +47,10 @@ class DMGD(FromCentroids, SamplingMethod):
     start: float = 0.08
     stop: float = 0.4
 
-    def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        plain_fields(self, clusters=1, iterations_of_sinkhorn=1)
-        check_real("scale", self.scale, 0)
-        check_real("blur", self.blur, 0, open_low=True)
-        check_real("start", self.start, 0, 1)
-        check_real("stop", self.stop, 0, 1)
+    field_limits = {
+        **{"clusters": 1, "iterations_of_sinkhorn": 1, "scale": 0, "blur": Limits(0, open_low=True)},
+        **{"start": Limits(0, 1), "stop": Limits(0, 1)},
+    }
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
         """Finds the centroids `(K, M, C, h, w)` and shares `(K, M)` of the K classes, M of each."""

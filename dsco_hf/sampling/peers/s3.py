@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 
 from ...matching.features import feature_dim, features_and_logits
 from ...matching.population import refuse_empty_classes
-from ...utils.values import check_real, plain_fields
 from ..call import Call, Population, Sampling, SamplingMethod
 from .best_of_n import need_teacher
 from .statistics import ClassStatistics, check_statistics, refuse_without_images, stand_in, stream_classes
@@ -48,11 +47,7 @@ class S3(SamplingMethod):
     alpha: float = 0.4
     beta: float = 0.9
 
-    def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        plain_fields(self, candidates=1)
-        check_real("alpha", self.alpha, 0)
-        check_real("beta", self.beta, 0)
+    field_limits = {"candidates": 1, "alpha": 0, "beta": 0}
 
     @property
     def uses_classifier(self) -> bool:
