@@ -12,6 +12,12 @@ from dsco_hf import concentrate
 FAST = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
+def entries(table, *slow):
+    """The names in a table, those of `slow` marked as slow."""
+    assert set(slow) <= set(table)
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in table]
+
+
 class World:
     """What the entries work with."""
 

@@ -225,6 +225,7 @@ def ridge_targets(pipe, real_images):
     return MatchingTargets.from_dataset(real_images, pipe, embedding_dim=64, second_moment=True, progress=False)
 
 
+@pytest.mark.slow
 def test_ridge_lowers_the_error_of_a_regression(pipe, ridge_targets):
     options = {"guidance_scale": 1.0, "num_inference_steps": 10, "seeds": range(6)}
     labels = [0, 0, 1, 1, 2, 2]

@@ -195,6 +195,7 @@ def test_bad_input(mix, small, real_images, pipe, targets, make):
         mix(strategy=Clarity(student=student), total=8)
 
 
+@pytest.mark.slow
 def test_targets_are_made_of_the_real_images(mix, real_images, pipe):
     made = MatchingTargets.from_dataset(real_images, pipe, features={}, progress=False)
     given = mix(strategy=Herding(made), images_per_class=4)

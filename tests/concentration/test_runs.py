@@ -68,6 +68,7 @@ def log_of(folder, event, process=0):
     return [line for line in lines if line["event"] == event]
 
 
+@pytest.mark.slow
 def test_a_run_gives_what_concentrate_gives(pipe, targets, tmp_path):
     expected, report = concentrate_and_report(pipe, targets, 5, seed=3, **OPTIONS)
     result = concentrate_to_folder(pipe, targets, 5, tmp_path, seed=3, **OPTIONS)
@@ -107,6 +108,7 @@ def test_a_run_that_is_stopped_again_and_again(pipe, targets, tmp_path, monkeypa
     assert again.report == result.report  # the cost of all sessions, and the discrepancy
 
 
+@pytest.mark.slow
 def test_damaged_and_lost_units_are_drawn_again(pipe, targets, tmp_path):
     first = concentrate_to_folder(pipe, targets, 5, tmp_path, **OPTIONS)
     expected = first.dataset()
@@ -119,6 +121,7 @@ def test_damaged_and_lost_units_are_drawn_again(pipe, targets, tmp_path):
     assert second.report.discrepancy_by_class == first.report.discrepancy_by_class
 
 
+@pytest.mark.slow
 def test_the_clock_does_not_matter(pipe, targets, tmp_path):
     concentrate_to_folder(pipe, targets, 2, tmp_path, **OPTIONS)
     for number, path in enumerate(sorted(tmp_path.rglob("*.*"))):  # from 1970 and from 2096, in turns

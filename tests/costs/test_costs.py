@@ -199,6 +199,7 @@ def test_activation_memory_of_a_convolution_is_exact():
     assert memory.alive == 0
 
 
+@pytest.mark.slow
 def test_the_largest_batch_just_fits(latent_costs):
     pipe, costs = latent_costs
     limit = predict_memory(pipe, 20, costs, batch_size=7)

@@ -176,6 +176,7 @@ SLICES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", ["saved", "images", "hub", "ours", "parquet"])
 def test_slices_and_sums_through_every_door(door, doors):
     for split, rows in SLICES.items():

@@ -135,6 +135,7 @@ def test_the_first_checkpoint_comes_by_the_clock(tmp_path, monkeypatch):
     assert torch.equal(weights(undisturbed), weights(resumed)) and resumed.losses == undisturbed.losses
 
 
+@pytest.mark.slow
 def test_a_unet_in_bf16_resumes_bit_by_bit(tmp_path):
     config = dataclasses.replace(TINY, **UNET | {"block_out_channels": "8"})
 

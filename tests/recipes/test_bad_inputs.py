@@ -7,7 +7,7 @@ from huggingface_hub import constants
 from recipes.benchmarks import bad_inputs
 
 
-SLOW = ("kept_names",)
+SLOW = ("doors", "folders", "kept_names", "numbers", "others")
 
 
 @pytest.mark.parametrize(

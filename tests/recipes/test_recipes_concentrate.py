@@ -223,6 +223,7 @@ def own(work, monkeypatch):
     sys.modules.pop("own_objects", None)
 
 
+@pytest.mark.slow
 def test_objects_of_ones_own_by_name(work, own, pipe, targets, real_images, capsys):
     small = CONFIG.replace("images_per_class: 4", "images_per_class: 1")
     told = "objective: {name: own_objects:EachNearest, weight: 1e-1}\n"

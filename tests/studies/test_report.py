@@ -86,6 +86,7 @@ def test_sample_grid_refuses(tmp_path, rows, names, message):
 # --- accuracy
 
 
+@pytest.mark.slow
 def test_accuracy_figure_is_the_same_file_each_time(tmp_path, results):
     first, again = (report.accuracy_figure(results, tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
     assert first == again and picture(tmp_path / "a.png").std() > 5
@@ -192,6 +193,7 @@ def features(rows, classes, shift=0.0, dimensions=6):
     return torch.randn(rows, dimensions, generator=generator) + 3 * labels[:, None] + shift, labels
 
 
+@pytest.mark.slow
 def test_feature_figure(tmp_path):
     sets = {"plain": features(9, 3, shift=1.0), "nopt": features(9, 3)}
     path = report.feature_figure(features(60, 3), sets, ["a", "b", "c"], tmp_path / "features.png")

@@ -59,6 +59,7 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, path):
     assert safety.safe_path(tmp_path, "data/x.parquet") == tmp_path / "data" / "x.parquet"
 
 
+@pytest.mark.slow
 def test_nothing_of_ours_trusts_code_or_loads_pickles():
     for path in (*(ROOT / "dsco_hf").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")):
         for node in ast.walk(ast.parse(Path(path).read_text())):

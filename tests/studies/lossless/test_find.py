@@ -67,6 +67,7 @@ def test_a_search_from_nothing_to_its_files_and_again(digits, tmp_path, capsys):
         search((digits[0].select(torch.arange(400).flip(0)), digits[1]), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_teachers_labels_are_another_answer(digits, tmp_path):
     shape = {"num_channels": 1, "image_size": 8, "width": 8}
     network = build_evaluator("convnet-2", class_names=digits[0].names, seed=0, **shape)
