@@ -25,7 +25,7 @@ from .options import described, find_mistake, help_text, recipe_options
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"
 NICKNAMES = {"evaluate": "train_evaluator", "targets": "compute_targets"}
-ALONE = ("plan", "publish", "figures")  # nothing in them is shared out over processes
+ALONE = ("plan", "publish", "figures", "look")  # nothing in them is shared out over processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

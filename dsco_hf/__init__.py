@@ -57,6 +57,7 @@ from .sampling.call import Plain, Sampling, SamplingMethod
 from .sampling.methods.nopt import NOpt
 from .sampling.methods.released import QuantileTargets, Released
 from .sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
+from .studies.figures.page import look
 from .studies.generator_check import GeneratorCheck, check_generator
 from .studies.lossless.efficiency import efficiency, recommended_doping
 from .studies.lossless.find import find_lossless_budget
@@ -128,6 +129,7 @@ __all__ = [
     "load_image_set",
     "load_recorded",
     "log_training",
+    "look",
     "measure_discrepancy",
     "publish",
     "publish_evaluator",

@@ -43,7 +43,7 @@ FOLDERS = {
     "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd", "d3hr"],
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
     "concentration.additions": ["beginning", "doping", "soft_labels"],
-    "studies.figures": ["accuracy", "features", "efficiency"],
+    "studies.figures": ["accuracy", "features", "efficiency", "page"],
     "studies.lossless": [
         "curves",
         "noninferiority",

@@ -225,7 +225,7 @@ def ways(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     tables: dict[str, dict[str, list[tuple[str, str]]]] = {
         "provenance": {name: _provenance(record) for name, record in records.items()},
         "parameters": {name: parameter_rows(record.get("parameters")) for name, record in records.items()},
-        "cost": {name: _cost(record.get("cost")) for name, record in records.items()},
+        "cost": {name: cost_rows(record.get("cost")) for name, record in records.items()},
     }
     common = {kind: [row for row in next(iter(found.values())) if all(row in other for other in found.values())]
               for kind, found in tables.items()}  # fmt: skip
@@ -238,11 +238,12 @@ def ways(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {**common, "own_ways": own if differ else []}
 
 
-def _cost(cost: object, prefix: str = "") -> list[tuple[str, str]]:
+def cost_rows(cost: object, prefix: str = "") -> list[tuple[str, str]]:
+    """What a recorded cost is made of, for a table: names and numbers, as text that is not escaped."""
     rows: list[tuple[str, str]] = []
     for key, value in cost.items() if isinstance(cost, Mapping) else ():
         if isinstance(value, Mapping):
-            rows += _cost(value, f"{key}: ")
+            rows += cost_rows(value, f"{key}: ")
             continue
         number = format_number(value, digits=1)
         if key.endswith("_bytes") and isinstance(value, int):

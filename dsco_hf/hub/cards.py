@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ..concentration.config_records import (
     ways,
     what_labels_are,
 )
-from ..concentration.methods import find_method, in_order
+from ..studies.figures.accuracy import accuracy_table as accuracy_table
 from ..utils.markdown import (
     BEGIN_MARK,
     END_MARK,
@@ -93,64 +92,6 @@ class DatasetCardFields:
     description: str | None = None
     language: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
-
-
-def _finite(value: object) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def accuracy_table(results: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """The rows of the accuracy table, as text, from the content of a `results.json`.
-
-    It has `rows` with `method`, `images_per_class`, `images`, `accuracy_mean`, `accuracy_std`, `synthesis_seeds`,
-    `training_seeds`, `discrepancy`, `seconds`, and `full`, the same of all data. Accuracies are fractions in [0, 1].
-
-    Raises:
-        ValueError: If an accuracy is not a fraction.
-    """
-    if not results:
-        return []
-    full = results.get("full") or {}
-    rows = results.get("rows") or []
-    order = in_order(str(row.get("method")) for row in rows)
-    place = {name: number for number, name in enumerate(order)}
-    rows = sorted(
-        rows, key=lambda row: [row.get("images_per_class") or 0, row.get("images") or 0, place[str(row.get("method"))]]
-    )
-    if full:
-        rows = [*rows, {"method": "all real data", "training_seeds": full.get("seeds"), **full}]
-    table = []
-    for row in rows:
-        mean, reference = _finite(row.get("accuracy_mean")), _finite(full.get("accuracy_mean"))
-        if mean is not None and not 0 <= mean <= 1:
-            raise ValueError(
-                f"accuracy_mean of method {row.get('method')!r} is {mean}, but accuracies in results are fractions "
-                "in [0, 1]. Divide percentages by 100."
-            )
-        kept = mean / reference if mean is not None and reference else None
-        runs = (row.get("synthesis_seeds") or 1) * (row.get("training_seeds") or 0)
-        table.append(
-            {
-                "method": find_method(str(row.get("method"))).label,
-                "images_per_class": format_number(row.get("images_per_class")),
-                "images": format_number(row.get("images")),
-                "accuracy": f"{format_number(mean, scale=100)} ± {format_number(row.get('accuracy_std'), scale=100)}",
-                "retention": format_number(kept, digits=1, scale=100),
-                "discrepancy": format_number(row.get("discrepancy"), digits=4),
-                "random_discrepancy": format_number(_random_beside(row, rows), digits=4),
-                "seconds": format_number(row.get("seconds") or None, digits=1),  # real images are not drawn
-                "runs": format_number(runs) if runs else "–",
-            }
-        )
-    return table
-
-
-def _random_beside(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """The discrepancy of as many random real images: of the row itself, or of the row of those."""
-    if row.get("discrepancy") is None or row.get("random_discrepancy") is not None:
-        return row.get("random_discrepancy")
-    same = (other for other in rows if other.get("images_per_class") == row.get("images_per_class"))
-    return next((other.get("discrepancy") for other in same if other.get("method") == "random"), None)
 
 
 def _seeds_sentence(results: Mapping[str, Any] | None) -> str:

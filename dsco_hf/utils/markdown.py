@@ -34,6 +34,11 @@ class Trusted(str):
     """Markdown made here, which a template may print unescaped."""
 
 
+def inert(text: str) -> str:
+    """A text without control, format (bidirectional overrides, zero-width) and surrogate characters."""
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+
+
 def escape_markdown(text: object, *, max_length: int = 120) -> str:
     """Returns `text` as one line of inert Markdown: no link, HTML, mention, table cell or heading starts in it.
 
@@ -41,9 +46,7 @@ def escape_markdown(text: object, *, max_length: int = 120) -> str:
         text: Anything; it is converted by `str`.
         max_length: Characters kept, before escaping; the rest becomes an ellipsis.
     """
-    line = " ".join(str(text).split())
-    # Control, format (bidirectional overrides, zero-width) and surrogate characters have no business in a card.
-    line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    line = inert(" ".join(str(text).split()))
     if len(line) > max_length:
         line = line[: max_length - 1] + "…"
     line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line)

@@ -15,6 +15,7 @@ ADVICE = re.compile(rf"\b({VERBS}|set(?= (?:`|HF|it|them))) |`--", re.IGNORECASE
 
 # a piece of the message, and the test that does what it says
 ELSEWHERE = {
+    "pass the images that the set was made for": "test_page.py::test_the_nearest_real_image_is_of_the_same_class",
     "which nobody could load from the Hub without its code": "test_hub_models.py::test_foreign_components_are_refused",
     "overwrite_features=True if those who load it": "test_hub.py::test_other_features_are_refused",
     "or say where it is (`--generator`, `generator=`)": (
