@@ -20,12 +20,13 @@ LAUNCH = $(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu 
 	--num_cpu_threads_per_process $(THREADS)
 # By files, because tests of a file share what is made once; in the order of tests/conftest.py
 SPREAD = --dist loadfile --no-loadscope-reorder
+BROWSERS := chromium-headless-shell chromium chromium-browser google-chrome
 
 # Many tiny tensors: more threads only get into each other's way
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-small test test-fast quality style dist clean
+.PHONY: help setup browser demo demo-small test test-fast quality style dist clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -46,7 +47,14 @@ demo: $(STAMP)  ## the main job: concentrate the digits, train evaluators, write
 demo-small: $(STAMP)  ## the same at a small setting, under 2 minutes
 	$(LAUNCH) recipes/quickstart.py --small $(ARGS)
 
-test: $(STAMP)  ## all tests
+# Tests of pages need one; elsewhere `.venv/bin/playwright install chromium` brings it, and without any they are skipped
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit; done; \
+		if [ "`id -u`" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null; \
+		fi || echo "no browser could be installed: tests of pages will be skipped" >&2
+
+test: $(STAMP) browser  ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS) $(SPREAD) $(ARGS)
 
 test-fast: $(STAMP)  ## all tests but the slow ones
