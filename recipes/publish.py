@@ -17,13 +17,16 @@ answer(__name__, __file__)  # --help and mistakes, before anything heavy is impo
 
 import logging
 import sys
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dsco_hf.concentration.records import config_record
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import CONCENTRATION, read_folder
 from dsco_hf.hub.publish import PublishResult, PushOptions, publish, publish_evaluator, publish_pipeline
+from dsco_hf.studies.figures.page import look
 from dsco_hf.utils.configs import parse_config
 
 
@@ -38,6 +41,8 @@ class PublishRecipe:
         license: licence of what is published, such as "cc-by-4.0".
         pretty_name, description, source_license, generator_license: for the card of a dataset.
         default_config, overwrite_features: for a dataset; see `dsco_hf.hub.publish`.
+        preview: for a dataset, a page that shows all images of its default config is published with it, as
+            recipes/look.py makes it.
         soft_labels, soft_labels_revision: for a dataset, a classifier (folder or Hub id) whose probabilities are
             stored with every image; see `dsco_hf.add_soft_labels`.
         views: how often it is asked for an image, augmented if more than once.
@@ -63,6 +68,7 @@ class PublishRecipe:
     generator_license: str | None = None
     default_config: str | None = None
     overwrite_features: bool = False
+    preview: bool = False
     soft_labels: str | None = None
     soft_labels_revision: str | None = None
     views: int = 1
@@ -83,14 +89,8 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
     # None leaves the account's default, False would override it
     push = PushOptions(**{name: getattr(recipe, name) for name in names}, private=recipe.private or None)
     if (folder / CONCENTRATION).is_file():
-        said = {field.name: getattr(recipe, field.name, None) for field in fields(DatasetCardFields)}
-        said = {name: value for name, value in said.items() if value and name != "repo_id"}
-        given: dict[str, Any] = {"configs": folder} if recipe.soft_labels is None else with_soft_labels(folder, recipe)
-        default = given.pop("default_config", None)
-        return publish(
-            given.pop("configs"), recipe.repo_id, card=DatasetCardFields(**said) if said else None, push=push,
-            default_config=recipe.default_config or default, overwrite_features=recipe.overwrite_features, **given,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as scratch:
+            return publish_set(folder, recipe, push, Path(scratch))
     options: dict[str, Any] = {"license": recipe.license, "dataset_id": recipe.dataset_id, "push": push}
     if (folder / "model_index.json").is_file():
         from dsco_hf.matching.targets import MatchingTargets
@@ -115,6 +115,24 @@ def publish_folder(recipe: PublishRecipe) -> PublishResult | None:
         f"{folder} holds neither {CONCENTRATION} (a dataset saved by `save_dataset_folder`), nor model_index.json (a "
         "pipeline), nor config.json (an evaluator). Check the path."
     )
+
+
+def publish_set(folder: Path, recipe: PublishRecipe, push: PushOptions, scratch: Path) -> PublishResult | None:
+    """Publishes the folder of a dataset, with labels and a page if they are asked for."""
+    said = {field.name: getattr(recipe, field.name, None) for field in fields(DatasetCardFields)}
+    said = {name: value for name, value in said.items() if value and name != "repo_id"}
+    stored = read_folder(folder) if recipe.soft_labels is None else with_soft_labels(folder, recipe)
+    configs, default = stored.pop("configs"), stored.pop("default_config")
+    default = recipe.default_config or default
+    if recipe.preview:
+        record, rows = config_record(stored["concentration"], default), next(iter(configs[default].values()))
+        title = " ".join([recipe.pretty_name or recipe.repo_id, *([default] if len(configs) > 1 else [])])
+        page = look(rows, scratch / "look.html", record=record, results=stored["results"], title=title)
+        stored["figures"] = [*(path for path in stored["figures"] if path.name != page.name), page]
+    return publish(
+        configs, recipe.repo_id, card=DatasetCardFields(**said) if said else None, push=push, default_config=default,
+        overwrite_features=recipe.overwrite_features, **stored,
+    )  # fmt: skip
 
 
 def with_soft_labels(folder: Path, recipe: PublishRecipe) -> dict[str, Any]:

@@ -121,6 +121,7 @@ PARTS = {
     "soft_labels": "soft labels",
     "learned_labels": "learned labels",
 }
+_UNTOLD = ("license", "names", "by class", "random by class")  # what cards tell elsewhere, or not at all
 NOT_RECORDED = "How its images were made is not recorded."
 
 
@@ -195,7 +196,7 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(entry, Mapping):
             main = "dataset" if key == "source" else "id"
             rows.append((title, entry.get(main)))
-            rows += [(f"{title}: {k}", _short(v)) for k, v in entry.items() if k not in (main, "license", "names")]
+            rows += [(f"{title}: {k}", _short(v)) for k, v in entry.items() if k not in (main, *_UNTOLD)]
     versions = record.get("versions")
     if isinstance(versions, Mapping):
         rows.append(("made with", ", ".join(f"{name} {version}" for name, version in versions.items())))

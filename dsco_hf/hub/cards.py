@@ -274,8 +274,11 @@ def _template_values(
         "learned_labels": "learned_label" in features,
         "labels": what_labels_are(records[default]),
         "figures": [
-            (Trusted(path), CAPTIONS.get(stem := Path(path).stem, stem.replace("_", " "))) for path in figures
+            (Trusted(path), CAPTIONS.get(stem := Path(path).stem, stem.replace("_", " ")))
+            for path in figures
+            if not path.lower().endswith(".html")
         ],
+        "pages": [Trusted(path) for path in figures if path.lower().endswith(".html")],
         "accuracy_rows": accuracy_table(results),
         "seeds_sentence": Trusted(_seeds_sentence(results)),
         "told": [
@@ -314,7 +317,7 @@ def render_dataset_card(
         concentration: Content of `concentration.json`, with `configs` filled in (see `dsco_hf.hub.folder`).
         fields: What a person says about it; licences left out here are looked up or warned about.
         results: Content of `results.json`, the source of the accuracy table.
-        figures: Paths of images inside the repository, in the order shown.
+        figures: Paths of images and pages inside the repository, in the order shown.
     """
     fields = fields or DatasetCardFields()
     metadata = dataset_metadata(concentration, fields=fields)

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 CARD, CONCENTRATION, RESULTS = "README.md", "concentration.json", "results.json"
 OWN_ENTRIES = {CARD, CONCENTRATION, RESULTS, "data", "figures", "targets", ".gitattributes"}
-FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
+FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".webp", ".html")
 
 WRITE_AGAIN = "Download it again, or write the folder again."
 
@@ -226,7 +226,8 @@ def save_dataset_folder(
         card: What a person says about the dataset: title, licences, texts.
         results: Content of `results.json`, the source of the accuracy table.
         concentration: How the dataset was made (see the head of this file), joined with what the sets carry.
-        figures: Images for the card; a sample grid is drawn if there is none named `samples`.
+        figures: Images for the card, and pages as of [`look`], which it links; a sample grid is drawn if there is
+            none named `samples`.
         targets: What the images were matched to, to be stored along, so that they can be made again without the data;
             one for all configs, or by config.
         soft_label_top_k: Keep this many classes of each soft label; all of them, in half precision, if `None`.

@@ -71,7 +71,8 @@ def publish(
         results: Content of `results.json`, the source of the accuracy table; the repository's stays if `None`.
         concentration: How the dataset was made (see `dsco_hf.hub.folder`), joined with what the sets carry; the
             repository's records stay if nothing is known and the rows are the same.
-        figures: Images for the card; a sample grid is drawn if there is none named `samples`.
+        figures: Images for the card, and pages as of [`look`], which it links; a sample grid is drawn if there is
+            none named `samples`.
         targets: What the images were matched to, to be sent along, so that anybody can make them again without the
             data; one for all configs, or by config.
         soft_label_top_k: Keep this many classes of each soft label; all of them, in half precision, if `None`.

@@ -333,8 +333,11 @@ class Job:
         record["synthetic"] = {"rows": len(dataset), "rows_sha256": rows_sha256(dataset)}
         if self.check is not None:
             record["generator_check"] = self.check.record()
-        if (measured := result.report.discrepancy) is not None:
-            record["discrepancy"] = {"set": measured, "as many random real images": result.report.random_discrepancy}
+        if (report := result.report).discrepancy is not None:
+            record["discrepancy"] = {
+                "set": report.discrepancy, "as many random real images": report.random_discrepancy,
+                "by class": report.discrepancy_by_class, "random by class": report.random_discrepancy_by_class,
+            }  # fmt: skip
         configs, records = _earlier_sizes(Path(folder), images)
         save_dataset_folder(
             {**configs, f"ipc{images}": dataset},

@@ -67,6 +67,20 @@ def test_a_teachers_labels_are_made_and_published(hub, ann, folder, make, tmp_pa
     assert len(stored) == 20 and all(0.5 <= one["probabilities"][0] <= 1 for one in stored.to_pylist())
 
 
+def test_a_page_is_published_where_it_is_asked_for(hub, ann, folder):
+    """Beside the default config, which it shows; published again, it is the same."""
+    options = ["--folder", folder, "--repo_id", "ann/looked", "--preview"]
+    assert "sent 6 files" in call(ann, *options)
+    files = hub.files("ann/looked")
+    page = files["figures/look.html"].decode()
+    assert "<title>ann/looked ipc10</title>" in page and "20 images of 2 classes: 20 synthetic." in page
+    assert "denoiser calls" in page and "420" in page
+    card = files["README.md"].decode()
+    assert "[`figures/look.html`](figures/look.html) shows all images" in card and "![look]" not in card
+    assert "up to date" in call(ann, *options)
+    assert "figures/look.html" not in hub.files("ann/set")
+
+
 def test_errors_are_one_line(hub, ann, folder):
     printed = call(ann, "--folder", ".", "--repo_id", "ann/errors")
     assert printed.startswith("FileNotFoundError: . holds neither concentration.json") and "\n" not in printed
