@@ -122,7 +122,8 @@ def test_a_run_its_files_and_the_same_from_its_record(work, pipe, targets, monke
         record["discrepancy"]["by class"] == results["discrepancy_by_class"]
         and len(results["discrepancy_by_class"]) == 3
     )
-    assert "by class" not in (work / "out" / "dataset" / "README.md").read_text("utf-8")
+    card = (work / "out" / "dataset" / "README.md").read_text("utf-8").partition("\n# ")[2]
+    assert "by class" not in card and "as many random real images" in card
     assert record["cost"]["peak_memory_bytes"] > 50e6 and results["session"]["processes"] == 1
     assert record["method"] == "nopt" and record["seed"] == 0 and record["environment"]["threads"] == 1
     assert record["blocks"]["size"] == 2 and record["blocks"]["count"] == 2 and record["changes"] == []
