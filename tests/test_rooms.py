@@ -13,7 +13,7 @@ ORDER = {
     "utils": ["markdown", "names", "processes", "safety", "values", "files", "configs", "origins", "progress"],
     "data": ["images", "labels", "schema", "shards", "pixels", "splits", "image_folders", "opening", "datasets"],
     "generators": [
-        *["base", "dit", "unet", "denoisers", "failures"],
+        *["base", "dit", "unet", "steps", "denoisers", "failures"],
         *["latents", "data", "training"],
     ],
     "evaluators": [

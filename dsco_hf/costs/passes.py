@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderTiny
 from torch.overrides import TorchFunctionMode
 
 from ..concentration.concentrate import BLOCK_SIZE, IMAGES_PER_CALL, Unit, divide, plan_units
@@ -174,7 +174,7 @@ def stand_in_pipeline(pipe: DsCoPipeline, classes: int) -> DsCoPipeline:
             if getattr(pipe, name) is not None:
                 config = ConvNetConfig(depth=1, width=2, image_size=8, num_channels=1, id2label=names)
                 parts[name] = ConvNetForImageClassification(config).eval()
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     found: Any = DsCoPipeline(denoiser, scheduler, id2label=names, **parts)
     found.predict_noise = lambda latents, *_: latents
     found.decode_latents = lambda latents, preview=False: latents

@@ -101,6 +101,11 @@ class Denoiser:
         """What the side must be a multiple of, and why: "it …"."""
         return 1, "takes any size"
 
+    @property
+    def tokens(self) -> int:
+        """Patches of a sample, or its pixels if it is not cut into any."""
+        return (self.sample_shape[1] // (self.network.config.get("patch_size") or 1)) ** 2
+
     def check_conditioned(self) -> None:
         """Raises ValueError if the network is not conditioned on classes."""
         found = {key: self.network.config.get(key) for key in (self.classes_field, "class_embed_type")}

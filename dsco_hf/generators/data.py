@@ -64,7 +64,7 @@ class Batch:
 
     clean: torch.Tensor
     labels: torch.Tensor
-    timesteps: torch.Tensor
+    timesteps: torch.Tensor  # in 0..T-1, those of a flow in 1..T
     noise: torch.Tensor
 
 
@@ -90,7 +90,7 @@ def draw_batch(
     else:
         levels = torch.rand(size, generator=host)
     timesteps = (levels * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)
-    timesteps = timesteps[torch.randperm(size, generator=host)]
+    timesteps = timesteps[torch.randperm(size, generator=host)] + (config.prediction_type == "flow")
     dropped = torch.rand(size, generator=host) < config.class_dropout_prob
     flipped = torch.rand(size, generator=host) < (0.5 if config.horizontal_flip else 0.0)
     mine = slice(accelerator.process_index, None, accelerator.num_processes) if distributed else slice(None)

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
-from diffusers import DDIMScheduler, ModelMixin
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 
 from ..data.schema import nearest
 from ..utils.values import check_choice
 from .base import FAMILIES, Denoiser, denoiser_of, family_of
 from .dit import DiT, DiTOptions
+from .steps import Scheduler, is_flow, level_at, noised, prediction_type, training_target
 from .unet import UNet, UNetOptions
 
 
@@ -26,7 +27,7 @@ BUILT_IN = (DiT, UNet)
 SLOTS = tuple(dict.fromkeys(family.component for family in (*BUILT_IN, Denoiser)))
 
 _CHOICES = {
-    "prediction_type": ("epsilon", "v_prediction"),
+    "prediction_type": ("epsilon", "v_prediction", "flow"),
     "trainable": ("all", "bias_and_norm"),
     "lr_schedule": ("cosine", "constant"),
     "timestep_sampling": ("stratified", "uniform"),
@@ -48,13 +49,14 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
             and tables of classes only, as in DiffFit (https://arxiv.org/abs/2304.06648), without its scale factors.
         class_dropout_prob (`float`): share of labels replaced by the null class, in [0, 1).
         num_train_timesteps (`int`): T, the number of noise levels.
-        beta_start, beta_end, beta_schedule: the noise schedule, as in `DDIMScheduler`.
-        timestep_spacing (`str`): of the saved scheduler. "trailing" starts sampling at t = T - 1, pure noise, and
-            spends no step on t = 0, where nothing is left to remove (https://arxiv.org/abs/2305.08891).
+        beta_start, beta_end, beta_schedule: the noise schedule, as in `DDIMScheduler`; a flow has none of these.
+        timestep_spacing (`str`): of the saved scheduler, but for a flow. "trailing" starts sampling at t = T - 1, pure
+            noise, and spends no step on t = 0, where nothing is left to remove (https://arxiv.org/abs/2305.08891).
         timestep_sampling (`str`): "stratified" spreads a batch's timesteps evenly over 0..T-1 (one random offset),
             which makes the gradient less noisy; "uniform" draws each on its own.
         prediction_type (`str`): what the denoiser predicts: "epsilon", the noise, or "v_prediction", the velocity
-            √ᾱ ε - √(1 - ᾱ) x (https://arxiv.org/abs/2202.00512).
+            √ᾱ ε - √(1 - ᾱ) x (https://arxiv.org/abs/2202.00512), or "flow", the velocity ε - x of flow matching
+            (https://arxiv.org/abs/2210.02747), whose noise levels are σ and 1 - σ.
         min_snr_gamma (`float`, *optional*): weigh the loss by min(SNR, gamma) / SNR, or for velocities by
             min(SNR, gamma) / (SNR + 1), which is the same weight on the clean image
             (https://arxiv.org/abs/2303.09556).
@@ -112,6 +114,11 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
         for name in ("learning_rate", "max_grad_norm", "min_snr_gamma"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
+        if self.prediction_type == "flow" and self.min_snr_gamma is not None:
+            raise ValueError(
+                f"`min_snr_gamma={self.min_snr_gamma}` weighs the noise levels of diffusion, and "
+                "`prediction_type='flow'` has others: leave it out."
+            )
 
 
 def build_denoiser(
@@ -163,11 +170,14 @@ def with_slots(init: Callable) -> Callable:
     return init
 
 
-def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> DDIMScheduler:
+def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> Scheduler:
     """The sampling scheduler that belongs to a generator trained with `config`.
 
-    Predicted pixels are clipped to [-1, 1], where images are; latents have no such bounds.
+    Pixels that diffusion predicts are clipped to [-1, 1], where images are; latents have no such bounds, and a flow's
+    predictions need none.
     """
+    if config.prediction_type == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
     return DDIMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
@@ -181,12 +191,16 @@ def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> DDIMSc
     )
 
 
-def with_schedule_of(config: GeneratorTrainingConfig, scheduler: DDIMScheduler) -> GeneratorTrainingConfig:
+def with_schedule_of(config: GeneratorTrainingConfig, scheduler: Scheduler) -> GeneratorTrainingConfig:
     """`config` with the noise schedule and the kind of prediction that a trained generator was trained with.
 
     Raises:
         ValueError: if the scheduler has betas of its own, or predicts something else than noise or velocity.
     """
+    if is_flow(scheduler):
+        return dataclasses.replace(
+            config, prediction_type="flow", num_train_timesteps=scheduler.config.num_train_timesteps
+        )
     if scheduler.config.get("trained_betas") is not None:
         raise ValueError("A scheduler with `trained_betas` cannot be fine-tuned with: its schedule has no name.")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "prediction_type")
@@ -206,7 +220,7 @@ def learning_rate_at(step: int, config: GeneratorTrainingConfig) -> float:
 
 def denoising_loss(
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    scheduler: DDIMScheduler,
+    scheduler: Scheduler,
     clean: torch.Tensor,
     labels: torch.Tensor,
     timesteps: torch.Tensor,
@@ -214,27 +228,26 @@ def denoising_loss(
     *,
     min_snr_gamma: float | None = None,
 ) -> torch.Tensor:
-    """Mean of ||target - predicted||² / size; the target is the noise or the velocity, as the scheduler says.
+    """Mean of ||target - predicted||² / size; the target is the noise or a velocity, as the scheduler says.
 
-    Sources: DDPM's simple loss (https://arxiv.org/abs/2006.11239), velocity (https://arxiv.org/abs/2202.00512).
+    Sources: DDPM's simple loss (https://arxiv.org/abs/2006.11239), velocity (https://arxiv.org/abs/2202.00512), flow
+    matching (https://arxiv.org/abs/2210.02747).
 
     Args:
         forward (`Callable`): of a [`Denoiser`]: what it predicts of noisy samples, timesteps and labels.
-        scheduler (`DDIMScheduler`): adds the noise; its `prediction_type` decides on the target.
+        scheduler (`DDIMScheduler` or `FlowMatchEulerDiscreteScheduler`): has the levels, and decides on the target.
         clean (`torch.Tensor` of shape `(B, C, H, W)`): images in [-1, 1] or scaled latents.
         labels (`torch.Tensor` of shape `(B,)`): classes, or the null class.
-        timesteps (`torch.Tensor` of shape `(B,)`, int64): noise levels in [0, T).
+        timesteps (`torch.Tensor` of shape `(B,)`, int64): noise levels in [0, T), of a flow in [1, T].
         noise (`torch.Tensor` of shape `(B, C, H, W)`): standard normal.
         min_snr_gamma (`float`, *optional*): see [`GeneratorTrainingConfig`].
     """
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    noisy = scheduler.add_noise(clean, noise, timesteps)
-    target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
-    predicted = forward(noisy, timesteps, labels)
+    kind, level = prediction_type(scheduler), level_at(scheduler, timesteps)
+    target = training_target(kind, level, clean, noise)
+    predicted = forward(noised(level, clean, noise), timesteps, labels)
     losses = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
     if min_snr_gamma is not None:
-        alphas = scheduler.alphas_cumprod.to(losses.device)[timesteps]
-        losses = losses * min_snr_weights(alphas, min_snr_gamma, scheduler.config.prediction_type)
+        losses = losses * min_snr_weights(level.signal.flatten().to(losses), min_snr_gamma, kind)
     return losses.mean()
 
 

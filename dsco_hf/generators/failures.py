@@ -71,7 +71,7 @@ class FiniteWatch:
         """Raises [`NonFiniteError`] for the earliest step, if there is one."""
         if (self.first >= 0).any():
             step = int(self.first[self.first >= 0].min())
-            what = f"The denoiser's output at step {step} (t = {int(self.timesteps[step])}) is"
+            what = f"The denoiser's output at step {step} (t = {self.timesteps[step].item():g}) is"
             refuse_nonfinite(self.first == step, self.ids, what, step=step, models="the denoiser")
 
 

@@ -7,7 +7,6 @@ images stay).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,12 @@ from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data.schema import image_seed, nearest
 from ..generators.failures import FiniteWatch
+from ..generators.steps import Steps
 from ..matching.targets import MatchingTargets
 from ..utils.values import Choice, Limits, plain_fields
 
@@ -27,7 +27,6 @@ from ..utils.values import Choice, Limits, plain_fields
 Population: TypeAlias = Dataset | IterableDataset | Sequence[int | str] | str
 """What targets are made of: real images; or, data-free, a label set's name or a list of the generator's classes."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
-_STEP = {"use_clipped_model_output": True}
 # Kinds of passes, each counted in images and networks. `_backward` is forward and backward to the input.
 KINDS = {
     "denoiser": "denoiser, each branch of the guidance",
@@ -202,7 +201,7 @@ class Sampling:
     Attributes:
         num_inference_steps (`int`): sampling steps.
         guidance_scale (`float`): classifier-free guidance; 1 is off.
-        eta (`float`): 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
+        eta (`float`): 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none. See [`Steps`].
         batch_size (`int`, *optional*): images per pass through denoiser, decoder and classifier; all of a call at once
             if None. Memory grows with it; a joint gradient stays exact.
         method ([`SamplingMethod`]): what steers it; a name, such as "plain", becomes the object.
@@ -286,7 +285,7 @@ class Call:
         wanted (`list[int]`): the generator's class of each image that is asked for.
         indices (`list[int]`): which image of its class, counted from 0, each drawn image is, or is a candidate for.
         ids (`list[int]`), labels (`torch.Tensor` of shape `(B,)`): those of each image that is drawn.
-        scheduler (`DDIMScheduler`): its own; timesteps (`torch.Tensor` of shape `(S,)`), eta (`float`): of its steps.
+        steps ([`Steps`]): the noise levels and what leads from one to the next, with a scheduler of its own.
         batch_size (`int`): images per pass.
         previous (`tuple`, *optional*): finished images, as the method's `memory` tells them.
         counts (`Counter`): images that passed through the networks, by `KINDS`.
@@ -316,14 +315,24 @@ class Call:
         self.generator = with_candidates(generator, self.method.candidates)
         self.given, self.previous = latents, previous
         self.batch_size = self.sampling.batch_size or len(self.ids)
-        self.scheduler: DDIMScheduler = copy.copy(pipe.scheduler)
-        self.scheduler.set_timesteps(self.sampling.num_inference_steps, device=pipe._execution_device)
-        self.timesteps = self.scheduler.timesteps
-        self.eta = usable_eta(self.scheduler, self.sampling.eta)
+        self.steps = Steps(
+            pipe.scheduler, self.sampling.num_inference_steps, self.sampling.eta, tokens=pipe.family.tokens,
+            device=pipe._execution_device,
+        )  # fmt: skip
         self.counts: Counter[str] = Counter()
         self.discrepancies: list[torch.Tensor] = []
         self.watch = FiniteWatch(self.ids, self.timesteps)
         self.state: Any = None
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """What the denoiser is told at each step, `(S,)`."""
+        return self.steps.timesteps
+
+    @property
+    def eta(self) -> float:
+        """η of the steps; 0 where there is no noise to move."""
+        return self.steps.eta
 
     def first_latents(self) -> torch.Tensor:
         """Pure noise `(B, C, h, w)`, or the latents that were given."""
@@ -368,19 +377,15 @@ class Call:
 
     def step(self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_{t-1} of step i, all `(B, C, h, w)`; gradients reach the noise."""
-        t = self.timesteps[i]
-        found = self.scheduler.step(noise_pred, t, latents, eta=self.eta, variance_noise=noise, **_STEP)
-        return found.prev_sample
+        return self.steps.step(i, latents, noise_pred, noise)
 
     def clean(self, i: int, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
         """x̂0 `(B, C, h, w)`, the clean latents that a prediction at step i says; gradients reach both."""
-        return self.scheduler.step(noise_pred, self.timesteps[i], latents).pred_original_sample
+        return self.steps.clean(i, latents, noise_pred)
 
     def sigma(self, i: int) -> float:
         """Standard deviation of the noise that step i adds; 0 at the last."""
-        t = int(self.timesteps[i])
-        previous = t - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
-        return float(self.eta * self.scheduler._get_variance(t, previous) ** 0.5)
+        return self.steps.deviation(i)
 
 
 def counted_in_class(ids: Sequence[int]) -> list[int]:
@@ -408,18 +413,3 @@ def with_candidates(generator: Generators, candidates: int) -> Generators:
         for one in generator
     ]
     return [*generator, *further]
-
-
-def usable_eta(scheduler: DDIMScheduler, eta: float) -> float:
-    """η, or a millionth less where rounding would have DDIM take the root of a negative number.
-
-    A step has the variance σ² = η² (1 - α_s) / (1 - α_t) · (1 - α_t / α_s) and a part of √(1 - α_s - σ²). Where α_t is
-    nearly zero, as at the first step of a cosine schedule, η = 1 makes that root 0, or in float32 a little less.
-    """
-    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    for t in scheduler.timesteps.tolist():
-        previous = scheduler.alphas_cumprod[t - stride] if t >= stride else scheduler.final_alpha_cumprod
-        deviation = eta * scheduler._get_variance(t, t - stride) ** 0.5
-        if 1 - previous - deviation**2 < 0:
-            return eta * (1 - 1e-6)
-    return eta

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from ..generators.failures import cannot_run
 from ..utils.values import check_choice
@@ -87,7 +87,7 @@ def check_kinds(**components: object) -> None:
 
 def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
     """Raises ValueError for components that cannot work, or would give other images each time."""
-    if not isinstance(pipe.scheduler, DDIMScheduler):
+    if not isinstance(pipe.scheduler, DDIMScheduler | FlowMatchEulerDiscreteScheduler):
         raise ValueError(
             f"The scheduler is a {type(pipe.scheduler).__name__}; noise from outside needs a DDIMScheduler: set "
             "`pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."

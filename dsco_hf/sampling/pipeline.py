@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
@@ -71,8 +78,8 @@ class DsCoPipeline(StoredPipeline):
         denoiser ([`ModelMixin`], *optional*): class-conditional noise predictor of any family that is known, see
             [`Denoiser`]; learned variances are ignored. It becomes the component of its family: `transformer` for a
             [`DiTTransformer2DModel`], `unet` for a [`UNet2DModel`], and may be passed by that name instead.
-        scheduler ([`DDIMScheduler`]): the only scheduler that takes its noise from outside and predicts the clean
-            sample.
+        scheduler ([`DDIMScheduler`] or [`FlowMatchEulerDiscreteScheduler`]): the noise levels of the training, of
+            diffusion or of flow matching, and what the denoiser predicts. Steps are those of [`Steps`].
         vae ([`AutoencoderKL`], *optional*): decodes latents; None for a generator in pixel space.
         classifier ([`PreTrainedModel`], *optional*): any image classifier of transformers; its features are matched.
         id2label (`dict[int, str]`, *optional*): names of the generator's classes.
@@ -101,7 +108,7 @@ class DsCoPipeline(StoredPipeline):
     def __init__(
         self,
         denoiser: ModelMixin | None = None,
-        scheduler: DDIMScheduler | None = None,
+        scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler | None = None,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         classifier: PreTrainedModel | None = None,
         id2label: dict[str, str] | dict[int, str] | None = None,
@@ -224,15 +231,14 @@ class DsCoPipeline(StoredPipeline):
         shape, dtype = (batch_size, *self.latent_shape), torch.promote_types(self.denoiser.dtype, torch.float32)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
-        return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(self._execution_device, dtype)
 
     @torch.no_grad()
     def predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor | int, labels: torch.Tensor, guidance_scale: float = 1.0
     ) -> torch.Tensor:
         """ε_θ(x_t, t, c) `(B, C, h, w)`, with classifier-free guidance if `guidance_scale` > 1 (one batched call)."""
-        inputs = self.scheduler.scale_model_input(latents, timestep)
-        return self.family.predict(inputs, timestep, labels, guidance_scale)
+        return self.family.predict(latents, timestep, labels, guidance_scale)
 
     def decode_latents(self, latents: torch.Tensor, *, preview: bool = False) -> torch.Tensor:
         """Latents `(B, C, h, w)` → pixels `(B, C, H, W)` in about [-1, 1]; gradients reach the latents."""
@@ -330,7 +336,7 @@ class DsCoPipeline(StoredPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DsCoPipelineOutput | tuple:
         r"""Draws one image per entry of `class_labels`; those of one class are optimised jointly.
@@ -384,7 +390,7 @@ class DsCoPipeline(StoredPipeline):
                 if callback_on_step_end is None:
                     return latents
                 tensors = {name: {"latents": latents, "noise": noise}[name] for name in inputs or ["latents"]}
-                changed = callback_on_step_end(self, i, int(call.timesteps[i]), tensors) or {}
+                changed = callback_on_step_end(self, i, call.timesteps[i].item(), tensors) or {}
                 return changed.get("latents", latents)
 
             output = self.draw(call, output_type, after_step)

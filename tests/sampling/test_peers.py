@@ -180,7 +180,7 @@ def test_d4m_begins_at_the_noised_centroid(pipe):
     call = started(pipe, D4M(strength=0.75), targets, [0, 2], indices=[1, 0])
     latents, first = call.method.begin(call)
     again = started(pipe, D4M(strength=0.75), targets, [0, 2])
-    alpha = call.scheduler.alphas_cumprod[call.timesteps[first]]
+    alpha = pipe.scheduler.alphas_cumprod[call.timesteps[first]]
     centres, noise = torch.tensor([-0.5, 0.1])[:, None, None, None], again.first_latents()
     expected = alpha.sqrt() * centres + (1 - alpha).sqrt() * noise
     assert first == 3  # int(7.5) of ten steps are left
@@ -259,7 +259,7 @@ def test_uncertainty_moves_the_prediction_along_its_gradient_and_raises_it(pipe)
     latents, prediction = torch.randn(3, *pipe.latent_shape, generator=torch.Generator().manual_seed(0)), None
     prediction = 0.3 * latents
     moved = method.guide(call, 6, latents, prediction)
-    alpha = call.scheduler.alphas_cumprod[call.timesteps[6]]
+    alpha = pipe.scheduler.alphas_cumprod[call.timesteps[6]]
     x = latents.clone().requires_grad_()
     clean = ((x - (1 - alpha).sqrt() * prediction) / alpha.sqrt()).clamp(-1, 1)
     total = entropy(pipe.classifier(clean).logits).sum()
@@ -327,12 +327,12 @@ def test_inversion_by_hand_and_what_is_known_of_inverted_classes(pipe, real_imag
     alphas = scheduler.alphas_cumprod
     noise = pipe.predict_noise(pixels, levels[0], labels)
     once = alphas[levels[0]].sqrt() * pixels + (1 - alphas[levels[0]]).sqrt() * noise
-    torch.testing.assert_close(invert(pixels, labels, pipe, scheduler, levels[:1], 1.0), once)
+    torch.testing.assert_close(invert(pixels, labels, pipe, levels[:1], 1.0), once)
     noise = pipe.predict_noise(once, levels[1], labels)
     clean = (once - (1 - alphas[levels[0]]).sqrt() * noise) / alphas[levels[0]].sqrt()
     twice = alphas[levels[1]].sqrt() * clean + (1 - alphas[levels[1]]).sqrt() * noise
-    torch.testing.assert_close(invert(pixels, labels, pipe, scheduler, levels[:2], 1.0), twice)
-    found = invert(pixels, labels, pipe, scheduler, levels, 1.0)
+    torch.testing.assert_close(invert(pixels, labels, pipe, levels[:2], 1.0), twice)
+    found = invert(pixels, labels, pipe, levels, 1.0)
     targets = sampling.make_targets(pipe, real_images, progress=False)
     mean = torch.stack([found[labels == row].mean(dim=0) for row in range(3)])
     spread = torch.stack([found[labels == row].std(dim=0, unbiased=False) for row in range(3)])

@@ -1,11 +1,9 @@
 """The steps of a call: which steps are optimised, and how far each moves the noise."""
 
 import pytest
-import torch
 from diffusers import DDIMScheduler
 
 from dsco_hf import NOpt
-from dsco_hf.sampling.call import usable_eta
 from dsco_hf.sampling.methods.nopt import optimized_steps
 
 
@@ -30,21 +28,9 @@ def test_updates_fall_evenly_from_coarse_to_fine():
     assert NOpt(start=0.6, stop=0.8, step_size=2.0).step_size_at(3, 5) == 2.0
 
 
-def test_eta_stays_what_it_is_unless_rounding_would_break_the_step(pipe):
-    def cosine(steps):
-        scheduler = DDIMScheduler(
-            beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type="v_prediction"
-        )
-        scheduler.set_timesteps(steps)
-        return scheduler
-
-    assert [usable_eta(cosine(20), eta) for eta in (1.0, 0.5, 0.0)] == [1.0, 0.5, 0.0]
-    pipe.scheduler.set_timesteps(7)
-    assert usable_eta(pipe.scheduler, 1.0) == 1.0
-    assert 1 - 1e-5 < usable_eta(cosine(5), 1.0) < 1 and usable_eta(cosine(5), 0.9) == 0.9
-    pipe.scheduler = cosine(5)
-    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    broken = pipe.scheduler.step(noise, 999, noise, eta=1.0, variance_noise=noise).prev_sample
-    assert broken.isnan().all()  # diffusers mends it some day? then `usable_eta` can go
+def test_a_cosine_schedule_draws_finite_images_with_few_steps(pipe):
+    pipe.scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type="v_prediction"
+    )
     images = pipe.sample([0], seeds=[0], num_inference_steps=5, guidance_scale=1.0).images
     assert images.isfinite().all()

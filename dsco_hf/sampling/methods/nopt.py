@@ -185,9 +185,9 @@ def preview(
 
     base = advance(noise, slice(None))
     if lookahead == "none":
-        level = call.scheduler.alphas_cumprod[call.timesteps[i + 1]].to(latents)
+        alpha = call.steps.starts[i + 1].alpha.to(latents)
         predicted = call.clean(i, latents, noise_pred)
-        return lambda z, part: predicted[part] + (advance(z, part) - base[part]) / level.sqrt()
+        return lambda z, part: predicted[part] + (advance(z, part) - base[part]) / alpha
     scale = call.sampling.guidance_scale if lookahead == "guided" else 1.0
     ahead = call.predict_noise(base, call.timesteps[i + 1], scale)
     return lambda z, part: call.clean(i + 1, advance(z, part), ahead[part])
@@ -203,5 +203,5 @@ def refuse_nonfinite_gradient(
     bad = ~gradient.flatten(1).isfinite().all(dim=1)
     if losses.ndim:
         bad = bad | ~losses.isfinite()[rows.unique(return_inverse=True)[1]]
-    what = f"The objective or its gradient at step {i} (t = {int(call.timesteps[i])}) is"
+    what = f"The objective or its gradient at step {i} (t = {call.timesteps[i].item():g}) is"
     refuse_nonfinite(bad | ~bad.any(), call.ids, what, step=i, models="decoder and classifier")

@@ -12,12 +12,13 @@ from typing import ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...data.datasets import class_names, iterate_pixels, present_classes
 from ...data.labels import Mapped, class_mapping
 from ...data.schema import image_seed
+from ...generators.steps import Scheduler, level_at, noised
 from ...matching.features import RandomExtractor as RandomExtractor
 from ...matching.objectives import check_kind
 from ...matching.population import refuse_empty_classes, rows_of_labels
@@ -48,7 +49,7 @@ class QuantileTargets:
     draws: int = 5
     seed: int = 0
     _counts: tuple[int, ...] = dataclasses.field(default=(), repr=False)
-    _pivots: dict[tuple[int, int, int], QuantilePivots] = dataclasses.field(default_factory=dict, repr=False)
+    _pivots: dict[tuple[int, int, float], QuantilePivots] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     @plain_arguments(draws=1, batch_size=1)
@@ -100,7 +101,7 @@ class QuantileTargets:
         return rows_of_labels(self.class_labels, generator_labels)
 
     def pivots(
-        self, row: int, count: int, timestep: int, extractor: nn.Module, scheduler: SchedulerMixin
+        self, row: int, count: int, timestep: float, extractor: nn.Module, scheduler: Scheduler
     ) -> QuantilePivots:
         """What `count` images of class `row` have to match at one noise level, see [`quantile_pivots`].
 
@@ -110,11 +111,11 @@ class QuantileTargets:
         if key not in self._pivots:
             weight = next(extractor.parameters())
             latents = self.latents[row].to(weight).repeat(self.draws, 1, 1, 1)
-            generator = torch.Generator().manual_seed(image_seed(self.seed, row, timestep, "pivots"))
+            generator = torch.Generator().manual_seed(image_seed(self.seed, row, round(timestep), "pivots"))
             noise = torch.randn(latents.shape, generator=generator).to(latents)
-            noised = scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep, device=weight.device))
+            at_level = noised(level_at(scheduler, timestep), latents, noise)
             with torch.no_grad():
-                features = torch.cat([extractor(part) for part in noised.split(512)])
+                features = torch.cat([extractor(part) for part in at_level.split(512)])
             found = pivots_by_count(features.float(), {count, *self._counts})
             self._pivots |= {(row, number, timestep): pivots for number, pivots in found.items()}
         return self._pivots[key]
@@ -240,10 +241,11 @@ class Released(SamplingMethod):
         if call.state is None or i not in self.steps(len(call.timesteps)):
             return noise
         extractor, rows = call.state
-        dtype, t = next(extractor.parameters()).dtype, int(call.timesteps[i])
+        dtype, t = next(extractor.parameters()).dtype, call.timesteps[i].item()
         members = [(rows == row).nonzero()[:, 0] for row in rows.unique()]
         pivots = [
-            call.targets.pivots(int(rows[index[0]]), len(index), t, extractor, call.scheduler) for index in members
+            call.targets.pivots(int(rows[index[0]]), len(index), t, extractor, call.steps.scheduler)
+            for index in members
         ]
 
         def losses(z: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from ...data.schema import image_seed
+from ...generators.steps import Level, Steps, level_at, noised, prediction_type, split
 from ...matching.population import refuse_empty_classes
 from ...utils.values import Limits
 from ..call import Call, Population, Sampling, SamplingMethod
@@ -74,10 +75,9 @@ class D3HR(SamplingMethod):
             ValueError: for classes without images.
         """
         refuse_without_images(self.name, given)
-        scheduler: DDIMScheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(sampling.num_inference_steps)
-        levels = scheduler.timesteps[self.first(len(scheduler.timesteps)) :].flip(0).tolist()
-        return inverted_statistics(given, pipe, scheduler, levels, sampling.guidance_scale, **options)
+        steps = Steps(pipe.scheduler, sampling.num_inference_steps, tokens=pipe.family.tokens)
+        times = steps.timesteps[self.first(len(steps)) :].flip(0).tolist()
+        return inverted_statistics(given, pipe, times, sampling.guidance_scale, **options)
 
     def begin(self, call: Call) -> tuple[torch.Tensor, int]:
         """The best group of each class `(B, C, h, w)`, and the step whose level it has.
@@ -86,13 +86,13 @@ class D3HR(SamplingMethod):
             ValueError: for statistics of another level.
         """
         first = self.first(len(call.timesteps))
-        level, made_for = int(call.timesteps[first]), call.targets.provenance.get("timestep")
+        level, made_for = call.timesteps[first].item(), call.targets.provenance.get("timestep")
         if made_for not in (None, level):
             raise ValueError(
-                f"These targets were inverted to t = {made_for}, and {len(call.timesteps)} steps begin at t = {level}:"
-                " make them for as many steps."
+                f"These targets were inverted to t = {made_for:g}, and {len(call.timesteps)} steps begin at "
+                f"t = {level:g}: make them for as many steps."
             )
-        call.eta = 0.0
+        call.steps.eta = 0.0
         means, deviations = call.targets.of_call(call, "means"), call.targets.of_call(call, "deviations")
         chosen = torch.empty_like(means)
         for one in dict.fromkeys(call.ids):
@@ -152,8 +152,8 @@ def group_scores(noise: torch.Tensor, deviations: torch.Tensor, skew: float) -> 
 
 @torch.no_grad()
 def invert(
-    latents: torch.Tensor, labels: torch.Tensor, pipe: DiffusionPipeline, scheduler: DDIMScheduler,
-    levels: Sequence[int], guidance_scale: float,
+    latents: torch.Tensor, labels: torch.Tensor, pipe: DiffusionPipeline, times: Sequence[float],
+    guidance_scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """DDIM's steps backwards (Song et al. 2021, arXiv 2010.02502): clean latents `(B, C, h, w)` → those of a level.
 
@@ -161,23 +161,21 @@ def invert(
         latents (`torch.Tensor` of shape `(B, C, h, w)`): x_0.
         labels (`torch.Tensor` of shape `(B,)`): the generator's classes.
         pipe (`DsCoPipeline`): its denoiser is asked once a level.
-        scheduler (`DDIMScheduler`): gives ᾱ.
-        levels (sequence of `int`): t of the levels, ascending.
+        times (sequence of `float`): t of the levels, ascending.
         guidance_scale (`float`): of the predictions.
     """
-    before = torch.ones(())
-    for t in levels:
-        noise = pipe.predict_noise(latents, t, labels, guidance_scale)
-        clean = (latents - (1 - before).sqrt() * noise) / before.sqrt()
-        before = scheduler.alphas_cumprod[t]
-        latents = before.sqrt() * clean + (1 - before).sqrt() * noise
+    level, kind = Level(torch.ones(()), torch.zeros(())), prediction_type(pipe.scheduler)
+    for t in times:
+        clean, noise = split(kind, level, latents, pipe.predict_noise(latents, t, labels, guidance_scale))
+        level = level_at(pipe.scheduler, t)
+        latents = noised(level, clean, noise)
     return latents
 
 
 @torch.no_grad()
 def inverted_statistics(
-    given: Dataset | IterableDataset, pipe: DiffusionPipeline, scheduler: DDIMScheduler, levels: Sequence[int],
-    guidance_scale: float, **options: Any,
+    given: Dataset | IterableDataset, pipe: DiffusionPipeline, times: Sequence[float], guidance_scale: float,
+    **options: Any,
 ) -> ClassStatistics:  # fmt: skip
     """`means` and `deviations` `(C, C', h, w)` of the inverted latents of each class, in one pass, summed in float64.
 
@@ -191,7 +189,7 @@ def inverted_statistics(
     for batch in batches:
         clean = pipe.encode_pixels(batch.pixels, sample_posterior=False).to(pipe._execution_device)
         labels = ids[batch.labels].to(clean.device)
-        latents = invert(clean.float(), labels, pipe, scheduler, levels, guidance_scale).cpu().double()
+        latents = invert(clean.float(), labels, pipe, times, guidance_scale).cpu().double()
         sums.index_add_(0, batch.labels, latents)
         squares.index_add_(0, batch.labels, latents.square())
         counts += batch.labels.bincount(minlength=len(counts))
@@ -199,9 +197,9 @@ def inverted_statistics(
     means = sums / (number := counts.view(-1, *[1] * (sums.ndim - 1)))
     deviations = (squares / number - means.square()).clamp_min(0).sqrt()
     images = int(counts.sum())
-    denoised = images * len(levels) * (2 if guidance_scale > 1 else 1)
+    denoised = images * len(times) * (2 if guidance_scale > 1 else 1)
     passes = {"encoder": images * (pipe.vae is not None), "denoiser": denoised}
-    found.provenance |= {"images": images, "passes": passes, "timestep": int(levels[-1])}
+    found.provenance |= {"images": images, "passes": passes, "timestep": times[-1]}
     return dataclasses.replace(
         found, kind="inverted", tensors={"means": means.float(), "deviations": deviations.float()}
     )

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ...generators.steps import noised
 from ...utils.values import Limits
 from ..call import Call, SamplingMethod
 from .statistics import FromCentroids, own_of_slots
@@ -39,8 +40,7 @@ class D4M(FromCentroids, SamplingMethod):
         """Noised centroids `(B, C, h, w)`, and the step whose level they have."""
         noise, steps = call.first_latents(), len(call.timesteps)
         first = steps - max(1, int(self.strength * steps))
-        level = call.timesteps[first].expand(len(noise))
-        return call.scheduler.add_noise(own_of_slots(call, "centroids").to(noise), noise, level), first
+        return noised(call.steps.starts[first], own_of_slots(call, "centroids").to(noise), noise), first
 
 
 @dataclasses.dataclass(frozen=True)

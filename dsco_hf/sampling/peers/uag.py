@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from diffusers import DiffusionPipeline
 
+from ...generators.steps import with_noise_shifted
 from ...matching.features import features_and_logits
 from ...utils.values import Limits
 from ..call import Call, SamplingMethod
@@ -50,8 +51,7 @@ class UAG(NeedsNames, SamplingMethod):
 
     def guide(self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
         """ε `(B, C, h, w)` less the gradient of the entropy, where the step is guided."""
-        t = int(call.timesteps[i])
-        if t > self.below * call.scheduler.config.num_train_timesteps:
+        if call.timesteps[i] > self.below * call.steps.scheduler.config.num_train_timesteps:
             return noise_pred
         gradients = []
         for part in torch.arange(len(latents)).split(call.batch_size):
@@ -63,8 +63,8 @@ class UAG(NeedsNames, SamplingMethod):
                 return entropy(features_and_logits(call.pipe.classifier, pixels)[1])
 
             gradients.append(loss_gradient(latents[rows], uncertainty)[1])
-        noise_level = (1 - call.scheduler.alphas_cumprod[t]).sqrt().to(latents)
-        return noise_pred - self.scale * noise_level * torch.cat(gradients)
+        shift = self.scale * call.steps.starts[i].sigma.to(latents) * torch.cat(gradients)
+        return with_noise_shifted(call.steps.kind, call.steps.starts[i], noise_pred, -shift)
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
