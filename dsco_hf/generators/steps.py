@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from ..utils.values import check_choice
+
 
 Scheduler: TypeAlias = DDIMScheduler | FlowMatchEulerDiscreteScheduler
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
@@ -98,9 +100,8 @@ def split(kind: str, level: Level, x: torch.Tensor, prediction: torch.Tensor) ->
         return alpha * x - sigma * prediction, alpha * prediction + sigma * x
     if kind == "sample":
         return prediction, (x - alpha * prediction) / sigma
-    if kind == "epsilon":
-        return (x - sigma * prediction) / alpha, prediction
-    raise ValueError(f"A denoiser predicts one of {PREDICTIONS}, got {kind!r}: set it as the scheduler's.")
+    check_choice("prediction_type", kind, PREDICTIONS)
+    return (x - sigma * prediction) / alpha, prediction
 
 
 def with_noise_shifted(kind: str, level: Level, prediction: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

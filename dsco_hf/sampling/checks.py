@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ..generators.failures import cannot_run
+from ..generators.steps import PREDICTIONS, is_flow
 from ..utils.values import check_choice
 from .call import Sampling
 
@@ -64,7 +65,7 @@ def check_targets(targets: object) -> None:
 
 
 _NEEDED = {  # by component: what it must have, of its config or of itself, and what that is
-    "scheduler": ("set_timesteps", "a DDIMScheduler of diffusers"),
+    "scheduler": ("set_timesteps", "a DDIMScheduler or FlowMatchEulerDiscreteScheduler of diffusers"),
     "vae": ("decode", "an AutoencoderKL of diffusers"),
     "preview_vae": ("decode", "an AutoencoderTiny of diffusers"),
     "classifier": ("num_labels", "an image classifier of transformers"),
@@ -85,13 +86,43 @@ def check_kinds(**components: object) -> None:
             raise TypeError(f"`{name}` must be {_NEEDED[name][1]}, got {type(component).__name__}: {advice}.")
 
 
-def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
-    """Raises ValueError for components that cannot work, or would give other images each time."""
-    if not isinstance(pipe.scheduler, DDIMScheduler | FlowMatchEulerDiscreteScheduler):
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError for a scheduler of unknown steps, made of one of the other kind, or that ends in noise."""
+    config, kind = scheduler.config, type(scheduler).__name__
+    predicts = config.get("prediction_type", "epsilon")
+    flows = ("flow", "flow_prediction")
+    of_flow = kind.startswith("FlowMatch") or predicts in flows or config.get("use_flow_sigmas")
+    diffusion = {"beta_start", "beta_end", "beta_schedule", "prediction_type"} & set(config)
+    flow = {"shift", "use_dynamic_shifting", "base_image_seq_len", "stochastic_sampling"} & set(config)
+    if not is_flow(scheduler) and (of_flow or (isinstance(scheduler, DDIMScheduler) and flow)):
+        shift = config.get("flow_shift") or config.get("shift", 1.0)
+        told = f"prediction_type={predicts!r}" if predicts != "epsilon" else f"{sorted(flow)}"
         raise ValueError(
-            f"The scheduler is a {type(pipe.scheduler).__name__}; noise from outside needs a DDIMScheduler: set "
+            f"The scheduler, a {kind}, is of a flow ({told}), whose steps are those of another class: set "
+            f"`pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})`."
+        )
+    if not isinstance(scheduler, DDIMScheduler | FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"The scheduler is a {kind}; noise from outside needs a DDIMScheduler: set "
             "`pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
         )
+    if is_flow(scheduler) and diffusion and predicts not in flows:
+        raise ValueError(
+            f"The scheduler, a {kind}, was made of one of diffusion ({sorted(diffusion)}), and the generator does not "
+            "predict the velocity of a flow: set `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`."
+        )
+    if not is_flow(scheduler):
+        check_choice("prediction_type", predicts, PREDICTIONS[:3])
+    elif config.invert_sigmas:
+        raise ValueError(
+            "The scheduler's noise levels end at σ = 1, pure noise, and an image is at σ = 0: leave "
+            "`invert_sigmas=True` out."
+        )
+
+
+def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
+    """Raises ValueError for components that cannot work, or would give other images each time."""
+    check_scheduler(pipe.scheduler)
     kind = pipe.family.component
     names = [kind, "vae", "preview_vae"] + ["classifier", "classifier_2"] * uses_classifier
     for name in names:

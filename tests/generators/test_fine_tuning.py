@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from dsco_hf.generators.base import denoiser_of
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_denoiser, with_schedule_of
@@ -115,6 +115,8 @@ def test_the_schedule_is_that_of_the_trained_generator():
     config = with_schedule_of(TUNING, scheduler)
     assert (config.beta_schedule, config.beta_end, config.prediction_type) == ("scaled_linear", 0.01, "v_prediction")
     assert config.learning_rate == TUNING.learning_rate
+    flow = with_schedule_of(TUNING, FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
+    assert (flow.prediction_type, flow.num_train_timesteps) == ("flow", 500)
     with pytest.raises(ValueError, match="'sample'"):
         with_schedule_of(TUNING, DDIMScheduler(prediction_type="sample"))
     with pytest.raises(ValueError, match="trained_betas"):

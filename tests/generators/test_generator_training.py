@@ -68,8 +68,9 @@ def weights(result):
 
 
 @pytest.mark.slow
-def test_loss_falls_and_the_model_learns_its_classes():
-    config = dataclasses.replace(TINY, train_steps=150, batch_size=32, attention_head_dim=8)
+@pytest.mark.parametrize("predicted", ["epsilon", "flow"])
+def test_loss_falls_and_the_model_learns_its_classes(predicted):
+    config = dataclasses.replace(TINY, train_steps=150, batch_size=32, attention_head_dim=8, prediction_type=predicted)
     result = train(config, log_every=10)
     losses = [entry["loss"] for entry in result.losses]
     assert result.finished and result.step == 150 and len(losses) == 15

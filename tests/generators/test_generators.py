@@ -38,6 +38,7 @@ def training_data(rows=8):
         ("warmup_steps", -1, "at least 0"),
         ("architecture", "u-net", "Nearest: 'unet'"),
         ("prediction_type", "v", "'v_prediction'"),
+        ("prediction_type", "flow_prediction", "'v_prediction', 'flow'.*, got 'flow_prediction'"),
         ("activation_fn", "gelu-approx", "Nearest: 'gelu-approximate'"),
         ("trainable", "bias", "'bias_and_norm'"),
         ("block_out_channels", "64;128", "'64,128', got '64;128'"),
@@ -172,6 +173,19 @@ def test_a_predicted_velocity_gives_noise_and_image_back():
         scheduler.set_timesteps(1000)
         step = scheduler.step(velocity[row], int(timesteps[row]), noisy)
         torch.testing.assert_close(step.pred_original_sample, clean[row], atol=1e-3, rtol=0)
+
+
+def test_a_flow_learns_the_difference_of_noise_and_image_at_levels_from_one_to_all():
+    config = dataclasses.replace(TINY, prediction_type="flow")
+    scheduler, data = build_scheduler(config, latents=False), training_data()
+    flow, diffusion = (draw_batch(data, 4, one, 3, process()) for one in (config, TINY))
+    assert torch.equal(flow.timesteps, diffusion.timesteps + 1) and flow.timesteps.max() <= 1000
+    truth = Denoiser(TruthTeller(flow.noise - flow.clean)).forward
+    batch = (flow.clean, flow.labels, flow.timesteps, flow.noise)
+    assert denoising_loss(truth, scheduler, *batch) < 1e-10
+    assert denoising_loss(Denoiser(TruthTeller(flow.noise)).forward, scheduler, *batch) > 0.1
+    with pytest.raises(ValueError, match="`min_snr_gamma=5.0` weighs .*`prediction_type='flow'` .*: leave it out"):
+        dataclasses.replace(config, min_snr_gamma=5.0)
 
 
 def test_min_snr_weighs_the_clean_image_alike_in_both_predictions():

@@ -157,5 +157,5 @@ def test_the_caller_s_scheduler_is_left_as_it_was():
 
 def test_a_denoiser_that_predicts_something_else():
     x, prediction = draws(2)
-    with pytest.raises(ValueError, match="got 'x0': set it"):
+    with pytest.raises(ValueError, match="`prediction_type` must be one of .*got 'x0'"):
         split("x0", flow_level(torch.tensor(0.5)), x, prediction)

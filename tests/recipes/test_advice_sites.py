@@ -51,6 +51,11 @@ ELSEWHERE = {
     "has no weight, but": "test_peers.py::test_weights_are_kept_doped_published_and_read",
     "make them for as many steps": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
     "How many centroids?": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
+    "weighs the noise levels of diffusion": (
+        "test_generators.py::test_a_flow_learns_the_difference_of_noise_and_image_at_levels_from_one_to_all"
+    ),
+    "whose steps are those of another class": "test_flow.py::test_schedulers_that_do_not_fit",
+    "noise levels end at": "test_flow.py::test_schedulers_that_do_not_fit",
     "give the output folder of a finished study": "test_efficiency.py::test_all_figures_from_one_command",
 }
 # what takes another installation, device, Hub or launch than a test has

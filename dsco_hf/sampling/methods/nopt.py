@@ -185,8 +185,7 @@ def preview(
 
     base = advance(noise, slice(None))
     if lookahead == "none":
-        alpha = call.steps.starts[i + 1].alpha.to(latents)
-        predicted = call.clean(i, latents, noise_pred)
+        alpha, predicted = call.steps.starts[i + 1].alpha.to(latents), call.clean(i, latents, noise_pred)
         return lambda z, part: predicted[part] + (advance(z, part) - base[part]) / alpha
     scale = call.sampling.guidance_scale if lookahead == "guided" else 1.0
     ahead = call.predict_noise(base, call.timesteps[i + 1], scale)
