@@ -126,8 +126,7 @@ class _Run:
         execution: Execution,
     ) -> None:
         accelerator = execution.accelerator
-        self.accelerator, self.protocol, self.seed = accelerator, protocol, seed
-        self.device = accelerator.device
+        self.accelerator, self.device, self.protocol, self.seed = accelerator, accelerator.device, protocol, seed
         self.world: int = accelerator.num_processes if execution.distributed else 1
         self.rank: int = accelerator.process_index if execution.distributed else 0
         self.layout = fast_layout(model, self.device)
@@ -145,7 +144,7 @@ class _Run:
         self.weights = images.weights if images.weights is None else images.weights.to(self.device)
         self.optimizer = make_optimizer(self.model, protocol)
         self.network = accelerator.prepare_model(self.model) if self.world > 1 else self.model
-        self.compiled = execution.compiled
+        self.plain, self.compiled = self.network, execution.compiled
         if self.compiled:  # static shapes: which sizes came first must not decide the arithmetic
             self.network = torch.compile(self.network, dynamic=False)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=accelerator.mixed_precision == "fp16")
@@ -156,6 +155,8 @@ class _Run:
         self.order, self.draws = torch.Generator(), torch.Generator()
         per_class = images.images_per_class
         self.batch_size = by_budget(protocol.batch_size, per_class)
+        # What most passes have is compiled; others, such as an epoch's last batch, would each cost as much again.
+        self.usual = min(self.part_size, self.batch_size // self.world, len(self.pixels))
         self.batches_per_epoch = len(self.batches())
         if protocol.steps is None:
             self.epochs = by_budget(protocol.epochs or 1, per_class)
@@ -215,7 +216,8 @@ class _Run:
             rows = slice(start, start + self.part_size)
             with self.accelerator.autocast():
                 inputs = preprocess(mixed.pixels[rows], self.model).contiguous(memory_format=layout)
-                logits = self.network(inputs).logits.float()
+                network = self.network if len(inputs) == self.usual else self.plain
+                logits = network(inputs).logits.float()
             own = None if counts is None else counts[rows]
             if soft is None:
                 loss = hard_label_loss(logits, labels[rows], others[rows], weight=mixed.weight, counts=own)
@@ -244,9 +246,7 @@ class _Run:
         assert self.given is not None  # checked by check_label_source
         stored = self.given[indices]
         stored = stored if self.protocol.label_type == "learned" else (stored / temperature).softmax(1)
-        if mixed.partner is None:
-            return stored
-        return mixed.weight * stored + (1 - mixed.weight) * stored[mixed.partner]
+        return stored if mixed.partner is None else mixed.weight * stored + (1 - mixed.weight) * stored[mixed.partner]
 
     def check_losses(self, since: int, checkpoint: Path | None) -> None:
         """Stops a training whose loss is no number any more; reads from the device, so it is not for every step."""

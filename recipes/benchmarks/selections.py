@@ -3,6 +3,7 @@
     python recipes/benchmarks/selections.py --out selections_digits.json
     python recipes/benchmarks/selections.py --on_top outputs/quickstart/dataset --folder outputs/selections
     python recipes/benchmarks/selections.py --dataset path/to/parquet --image_size 16 --images 16500
+    python recipes/benchmarks/selections.py --dataset path/to/parquet --protocol protocol.yaml --length "same steps"
 
 Every class gives the same number of images. All scores of training dynamics are of one logged training, all features
 of one network of its architecture; both, and every training, are kept in `--folder`, where a run that was killed goes
@@ -32,7 +33,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DModel
 from numpy.typing import NDArray
 from transformers import AutoModelForImageClassification, PreTrainedModel
@@ -45,7 +45,10 @@ from dsco_hf.data.splits import stratified_indices
 from dsco_hf.evaluators import ImageSet, Protocol, load_image_set, protocol_to_dict
 from dsco_hf.evaluators.augmentation import HorizontalFlip, RandomShift
 from dsco_hf.evaluators.evaluation import evaluator_builder, read_job, run_environment, save_network, unpacked
+from dsco_hf.evaluators.training import Execution
+from dsco_hf.studies.lossless.find import LENGTHS, with_length
 from dsco_hf.studies.study import Study
+from dsco_hf.utils.configs import make_accelerator
 from dsco_hf.utils.files import write_atomically, write_json
 from dsco_hf.utils.origins import fingerprint
 
@@ -55,7 +58,7 @@ FEATURES = ("herding", "moderate", "k_center", "d2", "ridge_rule")
 SEEDED = ("random", "ccs", "dual")
 SELECTIONS = list(dict.fromkeys(["random", "ridge_rule", "clarity", "clearest", *FEATURES, *DYNAMICS]))
 BEHIND = 2.0  # standard errors
-PLACES = ("out", "folder", "on_top", "processes")  # no figures
+PLACES = ("out", "folder", "on_top", "processes", "protocol")  # no figures
 # The second has no part in the choice of images: it is another architecture than the one that is asked.
 EVALUATORS = {"convnet-2": {"width": 32}, "resnetap-10": {"width": 16, "depths": [1, 1]}}
 
@@ -69,7 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         bench = Benchmark(options, Path(options.folder or temporary))
         bench.run()
         results = bench.results()
-    results |= {"seconds": round(time.perf_counter() - start, 1), "environment": run_environment(Accelerator())}
+    results |= {"seconds": round(time.perf_counter() - start, 1), "environment": run_environment(bench.accelerator)}
     table = results_table(results)
     if options.out is not None:
         write_json(options.out, results)
@@ -91,10 +94,16 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2], help="of all images")
     parser.add_argument("--observer", default="convnet-2", help="architecture of the log and of the features")
-    parser.add_argument("--log_epochs", type=int, default=30)
+    parser.add_argument("--log_epochs", type=int, help="30, or those of --protocol")
     parser.add_argument("--evaluators", type=json.loads, default=EVALUATORS, help="values of each architecture, JSON")
     parser.add_argument("--steps", type=int, default=60, help="up to 10 images per class; twice that above")
     parser.add_argument("--learning_rate", type=float, default=1e-2)
+    parser.add_argument(
+        "--protocol", help="a YAML file, in place of these two: how all networks are trained, the observer too"
+    )
+    parser.add_argument("--length", default=LENGTHS[1], choices=LENGTHS, help="as all images by that protocol")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of an evaluator on a set")
     parser.add_argument("--processes", type=int, default=mp.cpu_count(), help="trainings at a time")
     parser.add_argument("--folder", type=Path, help="keeps all that was made")
@@ -109,10 +118,18 @@ class Benchmark:
         self.options, self.folder = options, folder
         changes = (RandomShift(1),) if options.dataset == "digits" else (HorizontalFlip(), RandomShift(2))
         shared: dict[str, Any] = {"augmentation": changes, "image_size": options.image_size}
-        steps = ((10, options.steps), (None, 2 * options.steps))
-        self.protocol = get_protocol("quick", steps=steps, learning_rate=options.learning_rate, **shared)
-        self.observing = get_protocol("quick", epochs=options.log_epochs, **shared)
+        steps, logged = ((10, options.steps), (None, 2 * options.steps)), {"epochs": options.log_epochs or 30}
+        if options.protocol is None:
+            self.protocol = get_protocol("quick", steps=steps, learning_rate=options.learning_rate, **shared)
+            self.observing = get_protocol("quick", **logged, **shared)
+        else:
+            self.protocol = get_protocol(options.protocol)
+            self.observing = get_protocol(options.protocol, **(logged if options.log_epochs else {}))
+        self.accelerator = make_accelerator(options.mixed_precision)
+        self.execution = Execution(self.accelerator, compiled=options.compile)
         train, validation, test = load_parts(options, self.protocol)
+        if options.protocol is not None:
+            self.protocol = with_length(self.protocol, options.length, train)
         self.validated, self.train = len(validation.labels), train
         judged = [torch.cat([getattr(one, name) for one in (validation, test)]) for name in ("pixels", "labels")]
         self.judged = ImageSet(*judged, train.names)
@@ -171,8 +188,9 @@ class Benchmark:
         """One training, from which all scores of dynamics are computed."""
         start = time.perf_counter()
         log = log_training(
-            self.pool, self.folder / "log", architecture=self.options.observer, protocol=self.observing, progress=False
-        )
+            self.pool, self.folder / "log", architecture=self.options.observer, protocol=self.observing,
+            execution=self.execution, progress=False,
+        )  # fmt: skip
         say(f"logged training: {time.perf_counter() - start:.0f} s")
         return log
 
@@ -182,7 +200,8 @@ class Benchmark:
         folder, start = self.folder / f"network-{fingerprint(*made_with)[:8]}", time.perf_counter()
         if not (folder / "config.json").exists():
             build = evaluator_builder(self.options.observer, self.train, self.observing)
-            save_network(train_evaluator(build, self.train, protocol=self.observing, seed=1).model, folder)
+            how: dict[str, Any] = {"protocol": self.observing, "seed": 1, "execution": self.execution}
+            save_network(train_evaluator(build, self.train, **how).model, folder)
         say(f"network: {time.perf_counter() - start:.0f} s")
         return AutoModelForImageClassification.from_pretrained(folder).eval()
 
@@ -208,8 +227,9 @@ class Benchmark:
     def train_all(self, sets: Mapping[str, Any], evaluator: str) -> None:
         """Trains an evaluator on every set, unless that was done before."""
         told = {"protocol": self.protocol, "architectures": [evaluator], "seeds": self.options.seeds,
-                "overrides": self.options.evaluators[evaluator]}  # fmt: skip
-        share = functools.partial(train_share, dict(sets), self.judged, self.folder / evaluator, told)
+                "overrides": self.options.evaluators[evaluator], "compiled": self.options.compile}  # fmt: skip
+        share = functools.partial(train_share, dict(sets), self.judged, self.folder / evaluator, told,
+                                  self.options.mixed_precision)  # fmt: skip
         world = self.options.processes
         if world == 1:
             share(0, 1)
@@ -317,12 +337,13 @@ def joined(before: ImageSet | None, chosen: ImageSet) -> ImageSet:
 
 
 def train_share(
-    sets: dict[str, Any], judged: ImageSet, folder: Path, told: dict[str, Any], rank: int, world: int
-) -> None:
+    sets: dict[str, Any], judged: ImageSet, folder: Path, told: dict[str, Any], precision: str | None, rank: int,
+    world: int,
+) -> None:  # fmt: skip
     """One process's share of the trainings."""
     if world > 1:
         torch.set_num_threads(1)
-    Study(sets, judged, folder, accelerator=Accelerator(), **told).train(rank=rank, world=world)
+    Study(sets, judged, folder, accelerator=make_accelerator(precision), **told).train(rank=rank, world=world)
 
 
 def below(right: NDArray[np.bool_], of_random: NDArray[np.bool_]) -> bool:

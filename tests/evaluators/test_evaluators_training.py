@@ -349,6 +349,18 @@ def test_compiled_networks_learn_the_same():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_only_what_most_batches_have_is_compiled(monkeypatch):
+    seen = []
+
+    def compiled(network, dynamic):
+        return lambda inputs: (seen.append(len(inputs)), network(inputs))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    options = {"protocol": get_protocol("quick", steps=6, batch_size=12), "data": toy(30)}  # batches of 12, 12 and 6
+    fast = train(execution=Execution(compiled=True), **options)
+    assert seen == [12, 12, 12, 12] and same_weights(fast.model, train(**options).model)
+
+
 @pytest.mark.parametrize("name", list(PROTOCOLS))
 def test_every_protocol_runs_on_gray_and_colour(name):
     protocol = get_protocol(name, steps=2, batch_size=6)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -116,6 +117,7 @@ def log_training(
     *,
     small: Dataset | ImageSet | Pool | None = None,
     architecture: str = "convnet",
+    overrides: Mapping[str, Any] | None = None,
     protocol: Protocol | None = None,
     teacher: PreTrainedModel | None = None,
     execution: Execution | None = None,
@@ -139,6 +141,7 @@ def log_training(
         small (likewise, *optional*): what is trained on in place of `real`, such as a synthetic set: the scores are
             then those of its students, and a training costs little.
         architecture (`str`): of the network, see `build_evaluator`.
+        overrides (mapping, *optional*): values of its configuration.
         protocol (`Protocol`, *optional*): how it is trained; its epochs are those of the log. By default 30 epochs of
             "quick".
         teacher (`PreTrainedModel`, *optional*): for a protocol with `label_type="teacher"`.
@@ -160,6 +163,7 @@ def log_training(
         images=pool.fingerprint,
         trained_on=trained.fingerprint,
         architecture=architecture,
+        **({"options": dict(overrides)} if overrides else {}),
         protocol=protocol,
         teacher=teacher,
         seed=seed,
@@ -175,8 +179,8 @@ def log_training(
         pixels = trained.pixels(protocol.image_size)
         images = ImageSet(pixels, trained.labels, tuple(trained.names))
         seen = pool.pixels(pixels.shape[-1], pixels.shape[1])
-        logged = _Logged(seen, columns[pool.labels], folder, team)
-        build = evaluator_builder(architecture, images, protocol)
+        logged = _Logged(seen, columns[pool.labels], folder, team, accelerator)
+        build = evaluator_builder(architecture, images, protocol, **(overrides or {}))
         options: dict[str, Any] = {"teacher": teacher, "execution": execution, "progress": progress}
         checkpoint = folder / "training.safetensors"
         team.from_main(lambda: logged.check(checkpoint), f"reading {folder}")
@@ -210,8 +214,11 @@ def _find(folder: Path, settings: Mapping[str, Any]) -> TrainingLog | None:
 class _Logged:
     """The log of a training that goes on: a file for every epoch, until all are one."""
 
-    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, folder: Path, team: Team) -> None:
+    def __init__(
+        self, pixels: torch.Tensor, labels: torch.Tensor, folder: Path, team: Team, accelerator: Accelerator
+    ) -> None:
         self.pixels, self.labels, self.folder, self.team = pixels, labels, folder, team
+        self.accelerator = accelerator
         self.model: PreTrainedModel | None = None
         self.epochs = 0
         if team.rank == 0:
@@ -229,7 +236,9 @@ class _Logged:
         mine = torch.arange(len(self.labels)).tensor_split(self.team.world)[self.team.rank]
         values = torch.zeros(3, len(self.labels))
         if len(mine):
-            values[:, mine] = dynamics(predict_logits(self.model, self.pixels[mine]).cpu(), self.labels[mine])
+            with self.accelerator.autocast():
+                logits = predict_logits(self.model, self.pixels[mine])
+            values[:, mine] = dynamics(logits.cpu(), self.labels[mine])
         values = self.team.sum(values)
         if self.team.rank == 0:
             with whole(self.path(self.epochs)) as partial:

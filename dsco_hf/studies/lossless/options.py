@@ -14,8 +14,8 @@ from ...concentration.concentrate import SOURCES
 from ...concentration.selection import Selection, find_selection, log_training
 from ...concentration.selection.dynamics import TrainingLog
 from ...data.datasets import class_names, find_columns, load_image_dataset
-from ...evaluators import ImageSet, Protocol, load_image_set
-from ...utils.configs import ImportOptions
+from ...evaluators import Execution, ImageSet, Protocol, load_image_set
+from ...utils.configs import ImportOptions, make_accelerator
 from ...utils.values import Named
 from ..options import NetworkOptions, RealOptions, frozen
 from .search import SearchPlan
@@ -51,8 +51,8 @@ class SearchOptions(RealOptions, NetworkOptions, ImportOptions):
         synthetic, synthetic_config, synthetic_revision: a concentrated dataset (folder or Hub id), its configuration
             and its branch, tag or commit: every set begins with its images; none by default.
         strategy: by which rule real images come first: "random", "herding", "k_center", ..., also with fields,
-            `{name: ..., field: value}`; one that goes by a logged training logs one of all real images, in
-            output_dir/log.
+            `{name: ..., field: value}`; one that goes by a logged training logs one of all real images, trained as
+            the search trains on them, in output_dir/log.
         features: what rules that look at images see: "pixels", or a classifier (folder or Hub id).
         length: "same steps" as all data, or "same epochs".
         margin: by how much accuracy, in (0, 1), fewer images may fall behind all.
@@ -60,6 +60,8 @@ class SearchOptions(RealOptions, NetworkOptions, ImportOptions):
         trainings: at most, beyond those on all images.
         reference_seeds: trainings on all images.
         architecture: of the network, see `dsco_hf.evaluators.build_evaluator`.
+        image_size: what all images are brought to (shorter side, then the centre); the protocol's by default, or else
+            their own, or 32 if they have several sizes.
         teacher, teacher_revision: a classifier (folder or Hub id) whose soft labels are trained on, in place of hard
             ones.
     """
@@ -75,6 +77,7 @@ class SearchOptions(RealOptions, NetworkOptions, ImportOptions):
     trainings: int = 20
     reference_seeds: int = 32
     architecture: str = "convnet-3"
+    image_size: int | None = None
     teacher: str | None = None
     teacher_revision: str | None = None
     output_dir: str = "outputs/lossless"
@@ -95,7 +98,7 @@ class SearchOptions(RealOptions, NetworkOptions, ImportOptions):
         Args:
             progress (`bool`): show progress bars.
         """
-        protocol = self.get_protocol(label_type="hard" if self.teacher is None else "teacher")
+        protocol = self.get_protocol("image_size", label_type="hard" if self.teacher is None else "teacher")
         rows, tested, splits = self.splits(tested=True)
         reading: dict[str, Any] = {"num_channels": self.num_channels, "progress": progress}
         real, test = self.images(rows, tested, protocol=protocol, **reading)
@@ -114,7 +117,11 @@ class SearchOptions(RealOptions, NetworkOptions, ImportOptions):
         return Loaded(real, test, small, rows, small_rows, protocol, rule, teacher, splits)
 
     def _log(self, real: ImageSet, progress: bool) -> TrainingLog:
-        return log_training(real, Path(self.output_dir) / "log", architecture=self.architecture, progress=progress)
+        execution = Execution(make_accelerator(self.mixed_precision), compiled=self.compile)
+        return log_training(
+            real, Path(self.output_dir) / "log", architecture=self.architecture, overrides=self.overrides,
+            protocol=self.get_protocol("image_size", label_type="hard"), execution=execution, progress=progress,
+        )  # fmt: skip
 
 
 def accepted_rows(given: Loaded, chosen: list[int]) -> Dataset:
