@@ -5,6 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from dsco_hf import load_image_dataset
+from dsco_hf.concentration.additions.doping import select
+from dsco_hf.hub.folder import save_dataset_folder
 from recipes.benchmarks import ridge_rule, selections
 
 
@@ -26,6 +29,33 @@ def test_a_row_for_every_selection_and_budget(tmp_path, capsys):
     assert "| ridge_rule |" in (tmp_path / "found.md").read_text()
     again = selections.main(options)  # goes on with all that is there
     assert again["rows"] == found["rows"]
+
+
+@pytest.mark.slow
+def test_on_top_of_a_set_by_a_protocol_of_a_file(tmp_path):
+    small = select(load_image_dataset("digits", split="train"), "random", images_per_class=1, progress=False)
+    save_dataset_folder(small, tmp_path / "set")
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text("name: mine\nsource: mine\nepochs: 2\nbatch_size: 32\n")
+    options = [
+        *SMALL,
+        "--selections",
+        "random",
+        "clarity",
+        "dyn_unc",
+        "herding",
+        "--shares",
+        "0.05",
+        "--log_epochs",
+        "10",
+    ]
+    options += ["--on_top", str(tmp_path / "set"), "--protocol", str(protocol), "--length", "same steps"]
+    options += ["--log_epochs", "10"]
+    found = selections.main([*options, "--folder", str(tmp_path / "work")])
+    assert {(row["selection"], row["images_per_class"]) for row in found["rows"]} == {
+        ("nothing", 0), ("random", 1), ("clarity", 1), ("dyn_unc", 1), ("herding", 1)
+    }  # fmt: skip
+    assert found["protocol"]["steps"] == 16 and found["counts"]["on_top"] == 10  # 240 images, 2 epochs
 
 
 def test_clearly_behind():

@@ -56,8 +56,7 @@ SMALL = {
     "--template_steps 2 --quantile_iterations 1 --steps 2 --epochs none --batch_size 4",
     "generator": "--train_steps 2 --batch_size 4 --layers_per_block 1 --num_layers 1 --num_attention_heads 2 "
     "--attention_head_dim 8 --num_samples_per_class 1 --num_inference_steps 2 --evaluate_every none",
-    "lossless": "--steps 60 --batch_size 32 --margin 0.1 --trainings 6 --reference_seeds 2 "
-    "--compile false",
+    "lossless": "--steps 60 --batch_size 32 --margin 0.1 --trainings 6 --reference_seeds 2 --compile false",
     "targets": "--embedding_dim 32",
 }
 

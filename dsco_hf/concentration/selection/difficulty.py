@@ -166,16 +166,18 @@ class DUAL(OfTraining, Selection):
         epochs (`int`): how many of its epochs count, or as many as there are; 30 of 200 in the paper, 60 on ImageNet.
         window (`int`): epochs of a window.
         curve (`float`): 4 in the paper on CIFAR-100; simpler datasets take more.
+        left_out (`float`, *optional*): r in [0, 1] for all sizes, whose choices then nest; by default that of the size.
     """
 
     epochs: int = 30
     window: int = 10
     curve: float = 4.0
+    left_out: float | None = None
 
     nested: ClassVar[bool] = False
     sentence: ClassVar[str] = "Real images were added that were hard and uncertain early in a training (DUAL)."
 
-    field_limits = {"window": 2, "curve": Limits(0, open_low=True)}
+    field_limits = {"window": 2, "curve": Limits(0, open_low=True), "left_out": Limits(0, 1)}
 
     def __post_init__(self) -> None:
         """Refuses numbers that do not go together."""
@@ -201,7 +203,8 @@ class DUAL(OfTraining, Selection):
         scores, mean = self.scores(training), training.probabilities[: self.epochs].mean(0)
         generator, parts = torch.Generator().manual_seed(seed), []
         for places, count in groups(pool, wanted):
-            drawn = beta_weights(scores[places], mean[places], 1 - count / len(places), self.curve)
+            share = 1 - count / len(places) if self.left_out is None else self.left_out
+            drawn = beta_weights(scores[places], mean[places], share, self.curve)
             # The largest of log weight + Gumbel noise are a draw without putting back; weights of 0 come last.
             noise = -torch.empty(len(places)).exponential_(generator=generator).log()
             parts.append(places[(drawn + noise).argsort(descending=True, stable=True)[:count]])

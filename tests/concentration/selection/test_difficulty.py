@@ -111,6 +111,16 @@ def test_alone_and_on_top_of_a_set_per_class_and_over_all(real_images, make, poo
     assert again["real_index"][:] == mixed["real_index"][:]
 
 
+def test_dual_nests_where_the_share_that_is_left_out_is_said(pool, training):
+    def ranked(wanted, **fields):
+        return DUAL(training, window=2, **fields).rank(pool, None, wanted, None, 0).tolist()
+
+    for left_out in (0.3, 0.9):
+        few, many = (ranked([count] * 3, left_out=left_out) for count in (2, 4))
+        assert [few[start : start + 2] for start in (0, 2, 4)] == [many[start : start + 2] for start in (0, 4, 8)]
+    assert ranked(7) == ranked(7, left_out=1 - 7 / 21)
+
+
 @pytest.mark.parametrize("kind", RULES)
 def test_what_a_rule_needs(real_images, make, pool, training, kind):
     name = kind.name
