@@ -39,7 +39,8 @@ class PublishRecipe:
         repo_id: "user/name"; your own name is put before a bare "name".
         private, revision, create_pr, commit_message, dry_run, max_retries: see `dsco_hf.hub.PushOptions`.
         license: licence of what is published, such as "cc-by-4.0".
-        pretty_name, description, source_license, generator_license: for the card of a dataset.
+        pretty_name, description, source_license, generator_license, use: for the card of a dataset, see
+            `dsco_hf.DatasetCardFields`.
         default_config, overwrite_features: for a dataset; see `dsco_hf.hub.publish`.
         preview: for a dataset, a page that shows all images of its default config is published with it, as
             recipes/look.py makes it.
@@ -66,6 +67,7 @@ class PublishRecipe:
     description: str | None = None
     source_license: str | None = None
     generator_license: str | None = None
+    use: str | None = None
     default_config: str | None = None
     overwrite_features: bool = False
     preview: bool = False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import yaml
 from datasets import ClassLabel, Features, Image
 from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
@@ -41,10 +42,13 @@ from ..utils.markdown import (
 
 
 TAGS = ("dataset-concentration", "dataset-distillation", "synthetic", "dsco_hf")
-# What their model cards on the Hub say; others are asked for, or warned about.
-KNOWN_GENERATOR_LICENSES = {
-    **{"facebook/DiT-XL-2-256": "cc-by-nc-4.0", "facebook/DiT-XL-2-512": "cc-by-nc-4.0"},
-    "digits": "cc-by-4.0",  # which the package brings: trained on images with that licence
+_TOLD = yaml.safe_load(Path(__file__).with_name("templates").joinpath("licenses.yaml").read_text(encoding="utf-8"))
+# What their model cards say; others are asked for, or warned about. And what these licences say of images.
+KNOWN_GENERATOR_LICENSES: dict[str, str] = _TOLD["generators"]
+KNOWN_LICENSES: dict[str, dict[str, Any]] = _TOLD["licenses"]
+USES = {
+    **{"research": "research", "commercial": "commercial use"},
+    "generative": "the training of generative models",
 }
 DIT_WARNING = (
     "Many class-conditional generators derive from DiT weights (`facebook/DiT-XL-2-256`, `-512`), which are "
@@ -82,6 +86,8 @@ class DatasetCardFields:
         description: A paragraph in your own words, printed as plain text.
         language: Language codes of the class names, such as `["en"]`.
         tags: Tags beside our own.
+        use: What the dataset is meant for, of `USES`: "research", "commercial" or "generative", to train generative
+            models. The card says so where a licence forbids it.
     """
 
     pretty_name: str | None = None
@@ -92,6 +98,7 @@ class DatasetCardFields:
     description: str | None = None
     language: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    use: str | None = None
 
 
 def _seeds_sentence(results: Mapping[str, Any] | None) -> str:
@@ -102,9 +109,37 @@ def _seeds_sentence(results: Mapping[str, Any] | None) -> str:
 
 
 def is_non_commercial(license: str | None) -> bool:
-    """Whether a licence identifier forbids commercial use, as far as its name tells."""
+    """Whether a licence forbids commercial use, as the table or else its identifier tells."""
+    if known := KNOWN_LICENSES.get((license or "").lower()):
+        return "commercial" in known["forbids"]
     parts = re.split(r"[-_ ]", (license or "").lower())
     return "nc" in parts or "noncommercial" in parts or "non" in parts or "research" in parts
+
+
+def is_forbidden(license: str | None, use: str | None) -> bool:
+    """Whether a licence is known to forbid a use, of `USES`."""
+    if use == "commercial":
+        return is_non_commercial(license)
+    return use in KNOWN_LICENSES.get((license or "").lower(), {"forbids": ()})["forbids"]
+
+
+def license_sentence(license: str | None) -> str:
+    """What a licence in the table says of the images and of models trained on them, with its text; "" for others."""
+    known = KNOWN_LICENSES.get((license or "").lower())
+    if known is None:
+        return ""
+    return (
+        f"What the [{known['name']}]({known['source']}) says of images that are drawn: {known['outputs']} Of models "
+        f"that are trained on them: {known['trained']} (As we read it; no legal advice.)"
+    )
+
+
+def license_metadata(license: str) -> dict[str, str]:
+    """The metadata of a card for a licence: its identifier, or "other" with its name and the link to its text."""
+    known = KNOWN_LICENSES.get(license.lower(), {})
+    if not known.get("named"):
+        return {"license": license}
+    return {"license": "other", "license_name": license.lower(), "license_link": known["source"]}
 
 
 def combined_license(source: str | None, generator: str | None) -> dict[str, str]:
@@ -113,7 +148,7 @@ def combined_license(source: str | None, generator: str | None) -> dict[str, str
     if not source or not generator or "unknown" in known:
         return {"license": "unknown"}
     if len(known) == 1:
-        return {"license": source}
+        return license_metadata(source)
     return {"license": "other", "license_name": f"{source}-and-{generator}"}
 
 
@@ -135,13 +170,18 @@ def _licenses(
     return source_license, generator_license, result
 
 
-def _license_warnings(source_license: str | None, generator_license: str | None) -> list[Trusted]:
+def _license_warnings(
+    source_license: str | None, generator_license: str | None, use: str | None = None
+) -> list[Trusted]:
     warnings = []
     for what, license in (("generator's weights", generator_license), ("source data", source_license)):
         if not license or license in ("unknown", "other"):
             about = f" {DIT_WARNING}" if what == "generator's weights" else ""
             unknown = f"**Licence of the {what} not known.** Find it out before you use this dataset or pass it on."
             warnings.append(Trusted(unknown + about))
+        elif use is not None and is_forbidden(license, use):
+            text = f"The licence of the {what} ({escape_markdown(license)}) does not allow it."
+            warnings.append(Trusted(f"**Forbidden for the stated use, {USES[use]}.** {text}"))
         elif is_non_commercial(license):
             text = (
                 f"The licence of the {what} ({escape_markdown(license)}) does not allow it, and what is made from them"
@@ -187,6 +227,7 @@ def dataset_metadata(concentration: Mapping[str, Any], *, fields: DatasetCardFie
     data = huggingface_hub.DatasetCardData(
         license=license["license"],
         license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
         language=fields.language or None,
         pretty_name=" ".join((fields.pretty_name or _pretty_name(source)).split())[:120],
         task_categories=["image-classification"],
@@ -262,7 +303,9 @@ def _template_values(
         "summary": Trusted(_summary(configs, default, len(names))),
         "how_sentence": Trusted(how_made(records)),
         "source_sentence": Trusted(f"{rows}{source_name}" if source.get("dataset") else "its much larger source"),
-        "warnings": _license_warnings(source_license, generator_license),
+        "warnings": _license_warnings(source_license, generator_license, fields.use),
+        "use": USES.get(fields.use or ""),
+        "license_sentence": Trusted(license_sentence(generator_license)),
         "load_path": Trusted(fields.repo_id or "path/to/this/folder"),
         "default_split": Trusted(next(iter(configs[default]["splits"]))),
         "other_configs": [(Trusted(n), Trusted(next(iter(e["splits"])))) for n, e in configs.items() if n != default],

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..matching.targets import MatchingTargets
 from ..utils.names import nearest
-from ..utils.values import check_real, check_whole
-from .cards import DatasetCardFields
+from ..utils.values import check_choice, check_real, check_whole
+from .cards import USES, DatasetCardFields
 
 
 PARTS = ("parameters", "source", "generator", "classifier", "classifier_2", "preview_vae", "targets", "cost", "doping",
@@ -38,6 +38,8 @@ def check_given(
     """
     if card is not None and not isinstance(card, DatasetCardFields):
         raise TypeError(f"`card` must be `DatasetCardFields(pretty_name=..., ...)`, got a {type(card).__name__}.")
+    if card is not None and card.use is not None:
+        check_choice("card.use", card.use, tuple(USES))
     if isinstance(figures, str | Path) or not isinstance(figures, Sequence):
         raise TypeError(f"`figures` must be a list of paths, got {figures!r}.")
     for own in targets.values() if isinstance(targets, Mapping) else [targets]:

@@ -23,7 +23,14 @@ from ..utils.markdown import (
     render,
     split_card,
 )
-from .cards import DIT_WARNING, KNOWN_GENERATOR_LICENSES, is_non_commercial, listed
+from .cards import (
+    DIT_WARNING,
+    KNOWN_GENERATOR_LICENSES,
+    is_non_commercial,
+    license_metadata,
+    license_sentence,
+    listed,
+)
 
 
 if TYPE_CHECKING:
@@ -76,7 +83,7 @@ def render_pipeline_card(
     metadata, body = split_card(pipeline_card_template())
     origin = str(getattr(pipeline.config, "_name_or_path", "") or "")
     license = license or KNOWN_GENERATOR_LICENSES.get(origin)
-    metadata["license"] = license or "unknown"
+    metadata |= license_metadata(license or "unknown")
     if dataset_id:
         metadata["datasets"] = [dataset_id]
     if origin in KNOWN_GENERATOR_LICENSES and "/" in origin:  # a repository, unlike what the package brings
@@ -138,7 +145,7 @@ def _license_text(license: str | None) -> str:
     text = f"Licence of the weights: {escape_markdown(license)}."
     if is_non_commercial(license):
         text += " **Not for commercial use**, which also binds what is made with them."
-    return text
+    return f"{text} {license_sentence(license)}".rstrip()
 
 
 def render_evaluator_card(
