@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _FINGERPRINT_ROWS = 1024
 _FINGERPRINT_BYTES = 2**29
+KEPT = 2**32  # bytes of pixels
 
 
 @plain_arguments()
@@ -245,3 +246,22 @@ class Pool:
                 num_channels=num_channels or 3, classes=self.names, progress=self.progress, **self.columns,
             )  # fmt: skip
         return self._pixels[key]
+
+    def batches(
+        self, batch_size: int, image_size: int | None = None, num_channels: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The same in their order `(B, C, H, W)`; more than `KEPT` bytes of them are read anew each time, not kept.
+
+        Args:
+            batch_size (`int`): B; the last batch may be smaller.
+            image_size (`int`, *optional*): as of [`pixels`]; without it, all are read at once.
+            num_channels (`int`, *optional*): likewise.
+        """
+        channels, read = num_channels or 3, (image_size, num_channels) in self._pixels
+        if isinstance(self.real, Dataset) and image_size is not None and not read:
+            if 4 * channels * image_size**2 * len(self.rows) > KEPT:
+                options: dict[str, Any] = {"image_size": image_size, "num_channels": channels, **self.columns}
+                options |= {"batch_size": batch_size, "classes": self.names, "progress": self.progress}
+                yield from (batch.pixels for batch in iterate_pixels(self.dataset, **options))
+                return
+        yield from self.pixels(image_size, num_channels).split(batch_size)

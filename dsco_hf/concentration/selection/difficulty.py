@@ -166,7 +166,7 @@ class DUAL(OfTraining, Selection):
         epochs (`int`): how many of its epochs count, or as many as there are; 30 of 200 in the paper, 60 on ImageNet.
         window (`int`): epochs of a window.
         curve (`float`): 4 in the paper on CIFAR-100; simpler datasets take more.
-        left_out (`float`, *optional*): r in [0, 1] for all sizes, whose choices then nest; by default that of the size.
+        left_out (`float`, *optional*): r in [0, 1], whatever the size: choices then nest; by default that of the size.
     """
 
     epochs: int = 30

@@ -18,9 +18,9 @@ def image_features(images: Pool, model: PreTrainedModel | str | None) -> torch.T
     if not isinstance(model, PreTrainedModel):
         return images.pixels().flatten(1)
     config = model.config
-    pixels = images.pixels(getattr(config, "image_size", None), getattr(config, "num_channels", None))
+    batches = images.batches(128, getattr(config, "image_size", None), getattr(config, "num_channels", None))
     with torch.no_grad():
-        return torch.cat([features_and_logits(model, b.to(model.device))[0] for b in pixels.split(128)]).cpu()
+        return torch.cat([features_and_logits(model, b.to(model.device))[0].cpu() for b in batches])
 
 
 def fourier_features(features: torch.Tensor, seed: int, dims: int = 2048) -> Callable[[torch.Tensor], torch.Tensor]:

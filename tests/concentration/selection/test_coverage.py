@@ -7,6 +7,7 @@ import torch
 
 from dsco_hf import CCS, D2, KCenter, Moderate, Pool, TrainingLog, dope, select
 from dsco_hf.concentration.selection.coverage import farthest_first, neighbours, spread_evenly, strata_of
+from dsco_hf.concentration.selection.features import image_features
 
 
 def rules(training):
@@ -115,6 +116,17 @@ def test_k_center_keeps_away_from_what_is_in_the_set(make, real_images, pool):
         members = (pool.labels == label).nonzero()[:, 0]
         away = (pool.pixels().flatten(1)[members] - have[label]).norm(dim=1)
         assert row == int(members[away.argmax()])
+
+
+def test_features_of_more_images_than_are_kept_are_the_same(pool, make, monkeypatch):
+    network, counted = make.convnet().eval(), []
+    for least in (0, 2**32):
+        monkeypatch.setattr("dsco_hf.data.datasets.KEPT", least)
+        counted.append((image_features(pool, network), len(pool._pixels)))
+    (streamed, none), (kept, some) = counted
+    assert torch.equal(streamed, kept) and (none, some) == (0, 1)
+    monkeypatch.setattr("dsco_hf.data.datasets.KEPT", 0)
+    assert torch.equal(torch.cat([*pool.batches(5, 8, 1)]), pool.pixels(8, 1))
 
 
 def test_bad_input(pool, make, training, pipe):
