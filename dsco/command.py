@@ -12,6 +12,7 @@ to the recipe as it is.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -90,6 +91,7 @@ def _overview() -> str:
         lines.append(f"  {name:16} {described(path).partition(chr(10))[0]}")
     lines += ["  copy             Copies a recipe or a config, such as `concentrate_digits`, here, to be edited.", ""]
     lines += ["A recipe runs in one process for each accelerator, or in one; `--processes N` says how many."]
+    lines += ["`dsco RECIPE --help` answers at once; `accelerate launch`, which imports PyTorch first, does not."]
     return "\n".join(lines)
 
 
@@ -120,6 +122,10 @@ def _copy(given: Sequence[str]) -> int:
     if Path(found.name).exists():
         return _refuse(f"{found.name} is here already: move it, or work in another folder.")
     shutil.copyfile(found, found.name)
+    for name in re.findall(r"^\w+: (\S+\.yaml)$", found.read_text("utf-8"), re.MULTILINE):  # files beside it
+        if (beside := found.parent / name).is_file() and not Path(name).exists():
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(beside, name)
     text, place = found.read_text("utf-8"), f"--config recipes/{found.relative_to(RECIPES).as_posix()}"
     takers = [name for name, recipe in _commands().items() if f"recipes/{recipe.name} {place}" in text]
     use = f"accelerate launch {found.name} --help" if found.suffix == ".py" else f"--config {found.name}"

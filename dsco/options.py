@@ -107,8 +107,11 @@ def answer(module: str, file: str) -> None:
         raise SystemExit(0)
     if mistake := find_mistake(arguments, options):
         raise SystemExit(f"{Path(file).name}: {mistake}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(file).stem}: loading PyTorch and its libraries", file=sys.stderr, flush=True)  # for seconds
     if not sys.stderr.isatty():
-        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):  # seconds; tqdm reads them when it is imported
+        # seconds, of bars of other libraries, which have their first line then; tqdm reads them when it is imported
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL", "TQDM_DELAY"):
             os.environ.setdefault(name, "60")
 
 
@@ -130,6 +133,7 @@ def help_text(name: str, description: str, options: Sequence[Option]) -> str:
                 lines.append(f"  {option.shown}  ({default})")
             lines += textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "Several values are given as `16 32` or `16,32`; `none` takes a number or a text away."]
+    lines += ["The quick way to this text is `dsco RECIPE --help`: `accelerate launch` imports PyTorch first."]
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from dsco_hf.studies.options import ClassifierOptions, ReadOptions, StudyOptions
 from dsco_hf.studies.study import FULL, ComparedOptions, Study, real_baselines
 from dsco_hf.studies.tables import write_comparison
 from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
+from dsco_hf.utils.progress import introduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         results = study.results(dataset=recipe.real, title=recipe.title, config=dataclasses.asdict(recipe), **told)
         print(write_comparison(results, recipe.output_dir))
+        print(f"Saved {len(results['rows'])} rows, tables and figures in {recipe.output_dir}.")
 
 
 def described_study(recipe: ComparisonRecipe, accelerator: Accelerator) -> tuple[Study, dict[str, Any]]:
@@ -89,6 +91,7 @@ def described_study(recipe: ComparisonRecipe, accelerator: Accelerator) -> tuple
     real, test = recipe.images(train, tested, protocol=protocol, **reading)
     if protocol.image_size is None:  # nothing is compared but real images, at their own size
         protocol = dataclasses.replace(protocol, image_size=real.pixels.shape[-1])
+    introduce(accelerator, recipe.real, images=len(real.labels), classes=len(real.names), size=real.pixels.shape[-1])
     classifier, teacher = recipe.load_classifier(), None
     if classifier is not None:
         classifier.to(accelerator.device)

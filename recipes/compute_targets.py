@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 
+from dsco_hf.data.datasets import class_names
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.matching.targets import MatchingTargets
 from dsco_hf.sampling.pipeline import DsCoPipeline
@@ -33,6 +35,7 @@ from dsco_hf.studies.options import DtypeOptions, MatchOptions, OutputOptions
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json
 from dsco_hf.utils.processes import RunError
+from dsco_hf.utils.progress import introduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,11 @@ def make_targets(
     """The targets, by all processes together, and which images were matched and which left out."""
     with accelerator.main_process_first():
         real, _, splits = recipe.splits(streaming=recipe.streaming)
+    own = recipe.classes(pipe) or range(pipe.num_classes)
+    names = own if real is None else class_names(real, label_column=recipe.label_column)
+    images = len(real) if isinstance(real, Dataset) else None
+    data = recipe.dataset or f"generator {recipe.generator}"
+    introduce(accelerator, data, images=images, classes=len(names), size=pipe.image_size)
     drawing = {name: getattr(recipe, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
     common = ["embedding_dim", "bandwidth", "second_moment", "seed", "batch_size"]
     common += [] if recipe.data_free else ["decode_threads"]

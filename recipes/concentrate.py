@@ -27,6 +27,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dsco_hf.data.datasets import class_names
 from dsco_hf.hub.folder import to_json
 from dsco_hf.hub.remake import Job
 from dsco_hf.studies.kept import kept_check
@@ -34,6 +35,7 @@ from dsco_hf.studies.options import OutputOptions, PreviewOptions, TargetsOption
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_atomically
 from dsco_hf.utils.processes import RunError
+from dsco_hf.utils.progress import introduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         outcome = result.message
         if result.finished:
+            print("Writing the dataset, its hashes and its card.", flush=True)
             record = job.save(result, output / "dataset")
             results, verdict = job.results(result, record, config=dataclasses.asdict(recipe))
             write_atomically(output / "results.json", to_json(results).encode())
@@ -133,6 +136,9 @@ def recorded_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
             generator_revision=recipe.generator_revision, cpu_threads=recipe.cpu_threads,
         )  # fmt: skip
     job.pipe.to(accelerator.device)
+    names = getattr(job.targets, "class_names", None) or job.parameters["class_labels"]
+    shape = {"classes": len(names or range(job.pipe.num_classes)), "size": job.pipe.image_size}
+    introduce(accelerator, f"as {recipe.from_dataset}", **shape)
     return job
 
 
@@ -142,6 +148,10 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
     with accelerator.main_process_first():
         pipe = recipe.load_pipeline().to(accelerator.device)
         real = recipe.splits()[0]
+    own = recipe.classes(pipe) or range(pipe.num_classes)
+    names = own if real is None else class_names(real, label_column=recipe.label_column)
+    data, images = recipe.dataset or recipe.targets or f"generator {recipe.generator}", real and len(real)
+    introduce(accelerator, data, images=images, classes=len(names), size=pipe.image_size)
     targets = recipe.matched(pipe, real, output / "targets", accelerator=accelerator, dtype=recipe.dtype)
     sampling = recipe.sampling.for_targets(targets)
     parameters = {"method": sampling} | {name: getattr(recipe, name) for name in SIZES}

@@ -35,7 +35,7 @@ from dsco_hf.studies.plans import METHODS, PlannedSets, StudyPlan, set_name
 from dsco_hf.studies.study import FULL, Study, real_baselines
 from dsco_hf.studies.tables import write_results
 from dsco_hf.utils.configs import check_anew, check_made, make_accelerator, parse_config
-from dsco_hf.utils.progress import Clock
+from dsco_hf.utils.progress import Clock, introduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         run.clock.say("stopped by `max_minutes`; run the same command again to go on")
     elif accelerator.is_main_process:
         table = run.write()
-        run.clock.say(f"done: {output}")
         print(f"\n{table}")
+        run.clock.say(f"done: {output}")
     accelerator.end_training()
 
 
@@ -93,7 +93,8 @@ class Experiment:
             train, test = recipe.images(real, test, protocol=protocol, num_channels=pipe.num_channels)
             real = recipe.readable(real, train, num_channels=pipe.num_channels, image_size=pipe.image_size)
         self.train = train
-        self.clock.say(f"{len(real)} training, {len(test.labels)} test images: {self.splits['test_split']}")
+        introduce(accelerator, recipe.dataset, images=len(real), classes=len(train.names), size=pipe.image_size)
+        self.clock.say(f"tested on {len(test.labels):,} images: {self.splits['test_split']}")
         self.recipe = recipe = recipe.for_classes(int(train.labels.bincount().min()))
         check_classes(train.labels, train.names, images_per_class=max(recipe.sizes))
         self.made = PlannedSets(

@@ -25,6 +25,7 @@ from dsco_hf.studies.lossless.find import find_lossless_budget
 from dsco_hf.studies.lossless.options import SearchOptions, accepted_rows
 from dsco_hf.studies.lossless.report import accepted_results, claim, write_lossless
 from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
+from dsco_hf.utils.progress import introduce
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_anew(recipe.resume, accelerator, [output / "jobs", output / "search.json", output / "log"])
     with accelerator.main_process_first():  # one process downloads, converts and logs, the others read what it has
         given = recipe.load(progress=accelerator.is_local_main_process)
+    (images, *_, size), names = given.real.pixels.shape, given.real.names
+    introduce(accelerator, recipe.dataset, images=images, classes=len(names), size=size)
     if given.teacher is not None:
         given.teacher.to(accelerator.device)
     found = find_lossless_budget(
@@ -53,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             accepted_rows(given, found["rows"]), output / "dataset", card=card, results=accepted_results(found),
             figures=[output / "lossless.png"], concentration={"source": source},
         )  # fmt: skip
+    print(f"Saved what was found ({found['status']}) in {output}.")
 
 
 if __name__ == "__main__":

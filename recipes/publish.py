@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from dsco_hf.concentration.records import config_record
+from dsco_hf.data.datasets import class_names
 from dsco_hf.hub.cards import DatasetCardFields
 from dsco_hf.hub.folder import CONCENTRATION, read_folder
 from dsco_hf.hub.publish import PublishResult, PushOptions, publish, publish_evaluator, publish_pipeline
 from dsco_hf.studies.figures.page import look
 from dsco_hf.utils.configs import parse_config
+from dsco_hf.utils.progress import introduce
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def publish_set(folder: Path, recipe: PublishRecipe, push: PushOptions, scratch:
     said = {name: value for name, value in said.items() if value and name != "repo_id"}
     stored = read_folder(folder) if recipe.soft_labels is None else with_soft_labels(folder, recipe)
     configs, default = stored.pop("configs"), stored.pop("default_config")
+    rows = [rows for splits in configs.values() for rows in splits.values()]
+    introduce(None, recipe.folder, images=sum(map(len, rows)), classes=len(class_names(rows[0])))
     default = recipe.default_config or default
     if recipe.preview:
         record, rows = config_record(stored["concentration"], default), next(iter(configs[default].values()))

@@ -39,7 +39,7 @@ from dsco_hf.studies.tables import write_results
 from dsco_hf.utils.configs import make_accelerator, parse_config, read_config
 from dsco_hf.utils.files import remove_partials
 from dsco_hf.utils.origins import fingerprint, versions
-from dsco_hf.utils.progress import Clock
+from dsco_hf.utils.progress import Clock, introduce
 
 
 EVALUATOR: dict[str, Any] = {"architectures": ["convnet-2"], "overrides": {"width": 64}}
@@ -112,8 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     run.study.train_planned(made, num_channels=1)
     if accelerator.is_main_process:
         table = run.write(made)
-        run.clock.say(f"done: {run.output}")
         print(f"\n{table}")
+        run.clock.say(f"done: {run.output}")
     accelerator.end_training()
 
 
@@ -127,7 +127,7 @@ class Run:
         digits, self.reading = load_digits_dataset(), {"protocol": protocol, "num_channels": 1}
         self.real, self.train = digits["train"], load_image_set(digits["train"], **self.reading)
         test = load_image_set(digits["test"], test_for=self.train, **self.reading)
-        self.clock.say(f"digits: {len(self.real):,} training and {len(test.labels)} test images of 8x8 pixels")
+        introduce(accelerator, "digits", images=len(self.real), classes=len(self.train.names), size=8)
         doped = round(recipe.doped_share * self.train.images_per_class)
         self.recipe = dataclasses.replace(recipe, doping_budgets=[doped])
         values = read_config(CONFIGS / "generator_digits.yaml", GeneratorTrainingConfig, others=True)

@@ -24,11 +24,12 @@ import torch
 
 from dsco_hf.data.pixels import default_image_size
 from dsco_hf.evaluators import Execution, protocol_to_dict, train_evaluator
-from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment
+from dsco_hf.evaluators.evaluation import evaluator_builder, run_environment, save_network
 from dsco_hf.evaluators.models import is_own_architecture
 from dsco_hf.studies.options import NetworkOptions, RealOptions
 from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json
+from dsco_hf.utils.progress import introduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     native = train.pixels.shape[-1]
     size = recipe.image_size or (native if is_own_architecture(recipe.architecture) else max(32, native))
+    introduce(accelerator, recipe.dataset, images=len(train.labels), classes=len(train.names), size=native)
     checkpoint = output / "checkpoint.safetensors"
     check_anew(recipe.resume, accelerator, [checkpoint])
     result = train_evaluator(
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     if not accelerator.is_main_process:
         return
-    result.model.save_pretrained(output)
+    save_network(result.model, output)
     results = {
         "config": dataclasses.asdict(recipe),
         "protocol": protocol_to_dict(protocol),

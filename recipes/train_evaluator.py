@@ -30,6 +30,7 @@ from dsco_hf.evaluators import ImageSet, Protocol, load_image_set
 from dsco_hf.studies.options import ReadOptions, StudyOptions
 from dsco_hf.studies.study import Study
 from dsco_hf.utils.configs import check_anew, make_accelerator, parse_config
+from dsco_hf.utils.progress import introduce
 from dsco_hf.utils.values import check_choice
 
 
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         train, test, splits = load_sets(recipe, protocol, shown=accelerator.is_local_main_process)
         teacher = recipe.load_teacher()
+    shape = {"images": len(train.labels), "classes": len(train.names), "size": train.pixels.shape[-1]}
+    introduce(accelerator, recipe.dataset, **shape)
     tracked = recipe.report_to != "none" and accelerator.is_main_process
 
     def log(training: str, figures: dict[str, float]) -> None:
@@ -100,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.log({f"{row['architecture']}/accuracy_mean": row["accuracy_mean"] for row in results["rows"]})
         for row in results["rows"]:
             print(in_words(row))
+        print(f"Saved {len(results['rows'])} result(s) in {output / 'results.json'}.")
     accelerator.end_training()
 
 

@@ -42,6 +42,7 @@ from dsco_hf.studies.generator_check import GeneratorScore, draw_plain_samples
 from dsco_hf.studies.options import ClassifierOptions, FineTuneOptions, OutputOptions, RealOptions
 from dsco_hf.utils.configs import ImportOptions, check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json
+from dsco_hf.utils.progress import introduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,8 @@ class GeneratorRun:
             dataset, image_size=size, num_channels=base.num_channels if base else recipe.num_channels,
             on_error=recipe.on_error, classes=self.names, progress=accelerator.is_local_main_process, **recipe.columns,
         )  # fmt: skip
+        images, *_, size = self.pixels.shape
+        introduce(accelerator, recipe.dataset, images=images, classes=len(self.names), size=size)
         self.score: GeneratorScore | None = None
 
     def train(self) -> GeneratorTrainingResult:

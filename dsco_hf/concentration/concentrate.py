@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
-from tqdm.auto import tqdm
 
 from ..data.images import as_stored, images_from_pixels, to_signed
 from ..data.schema import image_seed
@@ -25,7 +24,7 @@ from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, SamplingMethod, Targets, is_population
 from ..sampling.checks import check_targets
 from ..sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
-from ..utils.progress import peak_bytes
+from ..utils.progress import Bar, peak_bytes
 from ..utils.values import LARGEST_SET, plain_arguments
 from .set_records import drawn_record, with_record
 
@@ -342,7 +341,7 @@ def concentrate_and_report(
     report = ConcentrationReport()
     start = time.perf_counter()
     total = images_per_class * len(sampler.class_names)
-    with tqdm(total=total, desc="Concentrating", unit="img", disable=not progress) as bar:
+    with Bar(total=total, desc="Concentrating", unit="img", disable=not progress) as bar:
         for unit in units:
             rows, pixels, output = sampler.draw(unit)
             if unit.block < units[-1].block:

@@ -29,7 +29,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 from datasets import Dataset, DatasetInfo, Features
-from tqdm.auto import tqdm
 
 from ..data.schema import nearest
 from ..data.shards import embedded, file_sha256
@@ -48,6 +47,7 @@ from ..utils.files import (
     write_json,
 )
 from ..utils.origins import differences, in_words
+from ..utils.progress import Bar
 from ..utils.values import plain, plain_fields
 from .concentrate import Unit, plan_units
 
@@ -303,7 +303,7 @@ class RunProgress:
 
     def __init__(self, folder: RunFolder, images: Mapping[str, int], *, shown: bool, interval: float = 1.0) -> None:
         self.folder, self.images, self.interval = folder, images, interval
-        self.bar = tqdm(
+        self.bar = Bar(
             total=sum(images.values()), initial=self._count(), desc="Concentrating", unit="img", disable=not shown
         )
         self.end = threading.Event()

@@ -16,9 +16,9 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset, Image
-from tqdm.auto import tqdm
 
 from ..utils.names import find_classes
+from ..utils.progress import Bar
 from ..utils.values import check_choice, plain_arguments
 from .images import decoded, ignored_parts, image_array, pixels_from_arrays
 from .schema import AnyDataset, class_names, find_columns, resolved
@@ -165,7 +165,7 @@ class _Reader:
         read = 0
         with (
             ThreadPoolExecutor(max(self.threads, 1), thread_name_prefix="dsco-decode") as pool,
-            tqdm(total=total, desc="Reading images", unit="img", disable=not self.progress) as bar,
+            Bar(total=total, desc="Reading images", unit="img", disable=not self.progress) as bar,
         ):
             for first, values, labels in self._encoded_batches():
                 batch = self._batch(first, self._decode(values, pool), labels)

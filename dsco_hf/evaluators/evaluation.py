@@ -28,6 +28,7 @@ from ..data.pixels import default_image_size
 from ..data.shards import HALF_LEAST
 from ..utils.files import DamagedFileError, read_json, write_json
 from ..utils.origins import differences, identity, in_words, versions
+from ..utils.progress import weights_in_silence
 from ..utils.values import plain, plain_arguments, plain_fields
 from .batches import ImageSet as ImageSet
 from .batches import class_columns
@@ -305,7 +306,8 @@ def save_network(model: PreTrainedModel, folder: Path) -> None:
     """Saves a model of this process alone; transformers has only the first process write, as if all had the same."""
     model.should_save_on_this_rank = lambda is_main_process: is_main_process
     try:
-        model.save_pretrained(folder)
+        with weights_in_silence():
+            model.save_pretrained(folder)
     finally:
         del model.should_save_on_this_rank
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..utils.files import remove_partials
 from ..utils.origins import identity, versions
-from ..utils.progress import Checkpoint, Pace
+from ..utils.progress import Bar, Checkpoint, Pace
 from ..utils.values import plain_arguments
 from .augmentation import Augmented, augment
 from .batches import (
@@ -424,7 +423,7 @@ def _train(
         run.pace = Pace(
             run.model, total=run.total_steps, done=run.steps, accelerator=run.accelerator, processes=run.world
         )
-    bar = tqdm(total=run.total_steps, initial=run.steps, desc=f"seed {run.seed}", disable=not progress, unit="step")
+    bar = Bar(total=run.total_steps, initial=run.steps, desc=f"seed {run.seed}", disable=not progress, unit="step")
     while run.steps < run.total_steps:
         start = run.steps
         run.train_epoch()

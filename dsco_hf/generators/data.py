@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from tqdm.auto import tqdm
 
 from ..utils.origins import fingerprint
+from ..utils.progress import Bar
 from .denoisers import GeneratorTrainingConfig
 from .latents import scale_of, scaled
 
@@ -36,7 +36,7 @@ def encode_latents(
         `tuple`: two tensors of shape `(N, latent channels, H / f, W / f)`.
     """
     means, stds = [], []
-    for part in tqdm(pixels.split(batch_size), desc="Encoding images", unit="batch", disable=not progress):
+    for part in Bar(pixels.split(batch_size), desc="Encoding images", unit="batch", disable=not progress):
         posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
         means.append(scaled(vae, posterior.mean.float()).cpu())
         stds.append(posterior.std.float().cpu() * scale_of(vae))

@@ -20,12 +20,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
 from ..data.datasets import check_classes
 from ..utils.files import remove_partials
 from ..utils.origins import fingerprint, versions
-from ..utils.progress import Checkpoint, Pace
+from ..utils.progress import Bar, Checkpoint, Pace
 from ..utils.values import plain_arguments
 from .base import Denoiser, denoiser_of, family_of
 from .data import TrainingData, draw_batch, encode_latents, seed_of
@@ -314,7 +313,7 @@ class _Trainer:
             processes=self.accelerator.num_processes if self.distributed else 1, shown=progress,
         )  # fmt: skip
         early = 0  # the step of the first checkpoint, if it is not that of `checkpoint_every`
-        bar = tqdm(
+        bar = Bar(
             total=self.config.train_steps,
             initial=self.progress.step,
             desc="Training generator",

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
 from ..data.datasets import class_names, dataset_fingerprint, present_classes
 from ..data.images import to_signed
@@ -20,6 +19,7 @@ from ..data.labels import Mapped, class_mapping, label_set_classes, label_set_na
 from ..data.pixels import default_threads
 from ..data.schema import image_seed
 from ..utils.origins import components_of, fingerprint, versions
+from ..utils.progress import Bar
 from ..utils.values import plain_arguments
 from .feature_spec import (
     POOLED,
@@ -329,7 +329,7 @@ class MatchingTargets:
             mine = {unit: units[unit] for unit in population.share(list(units))}
             total = sum(len(indices) for _, indices in mine.values())
             shown = progress and (accelerator is None or accelerator.is_main_process)
-            with tqdm(total=total, desc="Template samples", unit="img", disable=not shown) as bar:
+            with Bar(total=total, desc="Template samples", unit="img", disable=not shown) as bar:
                 for unit, (row, indices) in mine.items():
                     seeds = [image_seed(seed, labels[row], index, "template") for index in indices]
                     drawn = pipe.sample([labels[row]] * len(seeds), seeds=seeds, **sampling)

@@ -23,6 +23,7 @@ from ..data.schema import nearest
 from ..generators.base import FAMILIES
 from ..generators.denoisers import SLOTS, as_components
 from ..utils.files import check_path, read_json
+from ..utils.progress import weights_in_silence
 from ..utils.safety import explained, hub_error, is_pickle
 from .models import check_folder, check_own_weights, check_weights, listed_files, load_classifier, variants_of
 
@@ -124,7 +125,8 @@ class StoredPipeline(DiffusionPipeline):
                 kind = own_class(module, class_name)  # diffusers looks for the module among the imported ones
                 if component not in kwargs:
                     kwargs[component] = load_own(kind, name, component, kwargs)
-            pipe = super().from_pretrained(name, **kwargs)
+            with weights_in_silence():
+                pipe = super().from_pretrained(name, **kwargs)
         except Exception as error:
             if local is None and not type(hub_error(error)).__module__.startswith("huggingface_hub"):
                 check_components(name, folder, stored, options)
@@ -152,7 +154,8 @@ class StoredPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("Pipelines are saved as safetensors only: leave `safe_serialization=False` out.")
         own = {key: kwargs.pop(key) for key in ("variant", "max_shard_size") if key in kwargs}
-        super().save_pretrained(str(save_directory), safe_serialization=True, **own)
+        with weights_in_silence():
+            super().save_pretrained(str(save_directory), safe_serialization=True, **own)
         folder = Path(save_directory)
         (folder / SHIM_NAME).write_text(SHIM, encoding="utf-8")
         for stale in folder.glob("*/dsco_hf.*.py"):
@@ -323,7 +326,8 @@ def load_own(kind: type[PreTrainedModel], name: str, component: str, kwargs: dic
     variant = kwargs.get("variant")
     if not list((folder / component).glob(f"*.{variant}*.safetensors")):
         variant = None
-    model = kind.from_pretrained(folder / component, dtype=dtype, variant=variant, use_safetensors=True).eval()
+    with weights_in_silence():
+        model = kind.from_pretrained(folder / component, dtype=dtype, variant=variant, use_safetensors=True).eval()
     device = kwargs.get("device_map")
     return model.to(device) if isinstance(device, str) and device != "balanced" else model
 

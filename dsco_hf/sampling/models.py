@@ -19,6 +19,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..evaluators.preprocessing import ensure_preprocessing
 from ..utils.files import DamagedFileError, check_path, read_json, reading
+from ..utils.progress import weights_in_silence
 from ..utils.safety import Token, explained, hub_error, is_pickle, status_of
 
 
@@ -69,6 +70,7 @@ def load_model(
     with (
         explained(name, token=token, action="load"),
         explained_model(name, variant=variant, subfolder=subfolder or "", revision=revision, token=token),
+        weights_in_silence(),
     ):
         model = kind.from_pretrained(name, **options).eval()
     if Path(name).is_dir():

@@ -13,7 +13,6 @@ from typing import Any, Self, TypeAlias
 
 from accelerate import Accelerator
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from ..concentration.additions.doping import dope, select
 from ..concentration.concentrate import concentrate_and_report
@@ -34,7 +33,7 @@ from ..sampling.pipeline import DsCoPipeline
 from ..utils.configs import ImportOptions
 from ..utils.files import read_json, write_json
 from ..utils.origins import fingerprint, identity
-from ..utils.progress import Clock
+from ..utils.progress import Bar, Clock
 from ..utils.values import Named
 from .generator_check import GeneratorCheck
 from .kept import DRAW_AGAIN, KeptSets, kept_check
@@ -409,7 +408,7 @@ class PlannedSets:
         self.clock.say(f"synthesis: {', '.join(self.plan.methods)}")
         rank = self.accelerator.process_index
         mine = shared_out(self.plan.set_names(), self.plan.effort, self.accelerator.num_processes)[rank]
-        for name in tqdm(mine, desc="Sets", disable=rank > 0):
+        for name in Bar(mine, desc="Sets", disable=rank > 0):
             method, budget, seed = set_parts(name)
             population, options = self.plan.drawing(method, budget)
             targets = self.targets.get(population or "")

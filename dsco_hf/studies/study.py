@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..concentration.additions.doping import select, selected_rows
@@ -38,7 +37,7 @@ from ..matching.targets import MatchingTargets
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.configs import make_accelerator
 from ..utils.files import write_json
-from ..utils.progress import Clock
+from ..utils.progress import Bar, Clock
 from ..utils.values import check_whole
 from .kept import passes_of
 from .plans import PER_BUDGET, PlannedSets, StudyPlan, set_name
@@ -139,7 +138,7 @@ class Study:
         rank = self.accelerator.process_index if rank is None else rank
         world = self.accelerator.num_processes if world is None else world
         shown = self.accelerator.is_main_process
-        for key in tqdm(list(self.jobs())[rank::world], desc="Evaluators", unit="run", disable=not shown):
+        for key in Bar(list(self.jobs())[rank::world], desc="Evaluators", unit="run", disable=not shown):
             if not self.clock.is_over():
                 run_job(key, self._train, settings=self._settings, folder=self.folder / "jobs")
 

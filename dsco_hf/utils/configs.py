@@ -174,6 +174,8 @@ def _config_path(arguments: Sequence[str]) -> Path | None:
 def read_config(path: Path, config_class: type, *, others: bool = False) -> dict[str, Any]:
     """The values of a YAML file for the fields of a dataclass.
 
+    Files of YAML that it names, such as a protocol, may lie beside it: `protocol: protocols/mine.yaml`.
+
     Args:
         path (`Path`): the file.
         config_class (`type`): the dataclass.
@@ -197,10 +199,17 @@ def read_config(path: Path, config_class: type, *, others: bool = False) -> dict
     for given, entry in entries.items():
         name = RENAMED[given] if given in RENAMED and given not in names else given
         if name in names:
-            values[name] = _checked_value(path, name, kinds[name], entry)
+            values[name] = _from_there(path, _checked_value(path, name, kinds[name], entry))
         elif not others:
             raise ValueError(f"{path} has an unknown field {name!r}.{nearest(name, names)}")
     return values
+
+
+def _from_there(config: Path, value: object) -> object:
+    """A value of a config file; another file of YAML that it names is looked for beside it first, then from here."""
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and (config.parent / value).is_file():
+        return str(config.parent / value)
+    return value
 
 
 def _checked_value(path: Path, name: str, kind: type, entry: Entry) -> object:

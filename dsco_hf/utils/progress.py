@@ -6,7 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from .files import DamagedFileError, explained, reading, whole
 from .origins import differences, fingerprint, in_words
@@ -24,6 +26,68 @@ from .values import plain
 
 
 MEASURED_STEPS = 10
+RARELY, SHORT = 60.0, 2.0  # seconds between two lines of a bar off a terminal, and before it has one at its end
+
+
+class Bar(tqdm):
+    """A progress bar of tqdm, which off a terminal prints a line a minute, and one at its end if that took a while."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.plain = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        self.said, self.told = time.time(), -1.0  # when it had its last line, and of how much
+        super().__init__(*arguments, **options)
+
+    def refresh(self, *arguments: Any, **options: Any) -> None:
+        """Draws the bar; off a terminal only if it has not for a minute."""
+        if not self.plain:
+            super().refresh(*arguments, **options)
+        elif not self.disable and time.time() - self.said >= RARELY:
+            self._say()
+
+    def clear(self, *arguments: Any, **options: Any) -> None:
+        """Makes room for a line; off a terminal there is."""
+        if not self.plain:
+            super().clear(*arguments, **options)
+
+    def close(self) -> None:
+        """Draws it for the last time."""
+        if getattr(self, "plain", False) and not getattr(self, "disable", True):
+            if time.time() - self.start_t >= SHORT and self.n != self.told:
+                self._say()
+            self.delay = math.inf  # tqdm then has nothing to draw
+        super().close()
+
+    def _say(self) -> None:
+        self.said, self.told = time.time(), self.n
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+
+@contextmanager
+def weights_in_silence() -> Iterator[None]:
+    """Without the bars of transformers over the tensors of a file, "Loading weights" and "Writing model shards"."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def introduce(
+    accelerator: Accelerator | None, data: str, *, images: int | None = None, classes: int, size: int | None = None
+) -> None:
+    """Prints the first line of a run, by the main process: the data, how many images and classes, px, the device."""
+    if accelerator is not None and not accelerator.is_main_process:
+        return
+    counted = f"{images:,} images of {classes:,} classes" if images is not None else f"{classes:,} classes"
+    told = [f"{data}: {counted}", *([f"{size} px"] if size is not None else [])]
+    if accelerator is not None:
+        together = f" ({accelerator.num_processes} processes)" if accelerator.num_processes > 1 else ""
+        told.append(f"on {accelerator.device}{together}")
+    tqdm.write(f"{', '.join(told)}.")
+    sys.stdout.flush()
 
 
 class Pace:
@@ -70,10 +134,8 @@ class Pace:
             self._began = time.monotonic()
             return False
         self.seconds_per_step = (time.monotonic() - self._began) / (MEASURED_STEPS - 1)
-        if step < self.total:
-            self._say(
-                f"{self.seconds_per_step:.3g} s a step: {remaining(self.seconds_per_step * (self.total - step))}."
-            )
+        if (left := self.seconds_per_step * (self.total - step)) >= RARELY / 6:
+            self._say(f"{self.seconds_per_step:.3g} s a step: {remaining(left)}.")
         return True
 
     def steps_in(self, seconds: float) -> int:

@@ -304,7 +304,8 @@ def test_pixels_from_images_is_the_inverse(make):
         torch.testing.assert_close(pixels_from_images(images_from_pixels(pixels)), pixels)
 
 
-def test_progress_bar_counts_images(pipe, targets, capsys):
+def test_progress_bar_counts_images(pipe, targets, monkeypatch, capsys):
+    monkeypatch.setattr("dsco_hf.utils.progress.SHORT", 0.0)
     concentrate(pipe, targets, 3, block_size=2, **{**OPTIONS, "progress": True})
     shown = capsys.readouterr().err
     assert "Concentrating" in shown and "9/9" in shown

@@ -309,7 +309,8 @@ def test_the_number_of_threads_is_the_callers_again(pipe, targets, tmp_path, mon
         torch.set_num_threads(before)
 
 
-def test_progress_over_what_is_there(pipe, targets, tmp_path, capsys):
+def test_progress_over_what_is_there(pipe, targets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     shown = {**OPTIONS, "progress": True}
     concentrate_to_folder(pipe, targets, 2, tmp_path, **shown)
     assert "6/6" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from dsco import command
 from dsco.command import ALONE, NICKNAMES, RECIPES, _commands, main
 from dsco.options import answer, class_options, find_mistake, help_text, recipe_options
+from dsco_hf.evaluators import get_protocol
 from dsco_hf.utils.configs import parse_config
+from recipes.train_classifier import ClassifierRecipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -115,13 +119,15 @@ def test_a_recipe_answers_before_its_imports(recipe, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_bars_are_rare_off_a_terminal(recipe, monkeypatch, terminal):
+def test_bars_are_rare_off_a_terminal(recipe, monkeypatch, capsys, terminal):
     environment = {"TQDM_MININTERVAL": "5"}
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(sys, "argv", ["mine.py"])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     answer("__main__", str(recipe))
-    assert environment == {"TQDM_MININTERVAL": "5"} | ({} if terminal else {"TQDM_MAXINTERVAL": "60"})
+    rare = {"TQDM_MAXINTERVAL": "60", "TQDM_DELAY": "60"}
+    assert environment == {"TQDM_MININTERVAL": "5"} | ({} if terminal else rare)
+    assert capsys.readouterr().err == "mine: loading PyTorch and its libraries\n"
 
 
 def test_help_and_mistakes_import_nothing_heavy():
@@ -163,6 +169,29 @@ def test_copies_are_there_to_be_edited(tmp_path, monkeypatch, capsys):
     stored = RECIPES / "configs" / "concentrate_digits.yaml"
     assert (tmp_path / stored.name).read_text() == stored.read_text() and (tmp_path / "train_evaluator.py").is_file()
     assert main(["copy", "concentrate_digits"]) == 2 and "is here already" in capsys.readouterr().err
+
+
+def test_a_config_finds_its_protocol_in_an_installation_and_copied(tmp_path, monkeypatch, capsys):
+    """As a wheel lays them out, used by name from another folder, and after `dsco copy`."""
+    monkeypatch.setattr(command, "RECIPES", tmp_path / "site-packages" / "dsco" / "recipes")
+    shutil.copytree(RECIPES / "configs", command.RECIPES / "configs")
+    for recipe in RECIPES.glob("*.py"):
+        shutil.copy(recipe, command.RECIPES)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, **_: started.append(words) or subprocess.CompletedProcess([], 0)
+    )
+    for name, steps in {"classifier_digits": "digits", "classifier_cifar10": "full_data"}.items():
+        stored = get_protocol(RECIPES / "configs" / "protocols" / f"{steps}.yaml")
+        for given in (name, f"{name}.yaml"):  # the second time it is here
+            assert main(["train_classifier", "--config", given]) == 0
+            recipe = parse_config(ClassifierRecipe, started[-1][started[-1].index("--config") :])
+            protocol = get_protocol(recipe.protocol)
+            assert protocol == stored and Path(recipe.protocol).is_absolute() == (given == name)
+            assert main(["copy", name]) == (0 if given == name else 2)
+    assert sorted(path.name for path in Path("protocols").iterdir()) == ["digits.yaml", "full_data.yaml"]
 
 
 def test_it_says_what_it_starts_and_starts_it(tmp_path, monkeypatch, capfd):

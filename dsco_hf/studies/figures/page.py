@@ -17,7 +17,6 @@ import markupsafe
 import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...concentration.config_records import cost_rows, method_label
@@ -31,6 +30,7 @@ from ...matching.targets import MatchingTargets
 from ...sampling.pipeline import DsCoPipeline
 from ...utils.files import write_atomically
 from ...utils.markdown import format_number, inert
+from ...utils.progress import Bar
 from ...utils.values import plain_arguments
 from .accuracy import accuracy_table
 
@@ -165,7 +165,7 @@ def draw_page(
     side = _side(images, order)
     own, real = _Sheets("s", side, len(rows)), _Sheets("r", side, len(rows))
     classes: dict[int, list[dict[str, Any]]] = {}
-    for row in tqdm(order, desc="Drawing the page", unit="img", disable=not progress):
+    for row in Bar(order, desc="Drawing the page", unit="img", disable=not progress):
         tile = {"row": row, "image": own.add(images[row]["image"]), **{name: known[name][row] for name in known}}
         if near is not None:
             tile |= {"near": near.rows[row], "distance": near.distances[row]}
