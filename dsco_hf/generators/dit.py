@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
@@ -108,3 +111,91 @@ def dit_xl_2(*, tiny: bool = False) -> ModelMixin:
         in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=4 if tiny else 1000,
         norm_elementwise_affine=False, activation_fn="gelu-approximate", **size,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def dit_of_sit(state: Mapping[str, torch.Tensor], *, num_attention_heads: int = 16) -> DiTTransformer2DModel:
+    """The network of a SiT (Ma et al., https://arxiv.org/abs/2401.08740) as diffusers has it, in eval mode.
+
+    A SiT is a DiT that is told 1 - σ and predicts x - ε. Here it is told σ T, T = 1000, and predicts ε - x, as
+    `FlowMatchEulerDiscreteScheduler()` takes it: the last layer changes its sign, and the first layer of the time the
+    basis that it is told the time in, which is exact but for rounding.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): of the authors' network, as `torch.load(path, weights_only=True)` reads
+            the published ones.
+        num_attention_heads (`int`): its heads; 16 of SiT-XL and SiT-L, 12 of SiT-B, 6 of SiT-S.
+
+    Raises:
+        ValueError: for the weights of another network.
+    """
+    if missing := sorted({"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "pos_embed"} - set(state)):
+        raise ValueError(
+            f"These are not the weights of a SiT, as they lack {missing[0]!r}: pass the state of the network itself, "
+            "for example `state['ema']` of a whole checkpoint."
+        )
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    table = state["y_embedder.embedding_table.weight"]
+    network = DiTTransformer2DModel(
+        num_attention_heads=num_attention_heads,
+        attention_head_dim=width // num_attention_heads,
+        in_channels=channels,
+        out_channels=len(state["final_layer.linear.bias"]) // patch**2,
+        num_layers=sum(key.endswith("attn.qkv.weight") for key in state),
+        sample_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
+        patch_size=patch,
+        num_embeds_ada_norm=len(table) - 1,
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
+    change, constant = _basis_of_time()
+    first = state["t_embedder.mlp.0.weight"].double()
+    state = dict(state) | {
+        "t_embedder.mlp.0.weight": first @ change,
+        "t_embedder.mlp.0.bias": state["t_embedder.mlp.0.bias"].double() + first @ constant,
+        "final_layer.linear.weight": -state["final_layer.linear.weight"],
+        "final_layer.linear.bias": -state["final_layer.linear.bias"],
+    }
+    network.pos_embed.pos_embed.copy_(state["pos_embed"])
+    for name, parameter in network.named_parameters():
+        parameter.copy_(_of_sit(name, state))
+    return network.eval()
+
+
+# Names of a DiT in diffusers, and of the same layer in the authors' code; all blocks share the embeddings there.
+_SIT_NAMES = {
+    r"pos_embed\.proj": "x_embedder.proj",
+    r"transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.linear_1": "t_embedder.mlp.0",
+    r"transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.linear_2": "t_embedder.mlp.2",
+    r"transformer_blocks\.\d+\.norm1\.emb\.class_embedder\.embedding_table": "y_embedder.embedding_table",
+    r"transformer_blocks\.(\d+)\.norm1\.linear": r"blocks.\1.adaLN_modulation.1",
+    r"transformer_blocks\.(\d+)\.attn1\.to_out\.0": r"blocks.\1.attn.proj",
+    r"transformer_blocks\.(\d+)\.attn1\.to_[qkv]": r"blocks.\1.attn.qkv",
+    r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
+    r"transformer_blocks\.(\d+)\.ff\.net\.2": r"blocks.\1.mlp.fc2",
+    r"proj_out_1": "final_layer.adaLN_modulation.1",
+    r"proj_out_2": "final_layer.linear",
+}
+
+
+def _of_sit(name: str, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    layer, _, kind = name.rpartition(".")
+    pattern = next(pattern for pattern in _SIT_NAMES if re.fullmatch(pattern, layer))
+    own = re.sub(f"^{pattern}$", _SIT_NAMES[pattern], layer)
+    found = state[f"{own}.{kind}"]
+    return found.chunk(3)["qkv".index(layer[-1])] if own.endswith("qkv") else found
+
+
+def _basis_of_time() -> tuple[torch.Tensor, torch.Tensor]:
+    """M and m with SiT's features of 1 - σ = M · diffusers' of 1000 σ + m for σ in [0, 1], by least squares."""
+    sigma = torch.linspace(0, 1, 4001, dtype=torch.float64)
+
+    def features(time: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        angles = time[:, None] * torch.exp(-math.log(10000) * frequencies)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    steps = torch.arange(128, dtype=torch.float64)
+    told = torch.cat([features(1000 * sigma, steps / 127), torch.ones(len(sigma), 1, dtype=torch.float64)], dim=1)
+    wanted = features(1 - sigma, steps / 128)
+    found = torch.linalg.lstsq(told, wanted, rcond=1e-8, driver="gelsd").solution
+    return found[:-1].T, found[-1]

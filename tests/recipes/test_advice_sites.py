@@ -55,6 +55,7 @@ ELSEWHERE = {
         "test_generators.py::test_a_flow_learns_the_difference_of_noise_and_image_at_levels_from_one_to_all"
     ),
     "whose steps are those of another class": "test_flow.py::test_schedulers_that_do_not_fit",
+    "are not the weights of a SiT": "test_sit.py::test_weights_of_something_else",
     "noise levels end at": "test_flow.py::test_schedulers_that_do_not_fit",
     "give the output folder of a finished study": "test_efficiency.py::test_all_figures_from_one_command",
 }
