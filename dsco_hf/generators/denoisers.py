@@ -195,8 +195,15 @@ def with_schedule_of(config: GeneratorTrainingConfig, scheduler: Scheduler) -> G
     """`config` with the noise schedule and the kind of prediction that a trained generator was trained with.
 
     Raises:
-        ValueError: if the scheduler has betas of its own, or predicts something else than noise or velocity.
+        ValueError: if the scheduler has betas of its own, or predicts something else than noise or velocity, or than
+            `config` asks for.
     """
+    own = prediction_type(scheduler)
+    if config.prediction_type not in (own, GeneratorTrainingConfig.prediction_type):
+        raise ValueError(
+            f"`prediction_type={config.prediction_type!r}` is not what the generator predicts, {own!r}, and its "
+            "training goes on with that: leave it out."
+        )
     if is_flow(scheduler):
         return dataclasses.replace(
             config, prediction_type="flow", num_train_timesteps=scheduler.config.num_train_timesteps

@@ -117,6 +117,16 @@ def test_the_schedule_is_that_of_the_trained_generator():
     assert config.learning_rate == TUNING.learning_rate
     flow = with_schedule_of(TUNING, FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
     assert (flow.prediction_type, flow.num_train_timesteps) == ("flow", 500)
+    asked = dataclasses.replace(TUNING, prediction_type="flow")
+    with pytest.raises(
+        ValueError, match="`prediction_type='flow'` is not .* predicts, 'v_prediction', .*: leave it out"
+    ):
+        with_schedule_of(asked, scheduler)
+    with pytest.raises(ValueError, match="predicts, 'flow'"):
+        with_schedule_of(
+            dataclasses.replace(TUNING, prediction_type="v_prediction"), FlowMatchEulerDiscreteScheduler()
+        )
+    assert with_schedule_of(asked, FlowMatchEulerDiscreteScheduler()).prediction_type == "flow"
     with pytest.raises(ValueError, match="'sample'"):
         with_schedule_of(TUNING, DDIMScheduler(prediction_type="sample"))
     with pytest.raises(ValueError, match="trained_betas"):

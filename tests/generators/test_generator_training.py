@@ -93,8 +93,10 @@ def test_same_seed_same_weights_whatever_the_global_random_state():
 
 
 @pytest.mark.parametrize("checkpoint_every", [4, 5, 12])
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, monkeypatch, checkpoint_every):
-    undisturbed = train(log_every=2)
+@pytest.mark.parametrize("predicted", ["epsilon", "flow"])
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, monkeypatch, checkpoint_every, predicted):
+    config = dataclasses.replace(TINY, prediction_type=predicted)
+    undisturbed = train(config, log_every=2)
     calls, draw = [], generator_training.draw_batch
 
     def dies_at_step_nine(data, step, *rest, **options):
@@ -106,13 +108,13 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, mon
     monkeypatch.setattr(generator_training, "draw_batch", dies_at_step_nine)
     options = {"checkpoint_dir": tmp_path, "checkpoint_every": checkpoint_every, "log_every": 2}
     with pytest.raises(KeyboardInterrupt):
-        train(**options)
+        train(config, **options)
     torch.manual_seed(77)
-    resumed = train(resume=True, **options)
+    resumed = train(config, resume=True, **options)
     assert calls[10] == {4: 8, 5: 5, 12: 0}[checkpoint_every]
     assert torch.equal(weights(undisturbed), weights(resumed))
     assert [entry["step"] for entry in resumed.losses][-1] == 12
-    again = train(resume=True, **options)  # nothing left to do
+    again = train(config, resume=True, **options)  # nothing left to do
     assert again.step == 12 and torch.equal(weights(again), weights(resumed))
 
 
