@@ -4,9 +4,9 @@
     python recipes/figures.py recipes/results/cifar10_16px --cost denoiser_calls
 
 Writes to figures/ in that folder: features (targets and small sets in the RKHS, figure 1 of the paper, arXiv
-2603.27987), accuracy (its figure 3), cost (its figure 4, and accuracy against cost), samples (its figure 5),
-efficiency (what an image is worth, and what is left of the difference) and efficiency.json. features and samples are
-drawn from features.safetensors and samples.safetensors, which a study writes beside results.json.
+2603.27987), accuracy (its figure 3), cost (its figure 4, and accuracy against cost with its Pareto front), samples
+(its figure 5), efficiency (what an image is worth, and what is left of the difference) and efficiency.json. features
+and samples are drawn from features.safetensors and samples.safetensors, which a study writes beside results.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Figures:
 
     Attributes:
         study: folder with a results.json.
-        cost: number of a row that is drawn as its cost, such as "seconds" or "denoiser_calls".
+        cost: number of a row that is drawn as its cost: "seconds", "denoiser_calls", "flops", or
+            "flops_dit_xl_2", those of the same drawing with DiT-XL/2 at 256 px.
         output_dir: by default figures/ in the study's folder.
     """
 

@@ -96,7 +96,7 @@ class Rehearsal:
 
     def _count(self, *key: *tuple[int, int, str]) -> Counter[str]:
         """One call; of its iterations, which all are alike, two are done."""
-        method = self.sampling.method
+        method = self.sampling.method.rehearsed()
         iterations = getattr(method, "iterations", 1)
         few: list[dict[str, Any]] = [{"iterations": 1}, {"iterations": 2}] if iterations > 1 else [{}]
         one, *two = (self._counts_of(dataclasses.replace(method, **changes), *key) for changes in few)
@@ -270,6 +270,32 @@ def predict(
             count: max(sum(by_group[group] for group in share) for share in shares[count]) for count in num_processes
         },
     )
+
+
+def synthesis_flops(
+    pipe: DsCoPipeline,
+    sampling: Sampling,
+    num_classes: int,
+    images_per_class: int,
+    *,
+    costs: Mapping[str, PassCost],
+    features: Features = None,
+    **sizes: int,
+) -> float:
+    """FLOPs of drawing a set, of matrix multiplications and convolutions; a multiply-add is 2.
+
+    Args:
+        pipe (`DsCoPipeline`): as of [`Rehearsal`]; it may be one of shapes only, on "meta".
+        sampling ([`Sampling`]): how images are drawn.
+        num_classes (`int`): classes that are drawn.
+        images_per_class (`int`): the budget.
+        features (*optional*): as of [`Rehearsal`].
+        costs (`dict[str, PassCost]`): from [`pass_costs`].
+        sizes (`int`): `block_size` and `images_per_call`.
+    """
+    units = Rehearsal(pipe, sampling, features).run(num_classes, images_per_class, **sizes)
+    rates = {kind: cost.flops for kind, cost in costs.items()}
+    return sum(weighted(passes, rates) for _, passes in units)
 
 
 def weighted(passes: Mapping[str, int], rates: Mapping[str, float]) -> float:

@@ -115,6 +115,10 @@ class SamplingMethod(Choice):
         """
         return None
 
+    def rehearsed(self) -> SamplingMethod:
+        """A method of the same passes through networks, by which they are counted: without work of other kinds."""
+        return self
+
     def make_targets(
         self,
         pipe: DiffusionPipeline,

@@ -7,6 +7,7 @@ now, and made anew or refused where it differs; see `dsco_hf.utils.origins`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +18,18 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
 
 from ..concentration.set_records import read_set, write_set
+from ..costs.passes import synthesis_flops, weighted
+from ..costs.probe import imagenet_pipeline
+from ..costs.tracing import PassCost, pass_costs
 from ..evaluators import Execution, ImageSet, Protocol, train_evaluator
 from ..evaluators.evaluation import save_network
 from ..generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from ..generators.failures import NonFiniteError
 from ..generators.training import train_generator
+from ..matching.feature_spec import Features
 from ..matching.kept import pipeline_identity
 from ..matching.targets import MatchingTargets
+from ..sampling.call import Sampling
 from ..sampling.models import load_classifier
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
@@ -111,6 +117,47 @@ def passes_of(targets: Any, pipe: DiffusionPipeline) -> dict[str, int]:
         "decoder": samples * (pipe.vae is not None),
         "classifier": samples * networks,
     }
+
+
+def flops_of(
+    pipe: DsCoPipeline,
+    options: Mapping[str, Any],
+    num_classes: int,
+    images_per_class: int,
+    *,
+    features: Features = None,
+    data_pass: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """FLOPs of drawing a set, and of making its targets; beside them those of a generator of the field's usual size.
+
+    Args:
+        pipe (`DsCoPipeline`): that draws.
+        options (mapping): of [`~dsco_hf.concentration.concentrate`]: `method`, steps, guidance and sizes of blocks.
+        num_classes (`int`): of the set.
+        images_per_class (`int`): of the set.
+        features (*optional*): what the targets match.
+        data_pass (mapping, *optional*): of [`passes_of`].
+
+    Returns:
+        `dict`: `flops` and `data_pass_flops` at this shape, and `flops_dit_xl_2`: drawn likewise with
+            DiT-XL/2 at 256 px, see [`~dsco_hf.costs.probe.imagenet_pipeline`].
+    """
+    sizes = {name: options[name] for name in ("block_size", "images_per_call")}
+    sampling = Sampling.of(**{name: value for name, value in options.items() if name not in sizes})
+    drawn = (num_classes, images_per_class)
+    costs = pass_costs(pipe, features=features, extractor=True)
+    large, large_costs = _dit_xl_2()
+    return {
+        "flops": synthesis_flops(pipe, sampling, *drawn, costs=costs, features=features, **sizes),
+        "data_pass_flops": weighted(data_pass or {}, {kind: cost.flops for kind, cost in costs.items()}),
+        "flops_dit_xl_2": synthesis_flops(large, sampling, *drawn, costs=large_costs, **sizes),
+    }
+
+
+@functools.cache
+def _dit_xl_2() -> tuple[DsCoPipeline, dict[str, PassCost]]:
+    pipe = imagenet_pipeline()
+    return pipe, pass_costs(pipe, extractor=True)
 
 
 def kept_check(

@@ -39,7 +39,7 @@ from ..utils.configs import make_accelerator
 from ..utils.files import write_json
 from ..utils.progress import Bar, Clock
 from ..utils.values import check_whole
-from .kept import passes_of
+from .kept import flops_of, passes_of
 from .plans import PER_BUDGET, PlannedSets, StudyPlan, set_name
 
 
@@ -227,7 +227,7 @@ class Study:
                 row["images"] = len(self.images(names[0], self.seeds[0]).labels)
                 row |= summarise([job for name in names for job in done[name, network]])
                 row |= {"synthesis_seeds": len(names), "training_seeds": len(self.seeds)}
-                rows.append(row | ({} if made is None else self._drawn(made, names)))
+                rows.append(row | ({} if made is None else self._drawn(made, method, budget, names)))
         full = {}
         if FULL in self.sets:
             network, images = self.architectures[0], len(self.images(FULL, self.seeds[0]).labels)
@@ -237,15 +237,24 @@ class Study:
                 "test_images": len(self.test.labels), "test_fingerprint": self.test.fingerprint,
                 "environment": run_environment(self.accelerator), **told}  # fmt: skip
 
-    def _drawn(self, made: PlannedSets, names: Sequence[str]) -> dict[str, Any]:
+    def _drawn(self, made: PlannedSets, method: str, budget: int, names: Sequence[str]) -> dict[str, Any]:
         """What sets of a row cost, and their discrepancy."""
-        spent = [made.kept.told(name) for name in names]
+        spent, plan = [made.kept.told(name) for name in names], made.plan
+        read = passes_of(made.drawn_for(names[0]), made.pipe)
+        flops = {}
+        if names[0] in plan.set_names():
+            flops = flops_of(
+                made.pipe, plan.drawing(method, budget)[1], len(self.test.names), budget, features=plan.features,
+                data_pass=read,
+            )  # fmt: skip
         return {
             "discrepancy": statistics.fmean(self.discrepancies[name] for name in names),
             "random_discrepancy": random_beside(self.discrepancies).get(names[0]),
             "seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in spent),
+            "peak_memory_bytes": max(cost.get("peak_memory_bytes", 0) for cost in spent),
             **{f"{kind}_calls": spent[0].get(f"{kind}_calls", 0) for kind in ("denoiser", "decoder", "classifier")},
-            "data_pass": passes_of(made.drawn_for(names[0]), made.pipe),
+            **flops,
+            "data_pass": read,
         }
 
 

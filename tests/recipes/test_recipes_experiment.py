@@ -24,7 +24,7 @@ from recipes import experiment
 
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("seconds", "training_seconds", "images_per_second")
+VARY = ("seconds", "training_seconds", "images_per_second", "peak_memory_bytes")  # from run to run
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +216,7 @@ def test_two_processes_make_the_table_of_one(work):
         done = run(command, cwd=work, env=launch_environment())
         assert done.returncode == 0, done.stderr[-4000:]
         rows = json.loads((work / str(processes) / "results.json").read_text())["rows"]
-        tables.append([{key: value for key, value in row.items() if key not in TIMES} for row in rows])
+        tables.append([{key: value for key, value in row.items() if key not in VARY} for row in rows])
     assert len(tables[0]) == 2 * 6
     for one, two in zip(*tables, strict=True):
         assert one.pop("discrepancy") == pytest.approx(two.pop("discrepancy"), rel=1e-4)
@@ -365,6 +365,9 @@ def test_all_peers_are_rows_of_one_table(work):
     assert {name for name, _ in rows} == {"random", "herding", "plain", "nopt-data-free", *peers}
     plain = rows["plain", 2]["denoiser_calls"]
     assert rows["best-of-n", 2]["denoiser_calls"] == 4 * plain and rows["best-of-n", 2]["classifier_calls"] == 24
+    for name in ("flops", "flops_dit_xl_2"):
+        assert rows["best-of-n", 2][name] > 3.9 * rows["plain", 2][name] > 2 * 3.9 * rows["d4m", 1][name] > 0
+    assert rows["plain", 2]["data_pass_flops"] == 0 and "flops" not in rows["random", 1]
     assert rows["s3", 1]["data_pass"] == {"images": 31, "classifier": 31}
     assert rows["mgd3", 2]["denoiser_calls"] == plain > rows["d4m", 2]["denoiser_calls"]
     read = {name: rows[name, 1]["data_pass"]["images"] for name in ("plain", "best-of-n", "uag", "mgd3", "ddoq")}

@@ -148,6 +148,8 @@ def test_planned_sets_are_drawn_once_and_rows_have_random_real_images_beside_the
     study.train()
     rows = {(row["method"], row["images_per_class"]): row for row in study.results(made)["rows"]}
     assert rows["nopt", 1]["denoiser_calls"] > rows["plain", 1]["denoiser_calls"] == 3 * 5
+    assert rows["nopt", 1]["flops"] > rows["plain", 1]["flops"] > 0 < rows["nopt", 1]["peak_memory_bytes"]
+    assert rows["nopt", 1]["data_pass_flops"] > 0 and "flops" not in rows["nopt+doping", 2]
     assert rows["random", 1]["seconds"] == 0.0 < rows["nopt", 1]["seconds"]
     random = study.discrepancies["random-ipc1-seed0"], study.discrepancies["random-ipc1-seed1"]
     assert rows["nopt", 1]["random_discrepancy"] == rows["random", 1]["discrepancy"] == sum(random) / 2

@@ -66,6 +66,10 @@ class D3HR(SamplingMethod):
         zeros = torch.zeros(pipe.num_classes, *pipe.latent_shape)
         return stand_in(pipe, "inverted", {"means": zeros, "deviations": torch.ones_like(zeros)})
 
+    def rehearsed(self) -> SamplingMethod:
+        """Of one group: groups pass through no network."""
+        return dataclasses.replace(self, groups=1)
+
     def make_targets(
         self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any
     ) -> ClassStatistics:

@@ -84,6 +84,11 @@ def draw_cost(results: Mapping[str, Any], *, cost: str = "seconds") -> Figure:
             right.annotate(
                 f"{budget:g}", (x, 100 * y), xytext=(-5, 5), ha="right", textcoords="offset points", fontsize=7.5
             )
+    front = pareto_front([(row[cost], row["accuracy_mean"]) for row in rows])
+    places = [(x, 100 * y) for x, y in front]
+    right.plot(*zip(*places, strict=True), color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
+    right.plot(*zip(*places, strict=True), linestyle="", marker="o", markersize=14, markerfacecolor="none",
+               markeredgecolor=INK, markeredgewidth=0.9, zorder=5)  # fmt: skip
     named = cost.replace("_", " ")
     left.set_yscale("log")
     left.set_ylabel(f"synthesis: {named}")
@@ -91,9 +96,18 @@ def draw_cost(results: Mapping[str, Any], *, cost: str = "seconds") -> Figure:
     right.set_xscale("log")
     right.set_xlabel(f"synthesis: {named} (beside the points: images per class)")
     right.set_ylabel("test accuracy (%)")
-    right.set_title("and what they bring", loc="left", fontsize=10.5)
+    right.set_title("and what they bring (ringed: nothing cheaper is better)", loc="left", fontsize=10.5)
     _finish(figure, results, rows, budget_axes=[left])
     return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points `(cost, accuracy)` than which none costs as little and is as accurate, from the cheapest on."""
+    front: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((cost, accuracy))
+    return front
 
 
 def _limits(rates: list[float]) -> tuple[float, float]:

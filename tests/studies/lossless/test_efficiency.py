@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsco_hf.studies.figures.efficiency import draw_cost, draw_efficiency
+from dsco_hf.studies.figures.efficiency import draw_cost, draw_efficiency, pareto_front
 from dsco_hf.studies.lossless.efficiency import crossing, doping_moment, efficiency, floor, needed_images
 from recipes import figures
 
@@ -126,3 +126,8 @@ def test_all_figures_from_one_command(tmp_path, capsys):
                for name in ("features", "samples"))  # fmt: skip
     with pytest.raises(FileNotFoundError, match="results.json"):
         figures.main(["--study", str(tmp_path / "nothing")])
+
+
+def test_the_front_is_of_what_nothing_cheaper_reaches():
+    assert pareto_front([(2, 0.5), (1, 0.4), (3, 0.5), (2, 0.6), (4, 0.7)]) == [(1, 0.4), (2, 0.6), (4, 0.7)]
+    assert pareto_front([(1, 0.3)]) == [(1, 0.3)] and pareto_front([]) == []
