@@ -161,6 +161,7 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
     stored = None if recipe.targets is None or Path(recipe.targets).is_dir() else recipe.targets
     check = None
     if recipe.check_images and accelerator.is_main_process:
+        print("Asking the classifier about plain samples.", flush=True)
         check = kept_check(
             output / "generator_check.json", pipe, real, **recipe.columns,
             class_labels=targets.class_labels if targets is not None else recipe.classes(pipe) or None,

@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not run.study.train_planned(run.made, num_channels=run.pipe.num_channels):
         run.clock.say("stopped by `max_minutes`; run the same command again to go on")
     elif accelerator.is_main_process:
+        run.clock.say("writing results, figures and the dataset")
         table = run.write()
         print(f"\n{table}")
         run.clock.say(f"done: {output}")

@@ -24,7 +24,7 @@ from typing import Any
 from datasets import Dataset
 
 from dsco_hf.concentration.records import config_record
-from dsco_hf.data.datasets import Pool, class_names, load_image_dataset
+from dsco_hf.data.datasets import Pool, class_names, find_columns, load_image_dataset
 from dsco_hf.hub.folder import CONCENTRATION, RESULTS, WRITE_AGAIN
 from dsco_hf.hub.remake import fetch, load_recorded
 from dsco_hf.studies.figures.page import look
@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> Path:
         given[0] = f"--dataset={given[0]}"
     recipe = parse_config(LookRecipe, given, description=__doc__)
     rows = load_image_dataset(recipe.dataset, recipe.dataset_name, split=recipe.split, revision=recipe.revision)
-    introduce(None, recipe.dataset, images=len(rows), classes=len(class_names(rows)))
+    size = rows[0][find_columns(rows)[0]].width if len(rows) else None
+    introduce(None, recipe.dataset, images=len(rows), classes=len(class_names(rows)), size=size)
     told = recorded(recipe, rows)
     if recipe.results is not None:
         told["results"] = read_json(Path(recipe.results), WRITE_AGAIN)

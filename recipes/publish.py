@@ -128,7 +128,8 @@ def publish_set(folder: Path, recipe: PublishRecipe, push: PushOptions, scratch:
     stored = read_folder(folder) if recipe.soft_labels is None else with_soft_labels(folder, recipe)
     configs, default = stored.pop("configs"), stored.pop("default_config")
     rows = [rows for splits in configs.values() for rows in splits.values()]
-    introduce(None, recipe.folder, images=sum(map(len, rows)), classes=len(class_names(rows[0])))
+    told = {"classes": len(class_names(rows[0])), "size": rows[0][0]["image"].width}
+    introduce(None, recipe.folder, images=sum(map(len, rows)), **told)
     default = recipe.default_config or default
     if recipe.preview:
         record, rows = config_record(stored["concentration"], default), next(iter(configs[default].values()))

@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     made = PlannedSets(run.recipe, pipe, run.real, run.work, clock=run.clock, students=students)
     run.study.train_planned(made, num_channels=1)
     if accelerator.is_main_process:
+        run.clock.say("writing results, figures and the dataset")
         table = run.write(made)
         print(f"\n{table}")
         run.clock.say(f"done: {run.output}")

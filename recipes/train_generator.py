@@ -175,6 +175,7 @@ class GeneratorRun:
 
     def save(self, result: GeneratorTrainingResult, **told: Any) -> None:
         """Writes the pipeline folder, `samples.png` and `results.json`: what was trained, on what, with what loss."""
+        print("Drawing samples.", flush=True)
         self.pipeline(result.denoiser, self.output / "samples.png").save_pretrained(self.output)
         results = {
             "config": dataclasses.asdict(self.recipe) | dataclasses.asdict(self.config), **told,

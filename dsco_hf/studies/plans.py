@@ -331,6 +331,7 @@ class PlannedSets:
         """
         self.targets = {name: self._targets(name, make) for name, make in self._makers().items()}
         if self.plan.check_images and self.accelerator.is_main_process:
+            self.clock.say("asking the classifier about plain samples")
             self.check = kept_check(
                 self.folder / "generator_check.json", self.pipe, self.real, **self.columns,
                 class_labels=self.targets["real"].class_labels, images_per_class=self.plan.check_images,

@@ -63,6 +63,11 @@ class Bar(tqdm):
         self.fp.flush()
 
 
+def _name(device: torch.device) -> str:
+    """A device as people call it: processors have no number."""
+    return device.type if device.type == "cpu" else str(device)
+
+
 @contextmanager
 def weights_in_silence() -> Iterator[None]:
     """Without the bars of transformers over the tensors of a file, "Loading weights" and "Writing model shards"."""
@@ -85,7 +90,7 @@ def introduce(
     told = [f"{data}: {counted}", *([f"{size} px"] if size is not None else [])]
     if accelerator is not None:
         together = f" ({accelerator.num_processes} processes)" if accelerator.num_processes > 1 else ""
-        told.append(f"on {accelerator.device}{together}")
+        told.append(f"on {_name(accelerator.device)}{together}")
     tqdm.write(f"{', '.join(told)}.")
     sys.stdout.flush()
 
@@ -119,7 +124,7 @@ class Pace:
         precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
         together = f", {processes} processes" if processes > 1 else ""
         self._say(
-            f"Training {parameters:,} parameters on {self.device} ({precision}{together}), "
+            f"Training {parameters:,} parameters on {_name(self.device)} ({precision}{together}), "
             f"{total - done:,} of {total:,} steps to go."
         )
 

@@ -72,13 +72,13 @@ def test_a_bar_that_is_not_shown_says_nothing(clock):
 def test_a_run_begins_with_one_line(capsys):
     introduce(Accelerator(cpu=True), "photos", images=1437, classes=1000, size=64)
     introduce(None, "set", classes=2)
-    several = SimpleNamespace(is_main_process=True, num_processes=4, device=torch.device("cuda"))
+    several = SimpleNamespace(is_main_process=True, num_processes=4, device=torch.device("cpu", 0))
     introduce(several, "photos", images=1, classes=1)
     introduce(SimpleNamespace(is_main_process=False), "photos", classes=2)
     assert capsys.readouterr().out.splitlines() == [
         "photos: 1,437 images of 1,000 classes, 64 px, on cpu.",
         "set: 2 classes.",
-        "photos: 1 images of 1 classes, on cuda (4 processes).",
+        "photos: 1 images of 1 classes, on cpu (4 processes).",
     ]
 
 
