@@ -61,7 +61,10 @@ def level_at(scheduler: Scheduler, timesteps: torch.Tensor | float) -> Level:
         found = flow_level(torch.as_tensor(timesteps) / scheduler.config.num_train_timesteps)
     else:
         kept = scheduler.alphas_cumprod
-        alphas = kept[timesteps.to(kept.device) if isinstance(timesteps, torch.Tensor) else int(timesteps)]
+        if isinstance(timesteps, torch.Tensor):  # on whose device the levels then are: nothing waits for it
+            alphas = kept.to(timesteps.device)[timesteps]
+        else:
+            alphas = kept[int(timesteps)]
         found = Level(alphas, 1 - alphas)
     if found.signal.ndim == 0:
         return found
