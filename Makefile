@@ -50,9 +50,9 @@ demo-small: $(STAMP)  ## the same at a small setting, under 2 minutes
 # Tests of pages need one; elsewhere `.venv/bin/playwright install chromium` brings it, and without any they are skipped
 browser:
 	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit; done; \
-		if [ "`id -u`" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null; \
-		fi || echo "no browser could be installed: tests of pages will be skipped" >&2
+		[ "`id -u`" = 0 ] && grep -qs '^ID=debian' /etc/os-release && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium-headless-shell \
+		>/dev/null || echo "no browser could be installed: tests of pages may be skipped" >&2
 
 test: $(STAMP) browser  ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS) $(SPREAD) $(ARGS)

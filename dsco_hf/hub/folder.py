@@ -277,10 +277,17 @@ def save_study_folder(
     beside, check = random_beside(study.discrepancies), made.check
     record: dict[str, Any] = {"source": {key: value for key, value in source.items() if value is not None}}
     record |= {"generator_check": check.record()} if check is not None else {}
+    each = study.discrepancies_by_class
     record["configs"] = {
-        config: {"discrepancy": {"set": study.discrepancies[name], "as many random real images": beside[name]}}
+        config: {"discrepancy": {
+            "set": study.discrepancies[name], "as many random real images": beside[name], "by class": each[name],
+            "random by class": {
+                label: random_beside({of: values[label] for of, values in each.items() if label in values})[name]
+                for label in each[name]
+            },
+        }}
         for config, name in chosen.items()
-    }
+    }  # fmt: skip
     targets = {config: own for config, name in chosen.items() if (own := made.targets_of(name)) is not None}
     rows = {config: made.kept.rows(name) for config, name in chosen.items()}
     return save_dataset_folder(

@@ -100,6 +100,7 @@ class Study:
     ) -> None:
         self.sets, self.test, self.folder = dict(sets), test, Path(folder)
         self.discrepancies: dict[str, float] = {}
+        self.discrepancies_by_class: dict[str, dict[str, float]] = {}
         self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
         self.architectures = list(architectures)
         self.seeds = list(range(check_whole("seeds", seeds, 1)) if isinstance(seeds, int) else seeds)
@@ -219,7 +220,9 @@ class Study:
         for key, (name, network, _) in self.jobs().items():
             done.setdefault((name, network), []).append(read_job(self.folder / "jobs" / f"{key}.json"))
         if made is not None:
-            self.discrepancies = study_discrepancies(self.fixed, made.pipe, made.targets["real"])
+            found = study_discrepancies(self.fixed, made.pipe, made.targets["real"])
+            self.discrepancies = {name: statistics.fmean(values.values()) for name, values in found.items()}
+            self.discrepancies_by_class = found
         rows = []
         for network in self.architectures:
             for method, budget, names in self._groups():
@@ -404,12 +407,9 @@ def first_sets(plan: StudyPlan, methods: Sequence[str]) -> StudyPlan:
 
 def study_discrepancies(
     sets: Mapping[str, ImageSet], pipe: DsCoPipeline, targets: MatchingTargets
-) -> dict[str, float]:
-    """MMD² of every set from the real classes, mean over classes; that of random real images among them."""
-    return {
-        name: statistics.fmean(measure_discrepancy(images.pixels, images.labels, pipe, targets).values())
-        for name, images in sets.items()
-    }
+) -> dict[str, dict[str, float]]:
+    """MMD² of every set from the real classes, by class; that of random real images among them."""
+    return {name: measure_discrepancy(images.pixels, images.labels, pipe, targets) for name, images in sets.items()}
 
 
 def random_beside(discrepancies: Mapping[str, float]) -> dict[str, float]:

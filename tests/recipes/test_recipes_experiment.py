@@ -264,6 +264,10 @@ def test_a_folder_of_photographs_needs_no_other_option(make, tmp_path, monkeypat
     for (_, budget), row in by_row.items():
         assert row["random_discrepancy"] == by_row["random", budget]["discrepancy"]
     assert configs["ipc1"]["discrepancy"]["as many random real images"] == by_row["random", 1]["discrepancy"]
+    by_class = configs["ipc1"]["discrepancy"]["by class"], configs["ipc1"]["discrepancy"]["random by class"]
+    for values, mean in zip(by_class, ("set", "as many random real images"), strict=True):
+        assert set(values) == set(NAMES)
+        assert sum(values.values()) / 3 == pytest.approx(configs["ipc1"]["discrepancy"][mean])
     AcceleratorState._reset_state(), PartialState._reset_state()
     again = ["--from", "outputs/experiment/dataset", "--from_config", "doped2", "--output_dir", "again"]
     concentrate_recipe.main(again)

@@ -88,6 +88,7 @@ def test_it_tells_what_the_record_says(tmp_path):
         assert part in text
     assert "96.80 ± 0.31" in text and "all real data" in text
     assert "discrepancy 0.2500 (random real 0.1250)" in text and "discrepancy 0.5000</p>" in text
+    assert re.findall(r"<tr><td>(cat|dog)<", text) == ["dog", "cat"]  # the worst first
     assert "4 images of 2 classes: 1 real, 3 synthetic." in text and "row 3 of the real data" in text
 
 

@@ -178,7 +178,7 @@ def draw_page(
     filters |= {"source": [(name, name) for name, _ in sources]}
     filters |= {"block": [(block, block) for block, _ in _counts(tiles, "block") if block >= 0]}
     told = {name: (measured.get(name), random.get(name)) for name in names}
-    named = [
+    named: list[dict[str, Any]] = [
         {"label": label, "name": name, "tiles": found, "discrepancy": told.get(name, (None, None))}
         for label, found in classes.items()
         for name in [names[label] if label >= 0 else "without a label"]
@@ -186,6 +186,9 @@ def draw_page(
     return _environment().get_template("page.html.jinja").render(
         title=title or "A concentrated set", classes=named, total=len(tiles), sources=sources, filters=filters,
         facts=_facts(record), costs=cost_rows(record.get("cost")), accuracies=accuracy_table(results),
+        measured=sorted(
+            (one for one in named if one["discrepancy"][0] is not None), key=lambda one: -one["discrepancy"][0]
+        ),
         largest=max([*measured.values(), *random.values()], default=0), seen_by=near and near.seen_by,
         side=side, small=side < SMALL, sheets=[*own.done(), *real.done()],
     )  # fmt: skip
