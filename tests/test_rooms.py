@@ -13,7 +13,7 @@ ORDER = {
     "utils": ["markdown", "names", "processes", "safety", "values", "files", "configs", "origins", "progress"],
     "data": ["images", "labels", "schema", "shards", "pixels", "splits", "image_folders", "opening", "datasets"],
     "generators": [
-        *["base", "dit", "unet", "steps", "denoisers", "failures"],
+        *["base", "steps", "families", "denoisers", "failures"],
         *["latents", "data", "training"],
     ],
     "evaluators": [
@@ -38,6 +38,7 @@ ORDER = {
 }
 # A folder of a room counts as one file there, and has its own order.
 FOLDERS = {
+    "generators.families": ["dit", "unet"],
     "matching.objectives": ["base", "mean_matching", "regression", "evidence"],
     "sampling.methods": ["noise", "nopt", "released"],
     "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd", "d3hr"],

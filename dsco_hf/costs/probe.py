@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..data.images import to_signed
-from ..generators.dit import dit_xl_2
+from ..generators.families.dit import dit_xl_2
 from ..matching.feature_spec import FeatureSource
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, Targets

@@ -17,9 +17,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from ..data.schema import nearest
 from ..utils.values import check_choice
 from .base import FAMILIES, Denoiser, denoiser_of, family_of
-from .dit import DiT, DiTOptions
+from .families.dit import DiT, DiTOptions
+from .families.unet import UNet, UNetOptions
 from .steps import Scheduler, is_flow, level_at, noised, prediction_type, training_target
-from .unet import UNet, UNetOptions
 
 
 BUILT_IN = (DiT, UNet)

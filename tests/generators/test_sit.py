@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from dsco_hf import DsCoPipeline
-from dsco_hf.generators.dit import dit_of_sit
+from dsco_hf.generators.families.dit import dit_of_sit
 
 
 class Block(nn.Module):

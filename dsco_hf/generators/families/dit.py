@@ -12,8 +12,8 @@ from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
-from ..utils.values import check_choice
-from .base import ArchitectureOptions, Denoiser, check_side, register_denoiser
+from ...utils.values import check_choice
+from ..base import ArchitectureOptions, Denoiser, check_side, register_denoiser
 
 
 _ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from .base import ArchitectureOptions, Denoiser, check_side, register_denoiser
+from ..base import ArchitectureOptions, Denoiser, check_side, register_denoiser
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The families of denoisers that the package brings, one file each."""
