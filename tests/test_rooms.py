@@ -13,7 +13,7 @@ ORDER = {
     "utils": ["markdown", "names", "processes", "safety", "values", "files", "configs", "origins", "progress"],
     "data": ["images", "labels", "schema", "shards", "pixels", "splits", "image_folders", "opening", "datasets"],
     "generators": [
-        *["base", "steps", "families", "denoisers", "failures"],
+        *["base", "steps", "prompts", "families", "denoisers", "failures"],
         *["latents", "data", "training"],
     ],
     "evaluators": [
@@ -24,7 +24,7 @@ ORDER = {
         *["files", "kernels", "features", "feature_spec"],
         *["population", "targets", "kept", "objectives", "discrepancy"],
     ],
-    "sampling": ["models", "loading", "call", "methods", "peers", "flat", "checks", "pipeline"],
+    "sampling": ["models", "loading", "hosts", "call", "methods", "peers", "flat", "checks", "pipeline"],
     "concentration": [
         *["methods", "selection", "config_records", "set_records", "concentrate"],
         *["additions", "records", "run_folder", "runs"],
@@ -38,7 +38,7 @@ ORDER = {
 }
 # A folder of a room counts as one file there, and has its own order.
 FOLDERS = {
-    "generators.families": ["dit", "unet"],
+    "generators.families": ["dit", "unet", "stable_diffusion"],
     "matching.objectives": ["base", "mean_matching", "regression", "evidence"],
     "sampling.methods": ["noise", "nopt", "released"],
     "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd", "d3hr"],

@@ -113,6 +113,7 @@ PARTS = {
     "classifier": "classifier",
     "classifier_2": "second classifier",
     "preview_vae": "preview decoder",
+    "prompts": "prompts",
     "targets": "targets",
     "environment": "computed on",
     "doping": "doping",
@@ -122,6 +123,7 @@ PARTS = {
     "learned_labels": "learned labels",
 }
 _UNTOLD = ("license", "names", "by class", "random by class")  # what cards tell elsewhere, or not at all
+MOST = 100  # classes whose prompts a card tells
 NOT_RECORDED = "How its images were made is not recorded."
 
 
@@ -196,11 +198,19 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(entry, Mapping):
             main = "dataset" if key == "source" else "id"
             rows.append((title, entry.get(main)))
-            rows += [(f"{title}: {k}", _short(v)) for k, v in entry.items() if k not in (main, *_UNTOLD)]
+            rows += [(f"{title}: {k}", _short(v)) for k, v in entry.items() if k not in (main, "by_class", *_UNTOLD)]
+            rows += _texts(title, entry.get("by_class"))
     versions = record.get("versions")
     if isinstance(versions, Mapping):
         rows.append(("made with", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return [(Trusted(escape_markdown(k)), Trusted(escape_id(v))) for k, v in rows if v is not None]
+
+
+def _texts(title: str, by_class: object) -> list[tuple[str, str]]:
+    """What is said of each class, for a table; of many classes the first."""
+    told = list(by_class.items()) if isinstance(by_class, Mapping) else []
+    rows = [(f"{title}: {name}", "; ".join([text] if isinstance(text, str) else text)) for name, text in told[:MOST]]
+    return [*rows, (f"{title}: …", f"{len(told) - MOST} more, in the records")] if len(told) > MOST else rows
 
 
 def _short(value: object) -> object:

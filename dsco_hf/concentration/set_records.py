@@ -28,7 +28,7 @@ from .config_records import MARK, as_description
 
 LIBRARIES = ("dsco_hf", "torch", "diffusers", "transformers", "datasets", "accelerate", "numpy")
 # Components that are often added to a generator by hand, so that they have an origin of their own.
-PARTS = ("classifier", "classifier_2", "preview_vae")
+PARTS = ("classifier", "classifier_2", "preview_vae", "prompts")
 # Columns of labels that were added, by what a record calls them.
 LABELS = {"soft_labels": "soft_label", "learned_labels": "learned_label"}
 # What datasets of files, or made in memory, are called: no name of their source.
@@ -192,9 +192,10 @@ def _part(pipe: DiffusionPipeline, part: str, generator: Mapping[str, Any] | Non
     if model is None:
         return None
     of_pipe, told = str(getattr(pipe, "name_or_path", None) or ""), network_record(model) or {}
+    own = model.as_record() if hasattr(model, "as_record") else {}
     if of_pipe and Path(_name_of(model)) == Path(of_pipe) / part:  # a component of a local pipeline
-        return _without_none({**published_origin(of_pipe), "subfolder": part, "sha256": told["sha256"]})
-    return told
+        told = {**published_origin(of_pipe), "subfolder": part, "sha256": told["sha256"]}
+    return _without_none({**own, **told})
 
 
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:

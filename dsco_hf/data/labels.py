@@ -187,6 +187,19 @@ def _advice(names: Sequence[str], num_classes: int, owner: str) -> str:
     return advice
 
 
+def first_synonym(name: str) -> str:
+    """The first name of a class that is told as ImageNet does, "tench, Tinca tinca" or "n01440764"; others stay."""
+    wnid, rest = _split_wnid(name)
+    parts, known = _parts(rest), _imagenet_classes(name)
+    if len(known) != 1:
+        return name
+    row = label_set("imagenet-1k")[known.pop()]
+    names = {folded(one) for one in row.names}
+    if folded(name) == row.wnid:
+        return row.names[0]
+    return parts[0] if (wnid or len(parts) > 1) and all(folded(part) in names for part in parts) else name
+
+
 class ClassLookup:
     """Finds classes of a generator (or of a classifier) by name, synonym or WordNet id.
 

@@ -7,7 +7,7 @@ All that differs between a DiT, a class-conditional UNet or a network of one's o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -39,11 +39,13 @@ class Denoiser:
         former_names (`tuple`): names that published pipelines give one of `kinds`.
         any_size (`bool`): whether a trained network can be trained further at another size.
         channels_last (`bool`): whether it learns faster in that memory format, on a GPU.
+        encoders (`tuple`): further components of a pipeline that encode prompts; none for a family without prompts.
 
     Args:
         network (`ModelMixin`): of one of `kinds`.
         class_names (`Mapping[int, str]`, *optional*): names of the classes by index, as the pipeline knows them. None
             for a network in training, whose last embedding is the null class.
+        prompts (`ModelMixin`, *optional*): of a family that has `encoders`: the encoded prompts of the classes.
     """
 
     name: ClassVar[str]
@@ -54,9 +56,15 @@ class Denoiser:
     former_names: ClassVar[tuple[str, ...]] = ()
     any_size: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
+    encoders: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, network: ModelMixin, class_names: Mapping[int, str] | None = None) -> None:
-        self.network, self.class_names = network, class_names
+    def __init__(
+        self,
+        network: ModelMixin,
+        class_names: Mapping[int, str] | None = None,
+        prompts: ModelMixin | None = None,
+    ) -> None:
+        self.network, self.class_names, self.prompts = network, class_names, prompts
 
     # what it is
 
@@ -131,6 +139,14 @@ class Denoiser:
 
     # what it predicts
 
+    def conditions(self, labels: Sequence[int], seeds: Iterable[int]) -> list[int]:
+        """What `forward` is told of images of these classes that are drawn with these seeds, in place of the class."""
+        return list(labels)
+
+    def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
+        """The two answers `(B, C, h, w)` put together, as classifier-free guidance does."""
+        return unconditional + scale * (conditional - unconditional)
+
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """The network's answer `(B, C, h, w)` to noisy samples `(B, C, h, w)`, without a learned variance.
 
@@ -162,7 +178,7 @@ class Denoiser:
         predicted = self.forward(inputs.to(self.network.dtype), times, classes).to(x.dtype)
         if guided:
             conditional, unconditional = predicted.chunk(2)
-            predicted = unconditional + guidance_scale * (conditional - unconditional)
+            predicted = self.guided(conditional, unconditional, guidance_scale)
         return predicted
 
     # how it is trained
@@ -331,6 +347,8 @@ def family_of(network: nn.Module | None) -> type[Denoiser]:
     )
 
 
-def denoiser_of(network: ModelMixin, class_names: Mapping[int, str] | None = None) -> Denoiser:
+def denoiser_of(
+    network: ModelMixin, class_names: Mapping[int, str] | None = None, prompts: ModelMixin | None = None
+) -> Denoiser:
     """A network as the [`Denoiser`] of its family; arguments as of that class."""
-    return family_of(network)(network, class_names)
+    return family_of(network)(network, class_names, prompts)

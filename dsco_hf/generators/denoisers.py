@@ -18,13 +18,15 @@ from ..data.schema import nearest
 from ..utils.values import check_choice
 from .base import FAMILIES, Denoiser, denoiser_of, family_of
 from .families.dit import DiT, DiTOptions
+from .families.stable_diffusion import StableDiffusion
 from .families.unet import UNet, UNetOptions
 from .steps import Scheduler, is_flow, level_at, noised, prediction_type, training_target
 
 
-BUILT_IN = (DiT, UNet)
+BUILT_IN = (DiT, UNet, StableDiffusion)
 # Where a pipeline may keep its denoiser. Published pipelines name the first; the last is for families from outside.
 SLOTS = tuple(dict.fromkeys(family.component for family in (*BUILT_IN, Denoiser)))
+ENCODERS = tuple(dict.fromkeys(name for family in BUILT_IN for name in family.encoders))
 
 _CHOICES = {
     "prediction_type": ("epsilon", "v_prediction", "flow"),
@@ -165,7 +167,8 @@ def with_slots(init: Callable) -> Callable:
     """Shows `__init__(..., **slots)` with one keyword per slot: diffusers reads a pipeline's components off it."""
     signature = inspect.signature(init)
     own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    slots = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SLOTS]
+    names = (*SLOTS, *ENCODERS)
+    slots = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
     vars(init)["__signature__"] = signature.replace(parameters=[*own, *slots])
     return init
 

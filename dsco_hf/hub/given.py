@@ -14,8 +14,8 @@ from ..utils.values import check_choice, check_real, check_whole
 from .cards import USES, DatasetCardFields
 
 
-PARTS = ("parameters", "source", "generator", "classifier", "classifier_2", "preview_vae", "targets", "cost", "doping",
-         "versions", "environment", "synthetic", "soft_labels", "learned_labels")  # fmt: skip
+PARTS = ("parameters", "source", "generator", "classifier", "classifier_2", "preview_vae", "prompts", "targets",
+         "cost", "doping", "versions", "environment", "synthetic", "soft_labels", "learned_labels")  # fmt: skip
 COUNTS = ("images_per_class", "images", "synthesis_seeds", "training_seeds", "seeds")
 # that the mean is a fraction the card says itself
 LEAST = {"accuracy_mean": -math.inf, "accuracy_std": 0, "discrepancy": 0, "seconds": 0}

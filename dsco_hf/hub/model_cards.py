@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
-from ..generators.denoisers import SLOTS
+from ..generators.denoisers import ENCODERS, SLOTS
 from ..utils.markdown import (
     BEGIN_MARK,
     END_MARK,
@@ -48,6 +48,8 @@ ROLES = dict.fromkeys(SLOTS, "predicts the noise, given step and class") | {
     "classifier": "its pooled features define the discrepancy",
     "preview_vae": "cheap decoder for the look-ahead",
     "classifier_2": "a second classifier, whose features are matched as well",
+    "prompts": "encoded prompts of the classes",
+    **dict.fromkeys(ENCODERS, "encodes further prompts"),
 }
 
 

@@ -186,9 +186,7 @@ def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dic
     return entry
 
 
-def _load_part(
-    record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path
-) -> torch.nn.Module | None:
+def _load_part(record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path) -> Any:
     """A component that was added to the generator by hand; None if the generator's own repository has it."""
     if not record.get(part):
         return None
@@ -196,6 +194,8 @@ def _load_part(
         origins = [[record[of].get(key) for key in ("id", "folder", "revision")] for of in (part, "generator")]
         if origins[0] == origins[1]:
             return None
+    if part == "prompts":  # encoded again, by the generator's own encoders
+        return record[part]
     place = _place(record, part, name, folder)
     known = {key: place[key] for key in ("revision", "subfolder") if place.get(key)}
     if part == "preview_vae":

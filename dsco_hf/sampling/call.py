@@ -289,6 +289,7 @@ class Call:
         wanted (`list[int]`): the generator's class of each image that is asked for.
         indices (`list[int]`): which image of its class, counted from 0, each drawn image is, or is a candidate for.
         ids (`list[int]`), labels (`torch.Tensor` of shape `(B,)`): those of each image that is drawn.
+        conditions (`torch.Tensor` of shape `(B,)`): what the denoiser is told in their place, see its family.
         steps ([`Steps`]): the noise levels and what leads from one to the next, with a scheduler of its own.
         batch_size (`int`): images per pass.
         previous (`tuple`, *optional*): finished images, as the method's `memory` tells them.
@@ -317,6 +318,8 @@ class Call:
         self.indices = counted * self.method.candidates
         self.labels = torch.tensor(self.ids, device=pipe._execution_device)
         self.generator = with_candidates(generator, self.method.candidates)
+        conditions = pipe.family.conditions(self.ids, seeds_of(self.generator, len(self.ids)))
+        self.conditions = torch.tensor(conditions, device=pipe._execution_device)
         self.given, self.previous = latents, previous
         self.batch_size = self.sampling.batch_size or len(self.ids)
         self.steps = Steps(
@@ -353,7 +356,7 @@ class Call:
         """ε_θ `(B, C, h, w)` of all images of the call, counted, in passes of `batch_size` images."""
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         self.counts["denoiser"] += len(latents) * (2 if scale > 1 else 1)
-        parts = zip(latents.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+        parts = zip(latents.split(self.batch_size), self.conditions.split(self.batch_size), strict=True)
         found = [self.pipe.predict_noise(x, timestep, y, scale) for x, y in parts]
         return torch.cat(found) if len(found) > 1 else found[0]
 
@@ -405,6 +408,14 @@ def counted_in_class(ids: Sequence[int]) -> list[int]:
 def calls(passes: Mapping[str, int]) -> dict[str, int]:
     """`denoiser_calls`, `decoder_calls` and `classifier_calls` of passes by kind, as in [`DsCoPipelineOutput`]."""
     return {name: sum(passes.get(kind, 0) for kind in kinds) for name, kinds in _CALLS.items()}
+
+
+def seeds_of(generator: Generators, images: int) -> list[int]:
+    """The seed of each image's own generator, or numbers that follow from the seed of the one of all."""
+    if isinstance(generator, Sequence):
+        return [one.initial_seed() for one in generator]
+    seed = 0 if generator is None else generator.initial_seed()
+    return [image_seed(seed, 0, number, "one generator") for number in range(images)]
 
 
 def with_candidates(generator: Generators, candidates: int) -> Generators:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
@@ -40,6 +40,7 @@ OWN_SHIM = re.compile(rf"{OWN_MODULE.pattern}\.py")
 CONVERSIONS = {"facebook/DiT-XL-2-256": "refs/pr/1"}
 # The classes that a folder may name for a component; others have no such list, or are checked when they are used.
 KINDS = {"vae": ("AutoencoderKL", "AutoencoderTiny"), "preview_vae": ("AutoencoderTiny", "AutoencoderKL")}
+_NO_MODELS = ("scheduler", "tokenizer")  # how components are called that have no weights
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Pipelines that the package brings, by the names of their folders; `recipes/embed.py` makes them.
 EMBEDDED = Path(__file__).with_name("embedded")
@@ -299,7 +300,7 @@ def own_components(index: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def own_class(module: str, class_name: str) -> type[PreTrainedModel]:
+def own_class(module: str, class_name: str) -> type[PreTrainedModel] | type[ModelMixin]:
     """A model class of this package, by the names that a pipeline's index gives.
 
     Raises:
@@ -309,12 +310,14 @@ def own_class(module: str, class_name: str) -> type[PreTrainedModel]:
         found = getattr(importlib.import_module(module), class_name, None) if OWN_MODULE.fullmatch(module) else None
     except ImportError:
         found = None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel | ModelMixin)):
         raise ValueError(f"This version of dsco_hf has no model {class_name!r} in {module!r}. Install a newer one.")
     return found
 
 
-def load_own(kind: type[PreTrainedModel], name: str, component: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+def load_own(
+    kind: type[PreTrainedModel] | type[ModelMixin], name: str, component: str, kwargs: dict[str, Any]
+) -> PreTrainedModel | ModelMixin:
     """Loads a component of this package from a folder, or from the commit of a repository that `revision` names."""
     if Path(name).is_dir():
         folder = Path(name)
@@ -378,10 +381,11 @@ def check_components(name: str, folder: Path, components: Sequence[str], options
             files[component] = [
                 path.removeprefix(f"{component}/") for path in listed if path.startswith(f"{component}/")
             ]
-        config = "scheduler_config.json" if component == "scheduler" else "config.json"
+        kind = component.split("_")[0]
+        config = f"{kind}_config.json" if kind in _NO_MODELS else "config.json"
         if config not in files[component]:
             raise FileNotFoundError(f"{folder / component / config} is missing. {_remedy(local)}")
-    models = [component for component in components if component != "scheduler" and options["use_safetensors"]]
+    models = [one for one in components if one.split("_")[0] not in _NO_MODELS and options["use_safetensors"]]
     for component in sorted(models, key=lambda component: not any(map(is_pickle, files[component]))):
         check_weights(files[component], name=name, component=component, variant=variant)
     variants = {one for component in models for one in variants_of(files[component])}

@@ -21,18 +21,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel
 
 from ..data.images import to_unit
-from ..data.labels import ClassLookup, class_mapping
-from ..data.schema import nearest
 from ..evaluators.preprocessing import ensure_preprocessing
 from ..generators.base import Denoiser, denoiser_of
-from ..generators.denoisers import SLOTS, as_components, with_slots
+from ..generators.denoisers import ENCODERS, SLOTS, as_components, with_slots
 from ..generators.failures import explained_out_of_memory, refuse_nonfinite
 from ..generators.latents import Output, decode, encode, to_output
+from ..generators.prompts import Prompts
 from ..matching.objectives import Objective
 from ..utils.values import LARGEST_SEED, check_whole
 from .call import Call, Sampling, SamplingMethod, Targets, calls
 from .checks import check_call, check_kinds
-from .loading import StoredPipeline
+from .hosts import HostedPipeline
 from .methods import NOpt as NOpt  # methods are known by name once they are imported
 from .peers import MGD3 as MGD3
 
@@ -64,7 +63,7 @@ class DsCoPipelineOutput(BaseOutput):
     weights: list[float] | None = None
 
 
-class DsCoPipeline(StoredPipeline):
+class DsCoPipeline(HostedPipeline):
     r"""Pipeline for dataset concentration: draws images of given classes whose features match those of whole classes.
 
     Noise optimisation (NOpt) follows "Beyond Dataset Distillation: Lossless Dataset Concentration via
@@ -87,6 +86,8 @@ class DsCoPipeline(StoredPipeline):
             optimised.
         classifier_2 ([`PreTrainedModel`], *optional*): a second classifier, whose features are matched together with
             those of the first by targets that name it (`FeatureSpec(network="classifier_2")`).
+        prompts ([`Prompts`], *optional*): the encoded prompts of the classes, for a denoiser of a text-to-image model;
+            or what they are made of by the encoders, with further options of [`DsCoPipeline.encode_prompts`].
 
     Speed and memory, by what diffusers has:
 
@@ -98,10 +99,19 @@ class DsCoPipeline(StoredPipeline):
       in every optimised step. Without a preview decoder, denoiser and VAE change places in each: right, but slow.
     """
 
-    model_cpu_offload_seq = "->".join((*SLOTS, "vae"))
+    model_cpu_offload_seq = "->".join((*(name for name in ENCODERS if "tokenizer" not in name), *SLOTS, "vae"))
     # denoiser and scheduler are optional to diffusers only: its own error for a missing one does not tell the fix
-    _optional_components = [*SLOTS, "scheduler", "vae", "classifier", "preview_vae", "classifier_2"]
-    _exclude_from_cpu_offload = ["classifier", "classifier_2", "preview_vae"]
+    _optional_components = [
+        *SLOTS,
+        "scheduler",
+        "vae",
+        "classifier",
+        "preview_vae",
+        "classifier_2",
+        "prompts",
+        *ENCODERS,
+    ]
+    _exclude_from_cpu_offload = ["classifier", "classifier_2", "preview_vae", "prompts"]
     _callback_tensor_inputs = ["latents", "noise"]
 
     @with_slots
@@ -114,9 +124,12 @@ class DsCoPipeline(StoredPipeline):
         id2label: dict[str, str] | dict[int, str] | None = None,
         preview_vae: AutoencoderTiny | AutoencoderKL | None = None,
         classifier_2: PreTrainedModel | None = None,
-        **slots: ModelMixin | None,
+        prompts: Prompts | None = None,
+        **slots: Any,
     ) -> None:
         super().__init__()
+        encoders = {name: slots.pop(name, None) for name in ENCODERS}
+        options = self.prompt_options(slots)
         components = as_components(denoiser, slots)
         if scheduler is None:
             raise ValueError(
@@ -125,12 +138,10 @@ class DsCoPipeline(StoredPipeline):
             )
         others = {"vae": vae, "classifier": classifier, "preview_vae": preview_vae, "classifier_2": classifier_2}
         check_kinds(scheduler=scheduler, **others)
-        self.register_modules(**components, scheduler=scheduler, **others)
-        self.register_to_config(id2label={str(key): value for key, value in (id2label or {}).items()})
-        self.id2label = {int(key): value for key, value in (id2label or {}).items()}
-        self.labels = {
-            name.strip(): key for key, value in self.id2label.items() for name in (value, *value.split(","))
-        }
+        stored = prompts if isinstance(prompts, Prompts) else None
+        self.register_modules(**components, scheduler=scheduler, **others, **encoders, prompts=stored)
+        self.name_classes({int(key): value for key, value in (id2label or {}).items()})
+        self.begin_prompts(prompts, options)
         for model in (classifier, classifier_2):
             if model is not None:
                 ensure_preprocessing(model)
@@ -143,7 +154,7 @@ class DsCoPipeline(StoredPipeline):
     @property
     def family(self) -> Denoiser:
         """What is particular to the noise predictor's family."""
-        return denoiser_of(self.denoiser, self.id2label)
+        return denoiser_of(self.denoiser, self.id2label, self.prompts)
 
     @property
     def num_classes(self) -> int:
@@ -174,48 +185,6 @@ class DsCoPipeline(StoredPipeline):
     def num_channels(self) -> int:
         """Channels of the images."""
         return self.latent_shape[0] if self.vae is None else self.vae.config.out_channels
-
-    def get_label_ids(self, class_labels: Sequence[int | str]) -> list[int]:
-        """Indices of classes given by index, by name (any of ImageNet's comma-separated synonyms) or by WordNet id.
-
-        Raises:
-            ValueError: for a class that the generator does not know, with the nearest names, or a name that fits
-                several, with the choices.
-        """
-        if isinstance(class_labels, str | int):
-            raise ValueError(f"`class_labels` must be a list, got {class_labels!r}: pass `[{class_labels!r}]`.")
-        lookup = ClassLookup(self.id2label, self.num_classes)
-        ids = []
-        for label in class_labels:
-            found = lookup.find_typed(label) if isinstance(label, str) else lookup.find(label)
-            if not found:
-                known = "" if self.labels else " It has no class names (`id2label`): pass indices."
-                raise ValueError(f"The generator has no class {label!r}.{nearest(str(label), self.labels)}{known}")
-            if len(found) > 1:
-                raise ValueError(
-                    f"Class {label!r} fits several: {lookup.describe(found)}. Pass an index or WordNet id."
-                )
-            index = found.pop()
-            if not 0 <= index < self.num_classes:
-                raise ValueError(
-                    f"Class {label!r} is outside the generator's {self.num_classes} classes: pass 0 to "
-                    f"{self.num_classes - 1}."
-                )
-            ids.append(index)
-        return ids
-
-    def classifier_labels(self, ids: Sequence[int]) -> list[int]:
-        """The classifier's label for each of the generator's classes, matched by name.
-
-        Raises:
-            ValueError: if the classifier was trained on other classes.
-        """
-        distinct, config = list(dict.fromkeys(ids)), self.classifier.config
-        names = [self.id2label.get(index, str(index)) for index in distinct]
-        # names that occur twice are settled by the usual order, if the classifier has it too
-        labels = class_mapping(names, config.id2label, config.num_labels, own_labels=distinct, owner="classifier")
-        found = dict(zip(distinct, labels, strict=True))
-        return [found[index] for index in ids]
 
     def prepare_latents(
         self,

@@ -1,0 +1,91 @@
+"""Stable Diffusion 1.x, 2.x and XL: UNets of diffusers that are conditioned on prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from ..base import register_denoiser
+from ..prompts import TextConditioned
+
+
+@register_denoiser
+class StableDiffusion(TextConditioned):
+    """A `UNet2DConditionModel`, of Stable Diffusion 1.x and 2.x (https://arxiv.org/abs/2112.10752) or of SDXL.
+
+    SDXL (https://arxiv.org/abs/2307.01952) is also told a pooled embedding, and the size: uncropped, its own.
+    """
+
+    name = "stable-diffusion"
+    component = "unet"
+    kinds = (UNet2DConditionModel,)
+    hosts = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    classes_field = "cross_attention_dim"
+    encoders = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    any_size = True
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is SDXL's."""
+        return self.network.config.addition_embed_type == "text_time"
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """SDXL's are two of each."""
+        return self.encoders if self.is_xl else self.encoders[:2]
+
+    @property
+    def side_factor(self) -> tuple[int, str]:
+        """The halvings."""
+        levels = len(self.network.config.down_block_types)
+        return 2 ** (levels - 1), f"halves it at each of its {levels} levels but the last"
+
+    def check_conditioned(self) -> None:
+        """Raises ValueError for a UNet that needs more than noise and a prompt, or has guidance built in."""
+        config = self.network.config
+        needs = {
+            "another image": config.in_channels != config.out_channels,
+            "classes": config.class_embed_type is not None or config.num_class_embeds is not None,
+            f"a condition of the kind {config.addition_embed_type!r}": config.addition_embed_type
+            not in (None, "text_time"),
+            "the scale of a guidance that it was distilled with": config.time_cond_proj_dim is not None,
+        }
+        if wrong := [what for what, needed in needs.items() if needed]:
+            raise ValueError(
+                f"The `unet`, a {type(self.network).__name__}, takes {' and '.join(wrong)} beside noise and a prompt: "
+                "take the text-to-image model that it was made of."
+            )
+
+    def ask(self, x: torch.Tensor, timesteps: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See [`TextConditioned.ask`]."""
+        added = {name: rows[name] for name in ("text_embeds", "time_ids")} if self.is_xl else None
+        answer = self.network(
+            x, timesteps, encoder_hidden_states=rows["encoder_hidden_states"], added_cond_kwargs=added
+        )
+        return cast(torch.Tensor, answer.sample)
+
+    def host(self, components: Mapping[str, Any]) -> DiffusionPipeline:
+        """A pipeline without a scheduler and a safety checker."""
+        parts = {name: components.get(name) for name in ("vae", *self.needed)} | {self.component: self.network}
+        if self.is_xl:
+            return diffusers.StableDiffusionXLPipeline(**parts, scheduler=None)
+        unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return diffusers.StableDiffusionPipeline(**parts, scheduler=None, **unchecked)
+
+    def encoded(self, host: DiffusionPipeline, text: str, negative: str | None) -> list[dict[str, torch.Tensor]]:
+        """See [`TextConditioned.encoded`]."""
+        options = {"device": host._execution_device, "num_images_per_prompt": 1, "negative_prompt": negative}
+        found = host.encode_prompt(text, do_classifier_free_guidance=True, **options)
+        if not self.is_xl:
+            return [{"encoder_hidden_states": row[0]} for row in found]
+        side = self.sample_shape[1] * host.vae_scale_factor
+        times = host._get_add_time_ids((side, side), (0, 0), (side, side), found[0].dtype, found[2].shape[-1])
+        names = ("encoder_hidden_states", "text_embeds", "time_ids")
+        return [
+            dict(zip(names, (*pair, times[0]), strict=True))
+            for pair in ((found[i][0], found[i + 2][0]) for i in (0, 1))
+        ]

@@ -1,0 +1,191 @@
+"""Text-to-image pipelines of diffusers as pipelines of classes: images, NOpt, folders, runs, records."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+
+import texts
+from dsco_hf import (
+    DsCoPipeline,
+    MatchingTargets,
+    NOpt,
+    concentrate,
+    concentrate_to_folder,
+    load_recorded,
+    save_dataset_folder,
+)
+from dsco_hf.concentration.records import record_parameters
+
+
+DRAWN = {"num_inference_steps": 4, "guidance_scale": 3.0}
+NEGATIVE = "bad"
+
+
+def hosted(host, **options):
+    pipe = DsCoPipeline.from_pipe(host, **{"class_names": texts.CLASSES, "prompts": "a {}", **options})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def host_images(host, prompts, latents, generators, **options):
+    host.scheduler = DDIMScheduler.from_config(host.scheduler.config, clip_sample=False)
+    negative = [NEGATIVE] * len(prompts)
+    return host(
+        prompts, negative_prompt=negative, latents=latents, generator=generators, output_type="pt", **DRAWN, **options
+    ).images
+
+
+@pytest.fixture
+def pipe(tmp_path, make):
+    classifier = make.convnet(names=texts.CLASSES, channels=3)
+    return hosted(texts.stable_diffusion(tmp_path / "host"), classifier=classifier)
+
+
+@pytest.fixture
+def targets(pipe, make):
+    images = make.images((4, 4, 4), names=texts.CLASSES)
+    return MatchingTargets.from_dataset(images, pipe, embedding_dim=64, progress=False)
+
+
+def pixels(dataset):
+    return [image.tobytes() for image in dataset["image"]]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "zero"])
+def test_plain_samples_are_the_hosts_own_images(tmp_path, make, kind, eta):
+    host = texts.stable_diffusion(tmp_path, kind)
+    pipe = hosted(host, negative_prompt=NEGATIVE)
+    latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    own = pipe([0, 2, 2], latents=latents, generator=make.generators([1, 2, 3]), eta=eta, output_type="pt", **DRAWN)
+    rescale = {"guidance_rescale": 0.7} if kind == "zero" else {}
+    prompts = ["a rose", "a daisy", "a daisy"]
+    other = host_images(host, prompts, latents.clone(), make.generators([1, 2, 3]), eta=eta, **rescale)
+    torch.testing.assert_close(own.images, other, rtol=0, atol=1e-4)
+    assert (own.images[0] - own.images[1]).abs().max() > 0.01
+    assert (pipe.num_classes, pipe.null_class, pipe.image_size, pipe.num_channels) == (3, 3, 8, 3)
+
+
+def test_other_prompts_and_no_rescaling_give_other_images(tmp_path, make):
+    host = texts.stable_diffusion(tmp_path, "zero")
+    drawn = [
+        hosted(host, **options)([0], generator=make.generators([1]), output_type="pt", **DRAWN).images
+        for options in ({}, {"prompts": "no {}"}, {"negative_prompt": NEGATIVE}, {"guidance_rescale": 0.0})
+    ]
+    assert all((drawn[0] - other).abs().max() > 1e-4 for other in drawn[1:])
+
+
+@pytest.mark.parametrize("method", [NOpt("rkhs"), NOpt("ridge")])
+def test_noise_optimisation_lowers_the_objective(pipe, targets, method):
+    method = dataclasses.replace(method, start=0.0, iterations=4, step_size=0.1, step_decay=1.0)
+    output = pipe.sample([0, 0, 1, 2], targets, seeds=range(4), method=method, **DRAWN)
+    assert output.discrepancies.shape[0] == 4 * 3 and output.images.isfinite().all()
+    means = output.discrepancies.mean(dim=1)
+    assert (means[3::4] < means[::4]).all()  # within each sampling step
+    plain = pipe.sample([0, 0, 1, 2], None, seeds=range(4), **DRAWN)
+    assert output.denoiser_calls > plain.denoiser_calls and not torch.equal(plain.images, output.images)
+
+
+def test_the_seed_of_an_image_picks_its_template(tmp_path, make):
+    host = texts.stable_diffusion(tmp_path)
+    pipe = hosted(host, prompts=["a {}", "my {}", "the {}"])
+    family, seeds = pipe.family, list(range(40))
+    rows = family.conditions([1] * 40, seeds)
+    assert rows == family.conditions([1] * 40, seeds) and set(rows) == {1, 5, 8}
+    assert pipe.prompts.as_record()["by_class"]["tulip"] == ["a tulip", "my tulip", "the tulip"]
+    latents = torch.randn(40, 4, 4, 4)
+    pick = rows.index(5)
+    own = pipe([1], latents=latents[:1], generator=make.generators([pick]), eta=0, output_type="pt", **DRAWN).images
+    alone = hosted(host, prompts="my {}")
+    other = alone([1], latents=latents[:1], generator=make.generators([pick]), eta=0, output_type="pt", **DRAWN).images
+    torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
+
+
+def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make):
+    host = texts.stable_diffusion(tmp_path / "host")
+    drawn = {"generator": None, "output_type": "pt", **DRAWN}
+    kept, dropped = hosted(host), hosted(host, drop_text_encoders=True)
+    images = kept([0, 1], **drawn | {"generator": make.generators([1, 2])}).images
+    for name, pipe in {"kept": kept, "dropped": dropped}.items():
+        pipe.save_pretrained(tmp_path / name)
+        loaded = DsCoPipeline.from_pretrained(tmp_path / name)
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(images, loaded([0, 1], **drawn | {"generator": make.generators([1, 2])}).images)
+        assert (loaded.text_encoder is None) == (name == "dropped")
+        assert loaded.id2label == dict(enumerate(texts.CLASSES))
+    stored = load_file(tmp_path / "dropped" / "prompts" / "diffusion_pytorch_model.safetensors")
+    assert {key: tuple(value.shape) for key, value in stored.items()} == {"encoder_hidden_states": (4, 16, 8)}
+    again = DsCoPipeline.from_pretrained(tmp_path / "kept").encode_prompts("the {}")
+    assert again.prompts.config.by_class["rose"] == ["the rose"]
+
+
+def test_the_hosts_folder_its_components_and_the_pipeline_itself_give_the_same(tmp_path, make):
+    host = texts.stable_diffusion(tmp_path / "host")
+    host.save_pretrained(tmp_path / "saved")
+    given = {"class_names": texts.CLASSES, "prompts": "a {}"}
+    drawn = []
+    for pipe in (
+        hosted(host),
+        DsCoPipeline.from_pretrained(tmp_path / "saved", **given),
+        DsCoPipeline(**host.components, **given),
+        DsCoPipeline.from_pipe(host, dataset=make.images((1, 1, 1), names=texts.CLASSES), prompts="a {}"),
+        DsCoPipeline.from_pipe(hosted(host)),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        drawn.append(pipe([0, 1], generator=make.generators([1, 2]), output_type="pt", **DRAWN).images)
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+def test_a_killed_run_goes_on_and_a_record_makes_the_set_again(tmp_path, pipe, targets, make, monkeypatch):
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe = DsCoPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    options = {**DRAWN, "block_size": 1, "progress": False}
+    small = concentrate(pipe, targets, 2, seed=3, **options)
+    draw, left = DsCoPipeline.draw, [1]
+
+    def killed(self, *args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return draw(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DsCoPipeline, "draw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            concentrate_to_folder(pipe, targets, 2, tmp_path / "run", seed=3, **options)
+    run = concentrate_to_folder(pipe, targets, 2, tmp_path / "run", seed=3, **options)
+    assert pixels(run.dataset()) == pixels(small)
+    save_dataset_folder(small, tmp_path / "set", targets=targets)
+    again, found, record = load_recorded(tmp_path / "set")
+    again.set_progress_bar_config(disable=True)
+    assert record["prompts"]["by_class"] == {name: f"a {name}" for name in texts.CLASSES}
+    assert pixels(concentrate(again, found, seed=3, **record_parameters(record), progress=False)) == pixels(small)
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    assert "a tulip" in card
+
+
+def test_a_set_drawn_with_the_hosts_own_folder_is_made_again(tmp_path, make):
+    texts.stable_diffusion(tmp_path / "host").save_pretrained(tmp_path / "saved")
+    given = {
+        "class_names": ["<b>rose</b>", "tulip|x", "daisy"],
+        "prompts": ["a {}", "my {}"],
+        "negative_prompt": "bad",
+    }
+    pipe = DsCoPipeline.from_pretrained(tmp_path / "saved", **given)
+    pipe.set_progress_bar_config(disable=True)
+    small = concentrate(pipe, None, 3, seed=3, class_labels=[0, 1, 2], method="plain", progress=False, **DRAWN)
+    save_dataset_folder(small, tmp_path / "set")
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    body = card.split("---", 2)[2]
+    assert "<b>" not in body and "tulip|x" not in body and "my daisy" in body
+    told = json.loads((tmp_path / "set" / "concentration.json").read_text(encoding="utf-8"))
+    assert "<b>rose</b>" in json.dumps(told)
+    again, found, record = load_recorded(tmp_path / "set")
+    again.set_progress_bar_config(disable=True)
+    made = concentrate(again, found, seed=3, **record_parameters(record), progress=False)
+    assert pixels(made) == pixels(small)

@@ -1,0 +1,103 @@
+"""Tiny text-to-image pipelines of diffusers: random weights, and a real tokenizer whose vocabulary is made here."""
+
+import json
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+CLASSES = ("rose", "tulip", "daisy")
+LETTERS = "abcdefghijklmnopqrstuvwxyz,."
+
+
+def clip_tokenizer(folder, length=16):
+    """Of single letters, with a few pairs merged; `length` tokens at the most."""
+    merges = [("p", "h"), ("o", "t"), ("o", "f</w>")]
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *("".join(pair) for pair in merges)]
+    vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length)
+
+
+def clip_encoder(tokenizer, *, width=8, kind=CLIPTextModel, seed=0):
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=2, projection_dim=width,
+        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def unet(*, width=8, seed=1, **options):
+    torch.manual_seed(seed)
+    options = {"in_channels": 4, "out_channels": 4, "sample_size": 4, **options}
+    return UNet2DConditionModel(
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=width,
+        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **options,
+    ).eval()  # fmt: skip
+
+
+def vae(seed=2, **options):
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, sample_size=8, **options,
+    ).eval()  # fmt: skip
+
+
+SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULERS = {
+    "sd1": lambda: PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **SD_SCHEDULE),
+    "sd2": lambda: DDIMScheduler(
+        set_alpha_to_one=False, clip_sample=False, prediction_type="v_prediction", **SD_SCHEDULE
+    ),
+    "zero": lambda: DDIMScheduler(
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        **SD_SCHEDULE,
+    ),  # fmt: skip
+}
+
+
+def stable_diffusion(folder, kind="sd1", *, length=16, **options):
+    """Of Stable Diffusion 1 ("sd1": ε), 2 ("sd2": v) or with all noise at its first level ("zero")."""
+    tokenizer = clip_tokenizer(folder / "tokenizer", length)
+    pipe = StableDiffusionPipeline(
+        vae=vae(), unet=unet(**options), tokenizer=tokenizer, text_encoder=clip_encoder(tokenizer),
+        scheduler=SCHEDULERS[kind](), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stable_diffusion_xl(folder, *, length=16, **options):
+    """With two encoders, whose states stand side by side, and a pooled one."""
+    tokenizer = clip_tokenizer(folder / "tokenizer", length)
+    second = clip_encoder(tokenizer, width=8, kind=CLIPTextModelWithProjection, seed=5)
+    xl = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 32,
+    }
+    pipe = StableDiffusionXLPipeline(
+        vae=vae(force_upcast=True), unet=unet(width=16, **xl, **options), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder=clip_encoder(tokenizer), text_encoder_2=second, add_watermarker=False,
+        scheduler=SCHEDULERS["sd1"](),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
