@@ -101,3 +101,8 @@ def stable_diffusion_xl(folder, *, length=16, **options):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def host_of(kind, folder, **options):
+    """The pipeline of a kind, see the functions above."""
+    return stable_diffusion_xl(folder, **options) if kind == "xl" else stable_diffusion(folder, kind, **options)

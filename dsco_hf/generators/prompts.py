@@ -148,6 +148,11 @@ class TextConditioned(Denoiser):
         raise NotImplementedError
 
     @property
+    def overflows(self) -> bool:
+        """Whether a VAE that says `force_upcast` overflows in float16 with what this network draws."""
+        return False
+
+    @property
     def needed(self) -> tuple[str, ...]:
         """Those of `encoders` without which prompts cannot be encoded."""
         return self.encoders

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import diffusers
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
 
 from ..data.labels import ClassLookup, class_mapping
 from ..data.schema import AnyDataset, nearest
@@ -32,6 +34,7 @@ class HostedPipeline(StoredPipeline):
     """A pipeline of classes; its denoiser may be one of a text-to-image pipeline, with a prompt for every class."""
 
     scheduler: SchedulerMixin
+    vae: AutoencoderKL | AutoencoderTiny | None
     id2label: dict[int, str]
 
     @classmethod
@@ -79,19 +82,34 @@ class HostedPipeline(StoredPipeline):
     def begin_prompts(self, prompts: Any, options: Mapping[str, Any]) -> None:
         """What a new pipeline does for its prompts: takes over a scheduler, encodes, drops the encoders.
 
+        A VAE that overflows in float16 becomes one of float32; that of another pipeline stays as it is.
+
         Args:
             prompts: see [`HostedPipeline.encode_prompts`]; or the table, which is there already.
             options (`Mapping`): of that method, and `drop_text_encoders`.
         """
         rest = {key: value for key, value in options.items() if key != "drop_text_encoders"}
-        if isinstance(prompts, Prompts) or not (
-            rest or prompts or issubclass(family_of(self.denoiser), TextConditioned)
-        ):
+        self.upcast_vae()
+        takes = issubclass(family_of(self.denoiser), TextConditioned)
+        if isinstance(prompts, Prompts) or not (takes or rest or prompts):
             return
-        self.scheduler = taken_over(self.scheduler)
+        self.register_modules(scheduler=taken_over(self.scheduler))
         self.encode_prompts(prompts, **rest)
         if options.get("drop_text_encoders"):
             self.register_modules(**dict.fromkeys(ENCODERS))
+
+    def upcast_vae(self) -> None:
+        """Puts a copy of the VAE in float32 in the place of one that overflows in float16 (`force_upcast`)."""
+        if self.vae is None or self.vae.dtype != torch.float16 or not self.vae.config.get("force_upcast"):
+            return
+        if isinstance(family := self.family, TextConditioned) and family.overflows:
+            self.register_modules(vae=copy.deepcopy(self.vae).to(torch.float32))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """See [`DiffusionPipeline.to`]; a VAE that overflows in float16 is in float32 then."""
+        found = super().to(*args, **kwargs)
+        self.upcast_vae()
+        return found
 
     def encode_prompts(
         self,

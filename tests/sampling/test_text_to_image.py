@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import load_dataset
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from dsco_hf import (
     save_dataset_folder,
 )
 from dsco_hf.concentration.records import record_parameters
+from launches import launch_command, launch_environment, run
 
 
 DRAWN = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -56,9 +58,9 @@ def pixels(dataset):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "zero"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "zero", "xl"])
 def test_plain_samples_are_the_hosts_own_images(tmp_path, make, kind, eta):
-    host = texts.stable_diffusion(tmp_path, kind)
+    host = texts.host_of(kind, tmp_path)
     pipe = hosted(host, negative_prompt=NEGATIVE)
     latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     own = pipe([0, 2, 2], latents=latents, generator=make.generators([1, 2, 3]), eta=eta, output_type="pt", **DRAWN)
@@ -105,8 +107,15 @@ def test_the_seed_of_an_image_picks_its_template(tmp_path, make):
     torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
 
 
-def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make):
-    host = texts.stable_diffusion(tmp_path / "host")
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("sd1", {"encoder_hidden_states": (4, 16, 8)}),
+        ("xl", {"encoder_hidden_states": (4, 16, 16), "text_embeds": (4, 8), "time_ids": (4, 6)}),
+    ],
+)
+def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, rows):
+    host = texts.host_of(kind, tmp_path / "host")
     drawn = {"generator": None, "output_type": "pt", **DRAWN}
     kept, dropped = hosted(host), hosted(host, drop_text_encoders=True)
     images = kept([0, 1], **drawn | {"generator": make.generators([1, 2])}).images
@@ -118,9 +127,32 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make):
         assert (loaded.text_encoder is None) == (name == "dropped")
         assert loaded.id2label == dict(enumerate(texts.CLASSES))
     stored = load_file(tmp_path / "dropped" / "prompts" / "diffusion_pytorch_model.safetensors")
-    assert {key: tuple(value.shape) for key, value in stored.items()} == {"encoder_hidden_states": (4, 16, 8)}
+    assert {key: tuple(value.shape) for key, value in stored.items()} == rows
     again = DsCoPipeline.from_pretrained(tmp_path / "kept").encode_prompts("the {}")
     assert again.prompts.config.by_class["rose"] == ["the rose"]
+
+
+def test_without_a_negative_prompt_sdxl_is_led_away_from_nothing_at_all(tmp_path, make):
+    host = texts.stable_diffusion_xl(tmp_path)
+    assert host.config.force_zeros_for_empty_prompt
+    pipe = hosted(host)
+    assert not pipe.prompts.encoder_hidden_states[3].any() and not pipe.prompts.text_embeds[3].any()
+    assert pipe.prompts.time_ids.tolist() == [[8, 8, 0, 0, 8, 8]] * 4
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_a_vae_that_overflows_in_float16_stays_in_float32(tmp_path, kind):
+    host = texts.host_of(kind, tmp_path)
+    with torch.no_grad():
+        host.vae.decoder.conv_in.weight *= 1e4
+    host.unet.half(), host.vae.half()
+    latents = torch.full((1, 4, 4, 4), 50.0)
+    for pipe in (hosted(host), hosted(host).to(torch.float32).to(torch.float16)):
+        assert pipe.unet.dtype == torch.float16
+        assert pipe.vae.dtype == (torch.float32 if kind == "xl" else torch.float16)
+        assert bool(pipe.decode_latents(latents).isfinite().all()) == (kind == "xl")
+        host.unet.half(), host.vae.half()
+    assert host.vae.dtype == torch.float16 and hosted(host).to(torch.bfloat16).vae.dtype == torch.bfloat16
 
 
 def test_the_hosts_folder_its_components_and_the_pipeline_itself_give_the_same(tmp_path, make):
@@ -189,3 +221,33 @@ def test_a_set_drawn_with_the_hosts_own_folder_is_made_again(tmp_path, make):
     again.set_progress_bar_config(disable=True)
     made = concentrate(again, found, seed=3, **record_parameters(record), progress=False)
     assert pixels(made) == pixels(small)
+
+
+CONFIG = """
+generator: pipe
+targets: targets
+images_per_class: 4
+block_size: 2
+images_per_call: 2
+num_inference_steps: 4
+guidance_scale: 3.0
+seed: 3
+output_dir: out
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(tmp_path, targets, pipe):
+    pipe.save_pretrained(tmp_path / "pipe")
+    targets.save_pretrained(tmp_path / "targets")
+    (tmp_path / "run.yaml").write_text(CONFIG, encoding="utf-8")
+    command = launch_command("concentrate", "--config", "run.yaml", processes=2)
+    done = run(command, cwd=tmp_path, env=launch_environment())
+    assert done.returncode == 0, done.stderr
+    logs = list((tmp_path / "out" / "run" / "log").iterdir())
+    assert len(logs) == 2 and all('"unit"' in log.read_text(encoding="utf-8") for log in logs)
+    alone = DsCoPipeline.from_pretrained(tmp_path / "pipe")
+    alone.set_progress_bar_config(disable=True)
+    small = concentrate(alone, targets, 4, seed=3, block_size=2, images_per_call=2, progress=False, **DRAWN)
+    rows = load_dataset(str(tmp_path / "out" / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert pixels(rows) == pixels(small)

@@ -34,6 +34,11 @@ class StableDiffusion(TextConditioned):
         return self.network.config.addition_embed_type == "text_time"
 
     @property
+    def overflows(self) -> bool:
+        """SDXL's does, by its own pipeline; that of 1.x and 2.x says so as well, but is right."""
+        return self.is_xl
+
+    @property
     def needed(self) -> tuple[str, ...]:
         """SDXL's are two of each."""
         return self.encoders if self.is_xl else self.encoders[:2]
