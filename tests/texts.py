@@ -2,16 +2,27 @@
 
 import json
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 CLASSES = ("rose", "tulip", "daisy")
@@ -103,6 +114,39 @@ def stable_diffusion_xl(folder, *, length=16, **options):
     return pipe
 
 
+def t5_tokenizer():
+    """Of single letters."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    return T5Tokenizer(vocab=words, extra_ids=0)
+
+
+def pixart(kind="PixArtAlphaPipeline", **options):
+    """With a T5 of one layer; what it says of its variance is to be left out."""
+    tokenizer = t5_tokenizer()
+    torch.manual_seed(6)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=8,
+        d_kv=4,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    transformer = PixArtTransformer2DModel(
+        num_layers=1, attention_head_dim=12, num_attention_heads=2, in_channels=4, out_channels=8,
+        cross_attention_dim=24, caption_channels=8, **{"sample_size": 4, "patch_size": 2} | options,
+    ).eval()  # fmt: skip
+    pipe = getattr(diffusers, kind)(
+        tokenizer=tokenizer, text_encoder=T5EncoderModel(config).eval(), vae=vae(), transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def host_of(kind, folder, **options):
     """The pipeline of a kind, see the functions above."""
+    if kind.startswith("PixArt"):
+        return pixart(kind, **options)
     return stable_diffusion_xl(folder, **options) if kind == "xl" else stable_diffusion(folder, kind, **options)

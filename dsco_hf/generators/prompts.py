@@ -35,6 +35,7 @@ class Prompts(ModelMixin, ConfigMixin):
         guidance_rescale (`float`, in [0, 1]): how far guided predictions get the deviation of conditional ones back,
             see [`TextConditioned.guided`].
         shapes (`dict[str, list[int]]`): of one row of each tensor, by the name that the family gives it.
+        host (`str`, *optional*): class of the pipeline that encoded them.
     """
 
     @register_to_config
@@ -44,6 +45,7 @@ class Prompts(ModelMixin, ConfigMixin):
         negative_prompt: str | None = None,
         guidance_rescale: float = 0.0,
         shapes: dict[str, list[int]] | None = None,
+        host: str | None = None,
     ) -> None:
         super().__init__()
         rows = 1 + sum(len(texts) for texts in by_class.values())
@@ -139,8 +141,11 @@ class TextConditioned(Denoiser):
         """The network's answer `(B, C or more, h, w)` to `x` `(B, C, h, w)`, `timesteps` `(B,)`, rows `(B, ...)`."""
         raise NotImplementedError
 
-    def host(self, components: Mapping[str, Any]) -> DiffusionPipeline:
-        """The pipeline of diffusers that encodes, of this network and of encoders and a VAE by name."""
+    def host(self, components: Mapping[str, Any], name: str | None) -> DiffusionPipeline:
+        """The pipeline of diffusers that encodes, of this network and of encoders and a VAE by name.
+
+        `name` is that of its class, for a family that has several of the same components.
+        """
         raise NotImplementedError
 
     def encoded(self, host: DiffusionPipeline, text: str, negative: str | None) -> list[dict[str, torch.Tensor]]:
@@ -157,7 +162,7 @@ class TextConditioned(Denoiser):
         """Those of `encoders` without which prompts cannot be encoded."""
         return self.encoders
 
-    def longest(self, tokenizer: PreTrainedTokenizerBase) -> int:
+    def longest(self, host: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> int:
         """Tokens that a prompt may have, with those of its beginning and end."""
         return tokenizer.model_max_length
 
@@ -168,6 +173,7 @@ class TextConditioned(Denoiser):
         by_class: Mapping[str, Sequence[str]],
         negative_prompt: str | None = None,
         guidance_rescale: float = 0.0,
+        host_name: str | None = None,
     ) -> Prompts:
         """All prompts encoded, one by one, so that none depends on the others.
 
@@ -176,6 +182,7 @@ class TextConditioned(Denoiser):
             by_class (`Mapping`): prompts by class, see [`class_prompts`].
             negative_prompt (`str`, *optional*): see [`Prompts`].
             guidance_rescale (`float`): likewise.
+            host_name (`str`, *optional*): class of the pipeline that the components are of, if they do not tell.
 
         Raises:
             ValueError: for encoders that are not there, or a prompt that is too long.
@@ -186,24 +193,24 @@ class TextConditioned(Denoiser):
                 "dropped, or never there. Begin with the whole pipeline of diffusers, `DsCoPipeline.from_pipe(pipe, "
                 "prompts=...)`."
             )
-        for name, text in [(name, text) for name, texts in by_class.items() for text in texts]:
-            self.check_length(components, text, f"The prompt of class {name!r}")
-        self.check_length(components, negative_prompt or "", "`negative_prompt`")
-        host, texts = self.host(components), list(by_class.values())
+        host, texts = self.host(components, host_name), list(by_class.values())
+        for name, text in [(name, text) for name, of in by_class.items() for text in of]:
+            self.check_length(host, text, f"The prompt of class {name!r}")
+        self.check_length(host, negative_prompt or "", "`negative_prompt`")
         pairs = [self.encoded(host, of[k], negative_prompt) for k in range(len(texts[0])) for of in texts]
         rows = [pair[0] for pair in pairs]
         rows.insert(len(texts), pairs[0][1])
         shapes = {name: list(row.shape) for name, row in rows[0].items()}
         plain = {name: list(of) for name, of in by_class.items()}
-        table = Prompts(plain, negative_prompt, guidance_rescale, shapes)
+        table = Prompts(plain, negative_prompt, guidance_rescale, shapes, type(host).__name__)
         for name in shapes:
             table.register_buffer(name, torch.stack([row[name] for row in rows]))
         return table.eval()
 
-    def check_length(self, components: Mapping[str, Any], text: str, what: str) -> None:
+    def check_length(self, host: DiffusionPipeline, text: str, what: str) -> None:
         """Raises ValueError for a text that a tokenizer would cut."""
-        for tokenizer in (one for name, one in components.items() if "tokenizer" in name and one is not None):
-            most, ids = self.longest(tokenizer), tokenizer(text, verbose=False).input_ids
+        for tokenizer in (getattr(host, name) for name in self.needed if "tokenizer" in name):
+            most, ids = self.longest(host, tokenizer), tokenizer(text, verbose=False).input_ids
             if len(ids) > most:
                 cut = tokenizer.decode(ids[most - 1 : -1]).strip()
                 raise ValueError(

@@ -27,13 +27,14 @@ logger = logging.getLogger(__name__)
 # Components of hosts that no image depends on.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 # What `from_pipe` and `from_pretrained` take beside what they take of other pipelines.
-OPTIONS = ("class_names", "dataset", "negative_prompt", "guidance_rescale", "drop_text_encoders")
+OPTIONS = ("class_names", "dataset", "negative_prompt", "guidance_rescale", "drop_text_encoders", "host")
 
 
 class HostedPipeline(StoredPipeline):
     """A pipeline of classes; its denoiser may be one of a text-to-image pipeline, with a prompt for every class."""
 
     scheduler: SchedulerMixin
+    prompts: Prompts | None
     vae: AutoencoderKL | AutoencoderTiny | None
     id2label: dict[int, str]
 
@@ -53,7 +54,8 @@ class HostedPipeline(StoredPipeline):
             ValueError: for a pipeline that cannot be taken, the nearest that can be is named; see
                 [`HostedPipeline.encode_prompts`] for other errors.
         """
-        check_host(type(pipeline).__name__, pipeline.components)
+        if (host := check_host(type(pipeline).__name__, pipeline.components)) is not None:
+            kwargs["host"] = host
         dtype, names = kwargs.pop("dtype", None), pipeline.config.get("id2label")
         found = cls(**({"id2label": names} if names else {}) | pipeline.components | kwargs)
         if (origin := getattr(pipeline, "name_or_path", None)) is not None:
@@ -119,6 +121,7 @@ class HostedPipeline(StoredPipeline):
         dataset: AnyDataset | None = None,
         negative_prompt: str | None = None,
         guidance_rescale: float | None = None,
+        host: str | None = None,
     ) -> Self:
         """Encodes a prompt for every class, and keeps what comes of it as the component `prompts`.
 
@@ -130,13 +133,15 @@ class HostedPipeline(StoredPipeline):
             negative_prompt (`str`, *optional*): what guidance leads away from.
             guidance_rescale (`float`, *optional*): in [0, 1], see [`TextConditioned.guided`]; 0.7 if None and the
                 scheduler begins with nothing but noise (`rescale_betas_zero_snr`), otherwise 0.
+            host (`str`, *optional*): class of the text-to-image pipeline, where the components do not tell it; that
+                of the prompts that there are if None.
 
         Raises:
             ValueError: for prompts that do not fit the classes, that are too long, or without encoders.
         """
         if isinstance(prompts, Mapping) and "by_class" in prompts:  # of a record
             given: dict[str, Any] = {key: prompts.get(key) for key in ("negative_prompt", "guidance_rescale")}
-            return self.encode_prompts(prompts["by_class"], class_names=list(prompts["by_class"]), **given)
+            return self.encode_prompts(prompts["by_class"], class_names=list(prompts["by_class"]), host=host, **given)
         told = names_of(dataset) if dataset is not None else class_names or self.id2label
         names = list(told.values() if isinstance(told, Mapping) else told)
         zero = bool(self.scheduler.config.get("rescale_betas_zero_snr"))
@@ -149,7 +154,8 @@ class HostedPipeline(StoredPipeline):
                 "leave them out."
             )
         parts = {name: getattr(self, name) for name in (*ENCODERS, "vae")}
-        table = family.encode(parts, class_prompts(prompts, names), negative_prompt, rescale)
+        host = host or (self.prompts.config.host if self.prompts is not None else None)
+        table = family.encode(parts, class_prompts(prompts, names), negative_prompt, rescale, host)
         self.register_modules(prompts=table)
         self.name_classes(dict(enumerate(names)))
         return self

@@ -25,6 +25,7 @@ from launches import launch_command, launch_environment, run
 
 DRAWN = {"num_inference_steps": 4, "guidance_scale": 3.0}
 NEGATIVE = "bad"
+PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
 def hosted(host, **options):
@@ -58,18 +59,32 @@ def pixels(dataset):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "zero", "xl"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "zero", "xl", *PIXART])
 def test_plain_samples_are_the_hosts_own_images(tmp_path, make, kind, eta):
     host = texts.host_of(kind, tmp_path)
     pipe = hosted(host, negative_prompt=NEGATIVE)
     latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     own = pipe([0, 2, 2], latents=latents, generator=make.generators([1, 2, 3]), eta=eta, output_type="pt", **DRAWN)
     rescale = {"guidance_rescale": 0.7} if kind == "zero" else {}
+    if kind in PIXART:
+        rescale = {"clean_caption": False, "use_resolution_binning": False}
     prompts = ["a rose", "a daisy", "a daisy"]
     other = host_images(host, prompts, latents.clone(), make.generators([1, 2, 3]), eta=eta, **rescale)
     torch.testing.assert_close(own.images, other, rtol=0, atol=1e-4)
     assert (own.images[0] - own.images[1]).abs().max() > 0.01
     assert (pipe.num_classes, pipe.null_class, pipe.image_size, pipe.num_channels) == (3, 3, 8, 3)
+
+
+@pytest.mark.slow
+def test_pixart_of_1024_pixels_is_told_its_size(tmp_path, make):
+    host = texts.pixart(sample_size=128, patch_size=16)
+    assert host.transformer.use_additional_conditions
+    pipe, latents = hosted(host, negative_prompt=NEGATIVE), torch.randn(1, 4, 128, 128)
+    assert pipe.prompts.resolution.tolist() == [[256, 256]] * 4
+    own = pipe([1], latents=latents, generator=make.generators([1]), output_type="pt", eta=0.0, **DRAWN).images
+    options = {"clean_caption": False, "use_resolution_binning": False}
+    other = host_images(host, ["a tulip"], latents.clone(), None, **options)
+    torch.testing.assert_close(own, other, rtol=0, atol=1e-4)
 
 
 def test_other_prompts_and_no_rescaling_give_other_images(tmp_path, make):
@@ -111,6 +126,8 @@ def test_the_seed_of_an_image_picks_its_template(tmp_path, make):
     ("kind", "rows"),
     [
         ("sd1", {"encoder_hidden_states": (4, 16, 8)}),
+        ("PixArtAlphaPipeline", {"encoder_hidden_states": (4, 120, 8), "encoder_attention_mask": (4, 120)}),
+        ("PixArtSigmaPipeline", {"encoder_hidden_states": (4, 300, 8), "encoder_attention_mask": (4, 300)}),
         ("xl", {"encoder_hidden_states": (4, 16, 16), "text_embeds": (4, 8), "time_ids": (4, 6)}),
     ],
 )
@@ -130,6 +147,7 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, 
     assert {key: tuple(value.shape) for key, value in stored.items()} == rows
     again = DsCoPipeline.from_pretrained(tmp_path / "kept").encode_prompts("the {}")
     assert again.prompts.config.by_class["rose"] == ["the rose"]
+    assert again.prompts.config.shapes == kept.prompts.config.shapes
 
 
 def test_without_a_negative_prompt_sdxl_is_led_away_from_nothing_at_all(tmp_path, make):
@@ -172,6 +190,7 @@ def test_the_hosts_folder_its_components_and_the_pipeline_itself_give_the_same(t
     assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_a_record_makes_the_set_again(tmp_path, pipe, targets, make, monkeypatch):
     pipe.save_pretrained(tmp_path / "pipe")
     pipe = DsCoPipeline.from_pretrained(tmp_path / "pipe")

@@ -73,7 +73,7 @@ class StableDiffusion(TextConditioned):
         )
         return cast(torch.Tensor, answer.sample)
 
-    def host(self, components: Mapping[str, Any]) -> DiffusionPipeline:
+    def host(self, components: Mapping[str, Any], name: str | None = None) -> DiffusionPipeline:
         """A pipeline without a scheduler and a safety checker."""
         parts = {name: components.get(name) for name in ("vae", *self.needed)} | {self.component: self.network}
         if self.is_xl:
