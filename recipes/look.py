@@ -26,6 +26,7 @@ from datasets import Dataset
 from dsco_hf.concentration.records import config_record
 from dsco_hf.data.datasets import Pool, class_names, find_columns, load_image_dataset
 from dsco_hf.hub.folder import CONCENTRATION, RESULTS, WRITE_AGAIN
+from dsco_hf.hub.given import check_given
 from dsco_hf.hub.remake import fetch, load_recorded
 from dsco_hf.studies.figures.page import look
 from dsco_hf.utils.configs import parse_config
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> Path:
     told = recorded(recipe, rows)
     if recipe.results is not None:
         told["results"] = read_json(Path(recipe.results), WRITE_AGAIN)
+    check_given([], results=told.get("results"))
     if recipe.real is not None:
         real = load_image_dataset(
             recipe.real, recipe.real_name, split=recipe.real_split, revision=recipe.real_revision
@@ -106,7 +108,9 @@ def recorded(recipe: LookRecipe, rows: Dataset) -> dict[str, Any]:
     folder = fetch(recipe.dataset, [CONCENTRATION, RESULTS], **options)
     found: dict[str, Any] = {}
     if (folder / CONCENTRATION).is_file():
-        found["record"] = config_record(read_json(folder / CONCENTRATION, WRITE_AGAIN), recipe.dataset_name)
+        record = read_json(folder / CONCENTRATION, WRITE_AGAIN)
+        check_given(list(record.get("configs") or ()), concentration=record)
+        found["record"] = config_record(record, recipe.dataset_name)
     if (folder / RESULTS).is_file():
         found["results"] = read_json(folder / RESULTS, WRITE_AGAIN)
     return found

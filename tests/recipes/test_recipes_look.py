@@ -34,6 +34,21 @@ def test_a_folder_with_its_record_and_results(page, tmp_path):
     assert "<title>One</title>" in text and "2 images of 2 classes: 2 synthetic." in text and "12.50" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("results.json", {"rows": "all"}, r"`results\['rows'\]` must be a list of rows, got 'all'"),
+        ("results.json", {"rows": [{"method": "nopt", "accuracy_mean": "high"}]}, "accuracy_mean"),
+        ("concentration.json", {"configs": {"default": {"cost": "low"}}}, r"\['cost'\]` must be a dict, got 'low'"),
+    ],
+)
+def test_what_somebody_else_has_published_is_checked(page, tmp_path, name, content, error):
+    save_dataset_folder(tiny_dataset(1), tmp_path / "set", concentration=RECORD)
+    (tmp_path / "set" / name).write_text(json.dumps(content))
+    with pytest.raises((TypeError, ValueError), match=error):
+        page(tmp_path / "set")
+
+
 def test_images_alone(page, tmp_path):
     tiny_dataset(2).select_columns(["image", "label"]).to_parquet(tmp_path / "images.parquet")
     text = page(tmp_path / "images.parquet", "--real", tmp_path / "images.parquet")

@@ -107,6 +107,15 @@ def test_nothing_from_outside_is_html(tmp_path):
     assert text.count("</style") == 1 and 'class="p s0"' in text
 
 
+@pytest.mark.parametrize(
+    "found", ["much", ["by class"], {"by class": "much"}, {"by class": {"cat": "<b>", "dog": float("nan")}}]
+)
+def test_a_record_of_somebody_else_may_hold_anything(tmp_path, found):
+    record = {"discrepancy": found, "cost": "nothing", "generator": "mine", "method": 3, "source": {"dataset": ["x"]}}
+    text = look(tiny_dataset(1), tmp_path / "look.html", record=record, progress=False).read_text("utf-8")
+    assert "2 images of 2 classes" in text and "Discrepancy by class" not in text and "<b>" not in text[-3000:]
+
+
 def test_what_is_no_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"dataset of the page needs a column 'image'"):
         look(tiny_dataset(1).remove_columns("image"), tmp_path / "look.html")

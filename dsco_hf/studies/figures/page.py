@@ -154,7 +154,7 @@ def draw_page(
     *,
     record: Mapping[str, Any],
     results: Mapping[str, Any] | None = None,
-    discrepancy: Mapping[str, Any],
+    discrepancy: object,
     title: str | None = None,
     progress: bool = False,
 ) -> str:
@@ -172,7 +172,7 @@ def draw_page(
             tile["near_image"] = real.add(near.images[near.rows[row]]["image"])
         classes.setdefault(tile["label"], []).append(tile)
     tiles = [tile for found in classes.values() for tile in found]
-    measured, random = (discrepancy.get(key) or {} for key in ("by class", "random by class"))
+    measured, random = (_numbers(discrepancy, key) for key in ("by class", "random by class"))
     sources = _counts(tiles, "source")
     filters = {"class": [(label, names[label]) for label in classes if label >= 0]}
     filters |= {"source": [(name, name) for name, _ in sources]}
@@ -192,6 +192,13 @@ def draw_page(
         largest=max([*measured.values(), *random.values()], default=0), seen_by=near and near.seen_by,
         side=side, small=side < SMALL, sheets=[*own.done(), *real.done()],
     )  # fmt: skip
+
+
+def _numbers(discrepancy: object, key: str) -> dict[str, float]:
+    """Numbers by class from a record, which may be anybody's: what is no number is left out."""
+    found = discrepancy.get(key) if isinstance(discrepancy, Mapping) else None
+    known = found.items() if isinstance(found, Mapping) else ()
+    return {name: value for name, value in known if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _side(images: Dataset, order: Sequence[int]) -> int:
