@@ -217,7 +217,7 @@ def check_host(name: str, components: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: for one of another family, or another use.
     """
-    hosts = [host for family in FAMILIES.values() for host in getattr(family, "hosts", ())]
+    hosts: list[str] = [host for family in FAMILIES.values() for host in getattr(family, "hosts", ())]
     if name in hosts:
         return name
     text = any("text_encoder" in key for key in components)
@@ -226,7 +226,7 @@ def check_host(name: str, components: Mapping[str, Any]) -> str | None:
     known = nearest(name, hosts)
     same = [host for host in hosts if name.startswith(host.removesuffix("Pipeline"))]
     advice = f" Made of the same components is `diffusers.{same[-1]}.from_pipe(pipe)`: pass that." if same else known
-    raise ValueError(f"A {name} cannot be taken: a pipeline must be a {' or '.join(hosts)}.{advice}")
+    raise ValueError(f"A {name} cannot be taken: a pipeline must be a {', '.join(hosts[:-1])} or {hosts[-1]}.{advice}")
 
 
 def taken_over(scheduler: SchedulerMixin) -> SchedulerMixin:
