@@ -23,10 +23,10 @@ SMALLER = {
 
 
 SET_UP = """
-import datasets, numpy, PIL.Image, torch
+import datasets, numpy, PIL.Image, texts, torch
 from pathlib import Path
 from conftest import tiny_resnet, tiny_transformer, tiny_vae
-from diffusers import DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DiTPipeline
 from dsco_hf import DsCoPipeline
 from dsco_hf.data.labels import label_set
 
@@ -69,6 +69,13 @@ DsCoPipeline(
     tiny_transformer(channels=3, classes=2), DDIMScheduler(clip_sample=False),
     classifier=tiny_resnet(names=("roses", "tulips"), image_size=8), id2label={0: "roses", 1: "tulips"},
 ).save_pretrained("outputs/generator")
+tiny_resnet(names=("roses", "tulips"), image_size=8).save_pretrained("outputs/classifier")
+stable = "hub/models/stable-diffusion-v1-5/stable-diffusion-v1-5"
+texts.stable_diffusion(Path("sd"), length=77).save_pretrained(stable)
+texts.stable_diffusion_xl(Path("sd"), length=77).save_pretrained("hub/models/stabilityai/stable-diffusion-xl-base-1.0")
+preview = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+preview |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+AutoencoderTiny(**preview).save_pretrained("hub/models/madebyollin/taesdxl")
 """
 
 RUN = """
