@@ -123,6 +123,7 @@ PARTS = {
     "learned_labels": "learned labels",
 }
 _UNTOLD = ("license", "names", "by class", "random by class")  # what cards tell elsewhere, or not at all
+_BY_CLASS = ("class_names", "texts")  # one row each
 MOST = 100  # classes whose prompts a card tells
 NOT_RECORDED = "How its images were made is not recorded."
 
@@ -198,18 +199,20 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(entry, Mapping):
             main = "dataset" if key == "source" else "id"
             rows.append((title, entry.get(main)))
-            rows += [(f"{title}: {k}", _short(v)) for k, v in entry.items() if k not in (main, "by_class", *_UNTOLD)]
-            rows += _texts(title, entry.get("by_class"))
+            told = (main, *_UNTOLD, *(_BY_CLASS if "texts" in entry else ()))
+            rows += [(f"{title}: {k}", _short(v)) for k, v in entry.items() if k not in told]
+            rows += _texts(title, *(entry.get(k) for k in _BY_CLASS))
     versions = record.get("versions")
     if isinstance(versions, Mapping):
         rows.append(("made with", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return [(Trusted(escape_markdown(k)), Trusted(escape_id(v))) for k, v in rows if v is not None]
 
 
-def _texts(title: str, by_class: object) -> list[tuple[str, str]]:
+def _texts(title: str, names: object, texts: object) -> list[tuple[str, str]]:
     """What is said of each class, for a table; of many classes the first."""
-    told = list(by_class.items()) if isinstance(by_class, Mapping) else []
-    rows = [(f"{title}: {name}", "; ".join([text] if isinstance(text, str) else text)) for name, text in told[:MOST]]
+    told = list(zip(names, texts, strict=False)) if isinstance(names, list) and isinstance(texts, list) else []
+    texts = ["; ".join(map(str, text)) if isinstance(text, list) else str(text) for _, text in told[:MOST]]
+    rows = [(f"{title}: {name}", text) for (name, _), text in zip(told, texts, strict=False)]
     return [*rows, (f"{title}: …", f"{len(told) - MOST} more, in the records")] if len(told) > MOST else rows
 
 

@@ -30,7 +30,8 @@ class Prompts(ModelMixin, ConfigMixin):
     after the first follow, C at a time; an image's seed picks one.
 
     Args:
-        by_class (`dict[str, list[str]]`): K prompts of every class, by its name, in the order of the classes.
+        class_names (`list[str]`): names of the classes, by index; a config would not keep the order of a dict.
+        texts (`list[list[str]]`): K prompts of every class.
         negative_prompt (`str`, *optional*): what guidance leads away from; None is what the host pipeline does then.
         guidance_rescale (`float`, in [0, 1]): how far guided predictions get the deviation of conditional ones back,
             see [`TextConditioned.guided`].
@@ -41,26 +42,21 @@ class Prompts(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        by_class: dict[str, list[str]],
+        class_names: list[str],
+        texts: list[list[str]],
         negative_prompt: str | None = None,
         guidance_rescale: float = 0.0,
         shapes: dict[str, list[int]] | None = None,
         host: str | None = None,
     ) -> None:
         super().__init__()
-        rows = 1 + sum(len(texts) for texts in by_class.values())
+        rows = 1 + sum(map(len, texts))
         for name, shape in (shapes or {}).items():
             self.register_buffer(name, torch.zeros(rows, *shape))
 
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes, by index."""
-        return list(self.config.by_class)
-
     def row(self, label: int, seed: int) -> int:
         """The row of an image of a class that is drawn with a seed."""
-        classes, texts = len(self.config.by_class), next(iter(self.config.by_class.values()))
-        pick = image_seed(seed, 0, 0, "prompt") % len(texts)
+        classes, pick = len(self.config.texts), image_seed(seed, 0, 0, "prompt") % len(self.config.texts[0])
         return label if pick == 0 else classes + 1 + (pick - 1) * classes + label
 
     def rows(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -69,9 +65,9 @@ class Prompts(ModelMixin, ConfigMixin):
 
     def as_record(self) -> dict[str, Any]:
         """The texts, as records tell them."""
-        texts = {name: texts[0] if len(texts) == 1 else list(texts) for name, texts in self.config.by_class.items()}
+        texts = [own[0] if len(own) == 1 else list(own) for own in self.config.texts]
         told = {key: self.config[key] for key in ("negative_prompt", "guidance_rescale") if self.config[key]}
-        return {"by_class": texts, **told}
+        return {"class_names": list(self.config.class_names), "texts": texts, **told}
 
 
 class TextConditioned(Denoiser):
@@ -102,7 +98,7 @@ class TextConditioned(Denoiser):
     @property
     def num_classes(self) -> int:
         """As many as have prompts."""
-        return len(self.table.config.by_class)
+        return len(self.table.config.texts)
 
     @property
     def null_class(self) -> int | None:
@@ -193,7 +189,7 @@ class TextConditioned(Denoiser):
                 "dropped, or never there. Begin with the whole pipeline of diffusers, `DsCoPipeline.from_pipe(pipe, "
                 "prompts=...)`."
             )
-        host, texts = self.host(components, host_name), list(by_class.values())
+        host, texts = self.host(components, host_name), [list(of) for of in by_class.values()]
         for name, text in [(name, text) for name, of in by_class.items() for text in of]:
             self.check_length(host, text, f"The prompt of class {name!r}")
         self.check_length(host, negative_prompt or "", "`negative_prompt`")
@@ -201,8 +197,7 @@ class TextConditioned(Denoiser):
         rows = [pair[0] for pair in pairs]
         rows.insert(len(texts), pairs[0][1])
         shapes = {name: list(row.shape) for name, row in rows[0].items()}
-        plain = {name: list(of) for name, of in by_class.items()}
-        table = Prompts(plain, negative_prompt, guidance_rescale, shapes, type(host).__name__)
+        table = Prompts(list(by_class), texts, negative_prompt, guidance_rescale, shapes, type(host).__name__)
         for name in shapes:
             table.register_buffer(name, torch.stack([row[name] for row in rows]))
         return table.eval()

@@ -139,11 +139,12 @@ class HostedPipeline(StoredPipeline):
         Raises:
             ValueError: for prompts that do not fit the classes, that are too long, or without encoders.
         """
-        if isinstance(prompts, Mapping) and "by_class" in prompts:  # of a record
+        if isinstance(prompts, Mapping) and {"class_names", "texts"} <= set(prompts):  # of a record
             given: dict[str, Any] = {key: prompts.get(key) for key in ("negative_prompt", "guidance_rescale")}
-            return self.encode_prompts(prompts["by_class"], class_names=list(prompts["by_class"]), host=host, **given)
+            given["class_names"] = names = list(prompts["class_names"])
+            return self.encode_prompts(dict(zip(names, prompts["texts"], strict=True)), host=host, **given)
         told = names_of(dataset) if dataset is not None else class_names or self.id2label
-        names = list(told.values() if isinstance(told, Mapping) else told)
+        names = [told[label] for label in sorted(told)] if isinstance(told, Mapping) else list(told)
         zero = bool(self.scheduler.config.get("rescale_betas_zero_snr"))
         rescale = ZERO_SNR_RESCALE * zero if guidance_rescale is None else guidance_rescale
         rescale = check_real("guidance_rescale", rescale, 0, 1)

@@ -21,7 +21,7 @@ def host(w, kind="sd1", **options):
 def made(w, given=None, **options):
     """A pipeline of classes, with what it was told of them."""
     pipe = DsCoPipeline.from_pipe(host(w) if given is None else given, **{"class_names": NAMES, **options})
-    return list(pipe.prompts.as_record()["by_class"].values())
+    return pipe.prompts.as_record()["texts"]
 
 
 def drawn(pipe, **options):

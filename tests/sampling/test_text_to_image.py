@@ -113,7 +113,7 @@ def test_the_seed_of_an_image_picks_its_template(tmp_path, make):
     family, seeds = pipe.family, list(range(40))
     rows = family.conditions([1] * 40, seeds)
     assert rows == family.conditions([1] * 40, seeds) and set(rows) == {1, 5, 8}
-    assert pipe.prompts.as_record()["by_class"]["tulip"] == ["a tulip", "my tulip", "the tulip"]
+    assert pipe.prompts.as_record()["texts"][1] == ["a tulip", "my tulip", "the tulip"]
     latents = torch.randn(40, 4, 4, 4)
     pick = rows.index(5)
     own = pipe([1], latents=latents[:1], generator=make.generators([pick]), eta=0, output_type="pt", **DRAWN).images
@@ -146,8 +146,19 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, 
     stored = load_file(tmp_path / "dropped" / "prompts" / "diffusion_pytorch_model.safetensors")
     assert {key: tuple(value.shape) for key, value in stored.items()} == rows
     again = DsCoPipeline.from_pretrained(tmp_path / "kept").encode_prompts("the {}")
-    assert again.prompts.config.by_class["rose"] == ["the rose"]
+    assert again.prompts.config.texts == [["the rose"], ["the tulip"], ["the daisy"]]
     assert again.prompts.config.shapes == kept.prompts.config.shapes
+
+
+def test_the_order_of_many_classes_is_kept(tmp_path):
+    names = [chr(ord("z") - i) for i in range(12)]
+    pipe = hosted(texts.stable_diffusion(tmp_path / "host"), class_names=dict(enumerate(names)))
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = DsCoPipeline.from_pretrained(tmp_path / "saved")
+    first = loaded.prompts.encoder_hidden_states.clone()
+    assert loaded.prompts.config.class_names == names and torch.equal(first, pipe.prompts.encoder_hidden_states)
+    loaded.encode_prompts("a {}")
+    assert loaded.prompts.config.class_names == names and torch.equal(first, loaded.prompts.encoder_hidden_states)
 
 
 def test_without_a_negative_prompt_sdxl_is_led_away_from_nothing_at_all(tmp_path, make):
@@ -214,7 +225,8 @@ def test_a_killed_run_goes_on_and_a_record_makes_the_set_again(tmp_path, pipe, t
     save_dataset_folder(small, tmp_path / "set", targets=targets)
     again, found, record = load_recorded(tmp_path / "set")
     again.set_progress_bar_config(disable=True)
-    assert record["prompts"]["by_class"] == {name: f"a {name}" for name in texts.CLASSES}
+    assert record["prompts"]["class_names"] == list(texts.CLASSES)
+    assert record["prompts"]["texts"] == [f"a {name}" for name in texts.CLASSES]
     assert pixels(concentrate(again, found, seed=3, **record_parameters(record), progress=False)) == pixels(small)
     card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
     assert "a tulip" in card
