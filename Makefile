@@ -26,7 +26,7 @@ BROWSERS := chromium-headless-shell chromium chromium-browser google-chrome
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo demo-small test test-fast quality style dist clean
+.PHONY: help setup browser demo demo-small test test-fast quality style docs notebooks dist clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -69,8 +69,24 @@ style: $(STAMP)  ## repairs what can be repaired automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-dist: $(STAMP)  ## wheel and sdist, in dist/
+docs: $(VENV)/.docs  ## the site, in build/site; no warning is let pass
+	$(BIN)/python docs/assemble.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(VENV)/.docs  ## docs/notebooks/*.py as notebooks, in build/notebooks
+	mkdir -p build/notebooks
+	for page in docs/notebooks/*.py; do \
+		$(BIN)/jupytext --quiet --to notebook --output build/notebooks/`basename $$page .py`.ipynb $$page || exit 1; done
+
+dist: $(VENV)/.release  ## wheel and sdist, in dist/, with their metadata checked
+	rm -rf dist
 	$(BIN)/python -m hatchling build
+	$(BIN)/twine check --strict dist/*
+
+# What these need beyond the tests: the extra of that name
+$(VENV)/.%: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*]'
+	@touch $@
 
 clean:  ## removes caches and builds; .venv and outputs/ stay
 	rm -rf build dist

@@ -12,6 +12,7 @@ from hub.samples import TOKEN
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 SKETCHES = ("docs/architecture.md",)  # of a network that the reader has
+ALONE = "docs/get_started.md"  # on the pipeline that the package brings
 # What a machine without a GPU, and a test, changes: where it runs, and how many images are drawn.
 SMALLER = {
     '.to("cuda")': '.to("cpu")',
@@ -23,7 +24,7 @@ SMALLER = {
 
 
 SET_UP = """
-import datasets, numpy, PIL.Image, texts, torch
+import datasets, dsco_hf, numpy, PIL.Image, texts, torch
 from pathlib import Path
 from conftest import tiny_resnet, tiny_transformer, tiny_vae
 from diffusers import AutoencoderTiny, DDIMScheduler, DiTPipeline
@@ -62,6 +63,8 @@ for repo, config, names in (("frgfm/imagenette", "320px", nette), ("uoft-cs/cifa
     card = f"---\\nconfigs:\\n- config_name: {config}\\n  data_files: {config}/train-*.parquet\\n---\\n"
     (place.parent / "README.md").write_text(card, encoding="utf-8")
 
+recorded = Path(dsco_hf.__file__).parents[1] / "recipes" / "results" / "cifar10_16px" / "results.json"
+Path("results.json").write_text(recorded.read_text(encoding="utf-8"), encoding="utf-8")
 folder("path/to/zoo/train", ["crane", "horse"])
 folder("path/to/images", ["roses", "tulips"])
 Path("mapping.yaml").write_text("crane: n02012849\\nhorse: 339\\n", encoding="utf-8")
@@ -116,6 +119,16 @@ def test_the_first_example_runs_alone(capsys):
     assert 0.3 < float(re.search(r": ([0-9.]+)%", capsys.readouterr().out)[1]) / 100 < 1
 
 
+@pytest.mark.slow
+def test_the_first_ten_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for title, block in python_blocks(ALONE):
+        exec(compile(block.replace("steps=300", "steps=30"), title, "exec"), scope)
+    assert len(scope["mixed"]) == len(scope["again"]) == 200 and (tmp_path / "look.html").stat().st_size > 10_000
+    assert "doped to 200 images: " in capsys.readouterr().out
+
+
 def test_readme_is_short_and_names_every_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
@@ -139,7 +152,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 @pytest.mark.slow
 def test_python_of_readme_and_docs_runs_as_it_stands(tmp_path):
-    pages = {page: python_blocks(page) for page in PAGES if page not in SKETCHES}
+    pages = {page: python_blocks(page) for page in PAGES if page not in (*SKETCHES, ALONE)}
     first = pages.pop("docs/publish.md")  # the others read what it makes
     blocks = [*python_blocks("README.md")[1:], *first, *(block for page in pages.values() for block in page)]
     assert len(first) >= 2 and len(pages["docs/matching.md"]) >= 4

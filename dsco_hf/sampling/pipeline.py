@@ -49,8 +49,9 @@ class DsCoPipelineOutput(BaseOutput):
         class_labels (`list[int]`): the generator's class of each image.
         discrepancies (`torch.Tensor` of shape `(S, K)`): the objective per class (ascending) at each of the S
             optimised steps, as predicted before the noise was moved; `(0, K)` for plain sampling.
-        denoiser_calls, decoder_calls, classifier_calls (`int`): images that passed through the denoiser (twice per
-            guided step), the decoder and the classifier.
+        denoiser_calls (`int`): images that passed through the denoiser, twice per guided step.
+        decoder_calls (`int`): images that passed through the decoder.
+        classifier_calls (`int`): images that passed through classifiers.
         weights (`list[float]`, *optional*): how much each image counts in training, of a method that weighs them.
     """
 
