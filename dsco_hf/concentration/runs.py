@@ -41,7 +41,7 @@ from .concentrate import (
     to_dataset,
 )
 from .run_folder import RunFolder, RunProgress, RunSession, unit_name
-from .set_records import drawn_record, with_record
+from .set_records import drawn_record, set_size, with_record
 
 
 logger = logging.getLogger(__name__)
@@ -197,6 +197,7 @@ def run_settings(
         "class_labels": sampler.class_labels,
         "class_names": sampler.class_names,
         "options": sampler.sampling.as_record(),
+        **({} if (size := set_size(pipe)) is None else {"image_size": size}),
         "targets": None if targets is None else targets_sha256(targets),
         "measure_by": None if measure_by is None else targets_sha256(measure_by),
         "models": {

@@ -177,7 +177,13 @@ def _generator(pipe: DiffusionPipeline, revision: str | None) -> dict[str, Any] 
     family = type(getattr(pipe, "family", None))
     outside = denoiser is not None and not family.__module__.startswith("dsco_hf.")  # a name that the loader must know
     path = f"{family.__module__}.{family.__qualname__}" if outside else None
-    return _without_none({**published_origin(name), "revision": revision, "sha256": sha256, "family": path})
+    told = {"revision": revision, "sha256": sha256, "family": path, "image_size": set_size(pipe)}
+    return _without_none({**published_origin(name), **told})
+
+
+def set_size(pipe: DiffusionPipeline) -> int | None:
+    """The size that images are brought to, if it is not the generator's own."""
+    return getattr(getattr(pipe, "config", None), "image_size", None)
 
 
 def network_record(model: torch.nn.Module) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 
 from ..data.images import images_from_unit
 
@@ -83,6 +84,13 @@ def scale_of(vae: Vae) -> Scale:
     """What a deviation of z is multiplied with: a number, or one per channel `(C, 1, 1)`."""
     factor, _, std = conventions(vae)
     return factor / std
+
+
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Square images `(B, C, H, W)` at another size, in float32, as real images are resized: bicubic, antialiased."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
 
 
 def to_output(images: torch.Tensor, output_type: str) -> Output:

@@ -93,6 +93,8 @@ def load_recorded(
         place = _place(record, "generator", name, folder)
     known = {part: _load_part(record, part, name, options, folder) for part in PARTS}
     parts = {part: model for part, model in known.items() if model is not None}
+    if size := (record.get("generator") or {}).get("image_size"):
+        parts["image_size"] = size
     dtype = DTYPES.get(str((record.get("environment") or {}).get("dtype")), torch.float32)
     pipe = DsCoPipeline.from_pretrained(place["id"], revision=place.get("revision"), dtype=dtype, **parts, **options)
     for part, model in (("generator", pipe.denoiser), *((part, getattr(pipe, part, None)) for part in PARTS)):

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 
 from ..generators.failures import cannot_run
 from ..generators.steps import PREDICTIONS, is_flow
-from ..utils.values import check_choice
+from ..utils.values import check_choice, check_whole
 from .call import Sampling
 
 
@@ -61,6 +61,15 @@ def check_targets(targets: object) -> None:
         raise TypeError(
             f"`targets` must be targets or None, got {type(targets).__name__}. Make them of real images with "
             "`MatchingTargets.from_dataset(dataset, pipe)`, data-free with `MatchingTargets.from_generator(pipe)`."
+        )
+
+
+def check_smaller(image_size: int, drawn: int) -> None:
+    """Raises ValueError unless images that are drawn so large can be brought to `image_size`."""
+    if check_whole("image_size", image_size, 1) > drawn:
+        raise ValueError(
+            f"`image_size={image_size}` is more than the generator draws, {drawn}, and would only be blurred: give "
+            f"at most {drawn}, or leave it out."
         )
 
 

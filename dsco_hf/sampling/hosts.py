@@ -56,8 +56,9 @@ class HostedPipeline(StoredPipeline):
         """
         if (host := check_host(type(pipeline).__name__, pipeline.components)) is not None:
             kwargs["host"] = host
-        dtype, names = kwargs.pop("dtype", None), pipeline.config.get("id2label")
-        found = cls(**({"id2label": names} if names else {}) | pipeline.components | kwargs)
+        dtype = kwargs.pop("dtype", None)
+        own = {key: value for key in ("id2label", "image_size") if (value := pipeline.config.get(key))}
+        found = cls(**own | pipeline.components | kwargs)
         if (origin := getattr(pipeline, "name_or_path", None)) is not None:
             found.register_to_config(_name_or_path=origin)
         return found if dtype is None else found.to(dtype=dtype)
@@ -68,7 +69,8 @@ class HostedPipeline(StoredPipeline):
         host = check_host(str(index.get("_class_name")), index)
         if host is None:
             return super()._load(name, folder, kwargs)
-        own = {key: kwargs.pop(key) for key in (*OPTIONS, *cls._optional_components) if key in kwargs}
+        names = (*OPTIONS, *cls._optional_components, "id2label", "image_size")
+        own = {key: kwargs.pop(key) for key in names if key in kwargs}
         kwargs |= {key: own.pop(key) for key in ("scheduler", "vae", *SLOTS, *ENCODERS) if key in own}
         unused = {key: None for key in UNUSED if key in index}
         pipe = getattr(diffusers, host).from_pretrained(name, **kwargs, **unused)

@@ -25,12 +25,12 @@ from ..evaluators.preprocessing import ensure_preprocessing
 from ..generators.base import Denoiser, denoiser_of
 from ..generators.denoisers import ENCODERS, SLOTS, as_components, with_slots
 from ..generators.failures import explained_out_of_memory, refuse_nonfinite
-from ..generators.latents import Output, decode, encode, to_output
+from ..generators.latents import Output, decode, encode, resized, to_output
 from ..generators.prompts import Prompts
 from ..matching.objectives import Objective
 from ..utils.values import LARGEST_SEED, check_whole
 from .call import Call, Sampling, SamplingMethod, Targets, calls
-from .checks import check_call, check_kinds
+from .checks import check_call, check_kinds, check_smaller
 from .hosts import HostedPipeline
 from .methods import NOpt as NOpt  # methods are known by name once they are imported
 from .peers import MGD3 as MGD3
@@ -89,6 +89,8 @@ class DsCoPipeline(HostedPipeline):
             those of the first by targets that name it (`FeatureSpec(network="classifier_2")`).
         prompts ([`Prompts`], *optional*): the encoded prompts of the classes, for a denoiser of a text-to-image model;
             or what they are made of by the encoders, with further options of [`DsCoPipeline.encode_prompts`].
+        image_size (`int`, *optional*): height and width of the images, if they are to be smaller than they are drawn:
+            they are resized, antialiased, before anything sees or stores them.
 
     Speed and memory, by what diffusers has:
 
@@ -126,6 +128,7 @@ class DsCoPipeline(HostedPipeline):
         preview_vae: AutoencoderTiny | AutoencoderKL | None = None,
         classifier_2: PreTrainedModel | None = None,
         prompts: Prompts | None = None,
+        image_size: int | None = None,
         **slots: Any,
     ) -> None:
         super().__init__()
@@ -143,6 +146,9 @@ class DsCoPipeline(HostedPipeline):
         self.register_modules(**components, scheduler=scheduler, **others, **encoders, prompts=stored)
         self.name_classes({int(key): value for key, value in (id2label or {}).items()})
         self.begin_prompts(prompts, options)
+        self.register_to_config(image_size=image_size)
+        if image_size is not None:
+            check_smaller(image_size, self.drawn_size)
         for model in (classifier, classifier_2):
             if model is not None:
                 ensure_preprocessing(model)
@@ -178,9 +184,14 @@ class DsCoPipeline(HostedPipeline):
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def drawn_size(self) -> int:
+        """Height and width that the generator draws, in pixels."""
+        return self.latent_shape[1] * self.vae_scale_factor
+
+    @property
     def image_size(self) -> int:
         """Height and width of the images, in pixels."""
-        return self.latent_shape[1] * self.vae_scale_factor
+        return self.config.image_size or self.drawn_size
 
     @property
     def num_channels(self) -> int:
@@ -213,7 +224,7 @@ class DsCoPipeline(HostedPipeline):
     def decode_latents(self, latents: torch.Tensor, *, preview: bool = False) -> torch.Tensor:
         """Latents `(B, C, h, w)` → pixels `(B, C, H, W)` in about [-1, 1]; gradients reach the latents."""
         decoder = self.preview_vae if preview and self.preview_vae is not None else self.vae
-        return latents if decoder is None else decode(decoder, latents)
+        return resized(latents if decoder is None else decode(decoder, latents), self.image_size)
 
     @torch.no_grad()
     def encode_pixels(
@@ -235,6 +246,7 @@ class DsCoPipeline(HostedPipeline):
                 f"The generator takes images of shape {shape} (channels, height, width), got "
                 f"{tuple(pixels.shape[1:])}: resize them to {self.image_size} pixels."
             )
+        pixels = resized(pixels, self.drawn_size)
         if self.vae is None:
             return pixels
         # not `vae.device`: an offloaded VAE waits on the CPU until it is called

@@ -234,6 +234,8 @@ def model_sha256(model: object) -> str:
 def components_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The models and the scheduler of a pipeline by name, and the names of its classes."""
     found = {name: part for name, part in sorted(pipe.components.items()) if hasattr(part, "config")}
+    size = getattr(getattr(pipe, "config", None), "image_size", None)
+    found |= {} if size is None else {"image_size": size}
     return {**found, "classes": {str(label): name for label, name in (getattr(pipe, "id2label", None) or {}).items()}}
 
 

@@ -165,6 +165,14 @@ TABLE = {
         lambda w: sized(w, 8),
         16,
     ),
+    "images larger than they are drawn": (
+        lambda w: made(w, image_size=16),
+        "`image_size=16` is more than the generator draws, 8, and would only be blurred: give at most 8, or leave it",
+        lambda w: [
+            DsCoPipeline.from_pipe(host(w), class_names=NAMES, image_size=size).image_size for size in (8, None)
+        ],
+        [8, 8],
+    ),
     "classes by embeddings": (
         lambda w: DsCoPipeline.from_pipe(host(w), class_names=NAMES).family.adapt(5),
         "for which it needs no new embeddings: name them, `DsCoPipeline.from_pipe.pipe, class_names=",

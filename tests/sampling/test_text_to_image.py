@@ -14,6 +14,7 @@ from dsco_hf import (
     DsCoPipeline,
     MatchingTargets,
     NOpt,
+    Sampling,
     concentrate,
     concentrate_to_folder,
     load_recorded,
@@ -148,6 +149,43 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, 
     again = DsCoPipeline.from_pretrained(tmp_path / "kept").encode_prompts("the {}")
     assert again.prompts.config.texts == [["the rose"], ["the tulip"], ["the daisy"]]
     assert again.prompts.config.shapes == kept.prompts.config.shapes
+
+
+def test_images_are_brought_to_a_smaller_size(tmp_path, make):
+    texts.stable_diffusion(tmp_path / "host").save_pretrained(tmp_path / "saved")
+    given = {"class_names": texts.CLASSES}
+    large = DsCoPipeline.from_pretrained(tmp_path / "saved", **given)
+    small = DsCoPipeline.from_pretrained(tmp_path / "saved", image_size=4, **given)
+    for pipe in (large, small):
+        pipe.set_progress_bar_config(disable=True)
+    drawn = {"seeds": [1, 2], **DRAWN}
+    with torch.no_grad():
+        images = large.decode_latents(large.sample([0, 1], output_type="latent", **drawn).images)
+    expected = torch.nn.functional.interpolate(images, (4, 4), mode="bicubic", antialias=True)
+    found = small.sample([0, 1], **drawn).images
+    torch.testing.assert_close(found, ((expected + 1) / 2).clamp(0, 1), atol=1e-6, rtol=0)
+    assert (small.image_size, small.drawn_size, large.image_size) == (4, 8, 8)
+    assert small.encode_pixels(torch.zeros(1, 3, 4, 4)).shape == (1, 4, 4, 4)
+    data = concentrate(small, None, 1, seed=3, class_labels=[0, 1, 2], method="plain", progress=False, **DRAWN)
+    assert {image.size for image in data["image"]} == {(4, 4)}
+    save_dataset_folder(data, tmp_path / "set")
+    small.save_pretrained(tmp_path / "small")
+    for other in (load_recorded(tmp_path / "set")[0], DsCoPipeline.from_pipe(small)):
+        assert other.image_size == 4
+    again = DsCoPipeline.from_pretrained(tmp_path / "small")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again.sample([0, 1], **drawn).images, found)
+
+
+def test_targets_and_noise_see_images_of_the_smaller_size(tmp_path, make):
+    seen, classifier = set(), make.convnet(names=texts.CLASSES, channels=3)
+    pipe = hosted(texts.stable_diffusion(tmp_path), image_size=4, classifier=classifier)
+    images = make.images((4, 4, 4), names=texts.CLASSES)
+    targets = MatchingTargets.from_dataset(images, pipe, embedding_dim=32, progress=False)
+    call = pipe.start_call([0, 1], targets, Sampling.of(NOpt("rkhs", start=0.0), **DRAWN))
+    decode = call.decode
+    call.decode = lambda *args, **kwargs: seen.add(tuple((out := decode(*args, **kwargs)).shape)) or out
+    assert pipe.draw(call, "pt").images.shape == (2, 3, 4, 4) and seen == {(2, 3, 4, 4)}
 
 
 def test_the_order_of_many_classes_is_kept(tmp_path):

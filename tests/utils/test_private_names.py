@@ -17,7 +17,6 @@ USED = {
     "_execution_device": diffusers.DiffusionPipeline,  # where an offloaded pipeline computes
     "_callback_tensor_inputs": None,  # what diffusers asks of a pipeline class; ours
     "_threshold_sample": diffusers.DDIMScheduler,  # dynamic thresholding, as the scheduler itself does it
-    "_get_add_time_ids": diffusers.StableDiffusionXLPipeline,  # what SDXL is told of sizes, as the pipeline tells it
     "_init_weights": transformers.PreTrainedModel,  # the hook of model classes
     "_actions": None,  # of argparse
 }

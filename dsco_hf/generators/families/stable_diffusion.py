@@ -88,9 +88,8 @@ class StableDiffusion(TextConditioned):
         if not self.is_xl:
             return [{"encoder_hidden_states": row[0]} for row in found]
         side = self.sample_shape[1] * host.vae_scale_factor
-        times = host._get_add_time_ids((side, side), (0, 0), (side, side), found[0].dtype, found[2].shape[-1])
+        times = torch.tensor([side, side, 0, 0, side, side]).to(found[0])  # original size, corner, size
         names = ("encoder_hidden_states", "text_embeds", "time_ids")
         return [
-            dict(zip(names, (*pair, times[0]), strict=True))
-            for pair in ((found[i][0], found[i + 2][0]) for i in (0, 1))
+            dict(zip(names, (*pair, times), strict=True)) for pair in ((found[i][0], found[i + 2][0]) for i in (0, 1))
         ]
