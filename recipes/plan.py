@@ -4,6 +4,7 @@
     python recipes/plan.py --run_config recipes/configs/concentrate_digits.yaml --num_processes 1 2
     python recipes/plan.py --preset imagenet1k --images_per_class 10 50 650 --num_processes 1 8 64 --device a100
     python recipes/plan.py --preset imagenet1k --device a100 --memory_gib 24 --max_hours 8
+    python recipes/plan.py --preset imagenette --shapes sdxl --images_per_class 10 50 --device a100
     python recipes/plan.py --search_config recipes/configs/lossless_digits.yaml --num_processes 1 2
 
 Calls are counted by the pipeline itself on networks that cost nothing, and are exact. Time comes from a few steps on
@@ -48,6 +49,7 @@ class PlanRecipe(CostPlan, PreviewOptions):
     Attributes:
         preset: "imagenet1k", "imagenet100" or "imagenette": the shapes of facebook/DiT-XL-2-256, its VAE, a tiny
             preview VAE and ResNet-18, without weights.
+        shapes: of another generator with the preset: "sd-1.5", "sdxl" or "pixart-512", each at its own size.
         generator: a pipeline's folder or Hub id, instead.
         run_config: a YAML file of `recipes/concentrate.py`; options that both recipes have are taken from it.
         search_config: a YAML file of `recipes/lossless.py`, whose search is planned instead, on this machine.
@@ -56,6 +58,7 @@ class PlanRecipe(CostPlan, PreviewOptions):
     """
 
     preset: str | None = None
+    shapes: str = "dit-xl-2"
     run_config: str | None = None
     search_config: str | None = None
     dtype: str = "bfloat16"
@@ -130,7 +133,7 @@ def load(recipe: PlanRecipe) -> DsCoPipeline:
     if recipe.preset is not None:
         check_choice("preset", recipe.preset, list(PRESETS))
         device = here if recipe.device == "here" else "meta"
-        return imagenet_pipeline(device=device, dtype=recipe.torch_dtype, tiny=recipe.tiny)
+        return imagenet_pipeline(shapes=recipe.shapes, device=device, dtype=recipe.torch_dtype, tiny=recipe.tiny)
     check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
     pipe = recipe.load_pipeline().to(here)
     if pipe.classifier is None and not recipe.plain:

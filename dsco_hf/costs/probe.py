@@ -15,11 +15,13 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..data.images import to_signed
 from ..generators.families.dit import dit_xl_2
+from ..generators.families.pixart import pixart_512
+from ..generators.families.stable_diffusion import sd_1_5, sdxl
 from ..matching.feature_spec import FeatureSource
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, Targets
 from ..sampling.pipeline import DsCoPipeline
-from ..utils.values import plain_arguments
+from ..utils.values import check_choice, plain_arguments
 from .passes import Rehearsal, stand_in_targets
 
 
@@ -149,8 +151,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# Networks whose shapes a plan can be made for: the pipeline's, for so many classes, and its prompts.
+SHAPES = {"dit-xl-2": None, "sd-1.5": sd_1_5, "sdxl": sdxl, "pixart-512": pixart_512}
+
+
 def imagenet_pipeline(
     *,
+    shapes: str = "dit-xl-2",
     device: str | torch.device = "meta",
     dtype: torch.dtype = torch.bfloat16,
     preview: bool = True,
@@ -160,12 +167,14 @@ def imagenet_pipeline(
     """The shapes of facebook/DiT-XL-2-256, its AutoencoderKL, an AutoencoderTiny and microsoft/resnet-18 at 224 px.
 
     Args:
+        shapes (`str`): of another generator, of `SHAPES`, in the place of DiT-XL/2.
         device (`str` or `torch.device`): "meta" has shapes only, and needs no memory.
         dtype (`torch.dtype`): of all weights.
         preview (`bool`): whether there is a preview decoder.
         tiny (`bool`): the same classes at a size that tests can run.
         seed (`int`): of the weights; the global random state is left as it is.
     """
+    check_choice("shapes", shapes, list(SHAPES))
     channels, widths, depths, classes, image_size = [128, 256, 512, 512], [64, 128, 256, 512], [2] * 4, 1000, 224
     preview_options: dict[str, Any] = {}
     if tiny:
@@ -177,7 +186,8 @@ def imagenet_pipeline(
     try:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
-            denoiser = dit_xl_2(tiny=tiny)
+            make = SHAPES[shapes]
+            denoiser, prompts = (dit_xl_2(tiny=tiny), None) if make is None else make(classes)
             vae = AutoencoderKL(
                 block_out_channels=channels,
                 down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -196,11 +206,11 @@ def imagenet_pipeline(
             classifier = ResNetForImageClassification(config)
     finally:
         torch.set_default_dtype(before)
-    for module in (denoiser, vae, preview_vae, classifier):
+    for module in (denoiser, vae, preview_vae, classifier, prompts):
         if module is not None:  # some buffers are made on the CPU, or in float32, whatever the defaults are
             torch.nn.Module.to(module, device, dtype)  # diffusers' own `to` warns of models whose types are mixed
             module.eval().requires_grad_(False)
     scheduler = DDIMScheduler(clip_sample=False, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    pipe = DsCoPipeline(denoiser, scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae)
+    pipe = DsCoPipeline(denoiser, scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae, prompts=prompts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -214,6 +214,12 @@ class TextConditioned(Denoiser):
                 )
 
 
+def blank(classes: int, states: list[int], **others: list[int]) -> Prompts:
+    """A table of zeros for classes without names, whose rows have these shapes."""
+    names = [str(label) for label in range(classes)]
+    return Prompts(names, [[name] for name in names], shapes={"encoder_hidden_states": states, **others})
+
+
 def class_prompts(given: Given, names: Sequence[str]) -> dict[str, list[str]]:
     """The prompts of every class.
 

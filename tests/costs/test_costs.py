@@ -255,3 +255,16 @@ def test_stand_in_targets_are_targets(pipe, targets):
         assert type(mine) is type(real)
         if torch.is_tensor(real):
             assert mine.shape == real.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shapes", "parameters", "image_size"),
+    [("sd-1.5", 859_520_964, 512), ("sdxl", 2_567_463_684, 1024), ("pixart-512", 610_856_096, 512)],
+)
+def test_shapes_of_text_to_image_models_are_those_that_are_published(shapes, parameters, image_size):
+    pipe = imagenet_pipeline(shapes=shapes)
+    assert sum(weight.numel() for weight in pipe.denoiser.parameters()) == parameters
+    assert (pipe.image_size, pipe.num_classes, pipe.device.type) == (image_size, 1000, "meta")
+    costs = pass_costs(pipe)
+    assert costs["denoiser"].flops > 4e11 and costs["preview"].flops < costs["decoder"].flops

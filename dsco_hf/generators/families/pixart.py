@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, ModelMixin, PixArtTransformer2DModel
 from transformers import PreTrainedTokenizerBase
 
 from ..base import register_denoiser
-from ..prompts import TextConditioned
+from ..prompts import Prompts, TextConditioned, blank
 
 
 @register_denoiser
@@ -70,3 +70,9 @@ class PixArt(TextConditioned):
             own = {"resolution": torch.tensor([side, side]), "aspect_ratio": torch.tensor([1.0])}
             rows = [row | {name: value.to(found[0]) for name, value in own.items()} for row in rows]
         return rows
+
+
+def pixart_512(classes: int) -> tuple[ModelMixin, Prompts]:
+    """The network of PixArt-α at 512 pixels, with random weights, and a table of no prompts."""
+    network = PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
+    return network, blank(classes, [120, 4096], encoder_attention_mask=[120])

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
 
 from ..base import register_denoiser
-from ..prompts import TextConditioned
+from ..prompts import Prompts, TextConditioned, blank
 
 
 @register_denoiser
@@ -93,3 +93,20 @@ class StableDiffusion(TextConditioned):
         return [
             dict(zip(names, (*pair, times), strict=True)) for pair in ((found[i][0], found[i + 2][0]) for i in (0, 1))
         ]
+
+
+def sd_1_5(classes: int) -> tuple[ModelMixin, Prompts]:
+    """The network of Stable Diffusion 1.5, with random weights, and a table of no prompts."""
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768), blank(classes, [77, 768])
+
+
+def sdxl(classes: int) -> tuple[ModelMixin, Prompts]:
+    """The network of SDXL, with random weights, and a table of no prompts."""
+    network = UNet2DConditionModel(
+        sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+    return network, blank(classes, [77, 2048], text_embeds=[1280], time_ids=[6])
