@@ -68,7 +68,11 @@ class HostedPipeline(StoredPipeline):
         index = read_index(folder)
         host = check_host(str(index.get("_class_name")), index)
         if host is None:
-            return super()._load(name, folder, kwargs)
+            asked = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+            prompts = None if isinstance(kwargs.get("prompts"), Prompts) else kwargs.pop("prompts", None)
+            pipe = super()._load(name, folder, kwargs)
+            pipe.begin_prompts(prompts, asked)
+            return pipe
         names = (*OPTIONS, *cls._optional_components, "id2label", "image_size")
         own = {key: kwargs.pop(key) for key in names if key in kwargs}
         kwargs |= {key: own.pop(key) for key in ("scheduler", "vae", *SLOTS, *ENCODERS) if key in own}
@@ -94,11 +98,10 @@ class HostedPipeline(StoredPipeline):
         """
         rest = {key: value for key, value in options.items() if key != "drop_text_encoders"}
         self.upcast_vae()
-        takes = issubclass(family_of(self.denoiser), TextConditioned)
-        if isinstance(prompts, Prompts) or not (takes or rest or prompts):
-            return
-        self.register_modules(scheduler=taken_over(self.scheduler))
-        self.encode_prompts(prompts, **rest)
+        takes = self.prompts is None and issubclass(family_of(self.denoiser), TextConditioned)
+        if not isinstance(prompts, Prompts) and (takes or rest or prompts):
+            self.register_modules(scheduler=taken_over(self.scheduler))
+            self.encode_prompts(prompts, **rest)
         if options.get("drop_text_encoders"):
             self.register_modules(**dict.fromkeys(ENCODERS))
 

@@ -219,4 +219,7 @@ def test_negative_prompt_and_rescale_out_of_range(world):
         made(world, negative_prompt=LONG)
     with pytest.raises(ValueError, match="`guidance_rescale` must be .* 1"):
         made(world, guidance_rescale=2.0)
+    DsCoPipeline(world.make.transformer(), DDIMScheduler()).save_pretrained(world.folder / "classes")
+    with pytest.raises(ValueError, match="knows its classes by itself"):
+        DsCoPipeline.from_pretrained(world.folder / "classes", class_names=NAMES)
     assert torch.is_tensor(DsCoPipeline.from_pipe(host(world), class_names=NAMES).prompts.encoder_hidden_states)

@@ -146,7 +146,9 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, 
         assert loaded.id2label == dict(enumerate(texts.CLASSES))
     stored = load_file(tmp_path / "dropped" / "prompts" / "diffusion_pytorch_model.safetensors")
     assert {key: tuple(value.shape) for key, value in stored.items()} == rows
-    again = DsCoPipeline.from_pretrained(tmp_path / "kept").encode_prompts("the {}")
+    bare = DsCoPipeline.from_pretrained(tmp_path / "kept", drop_text_encoders=True)
+    assert bare.text_encoder is None and bare.prompts.config.texts == kept.prompts.config.texts
+    again = DsCoPipeline.from_pretrained(tmp_path / "kept", prompts="the {}")
     assert again.prompts.config.texts == [["the rose"], ["the tulip"], ["the daisy"]]
     assert again.prompts.config.shapes == kept.prompts.config.shapes
 
