@@ -188,7 +188,7 @@ def _place(record: Mapping[str, Any], part: str, name: str, folder: Path) -> dic
     return entry
 
 
-def _load_part(record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path) -> Any:
+def _load_part(record: Mapping[str, Any], part: str, name: str, options: Mapping[str, Any], folder: Path) -> object:
     """A component that was added to the generator by hand; None if the generator's own repository has it."""
     if not record.get(part):
         return None

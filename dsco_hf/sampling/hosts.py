@@ -87,7 +87,7 @@ class HostedPipeline(StoredPipeline):
             given.pop(name, None)
         return {key: given.pop(key) for key in OPTIONS if key in given}
 
-    def begin_prompts(self, prompts: Any, options: Mapping[str, Any]) -> None:
+    def begin_prompts(self, prompts: Given | Mapping[str, Any] | Prompts, options: Mapping[str, Any]) -> None:
         """What a new pipeline does for its prompts: takes over a scheduler, encodes, drops the encoders.
 
         A VAE that overflows in float16 becomes one of float32; that of another pipeline stays as it is.
@@ -112,7 +112,7 @@ class HostedPipeline(StoredPipeline):
         if isinstance(family := self.family, TextConditioned) and family.overflows:
             self.register_modules(vae=copy.deepcopy(self.vae).to(torch.float32))
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: object, **kwargs: object) -> Self:
         """See [`DiffusionPipeline.to`]; a VAE that overflows in float16 is in float32 then."""
         found = super().to(*args, **kwargs)
         self.upcast_vae()

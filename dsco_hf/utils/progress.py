@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -32,22 +32,22 @@ RARELY, SHORT = 60.0, 2.0  # seconds between two lines of a bar off a terminal, 
 class Bar(tqdm):
     """A progress bar of tqdm, which off a terminal prints a line a minute, and one at its end if that took a while."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, iterable: Iterable[object] | None = None, **options: Any) -> None:
         self.plain = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self.said, self.told = time.time(), -1.0  # when it had its last line, and of how much
-        super().__init__(*arguments, **options)
+        super().__init__(iterable, **options)
 
-    def refresh(self, *arguments: Any, **options: Any) -> None:
+    def refresh(self, nolock: bool = False, lock_args: tuple[bool | None] | None = None) -> None:  # type: ignore[override]
         """Draws the bar; off a terminal only if it has not for a minute."""
         if not self.plain:
-            super().refresh(*arguments, **options)
+            super().refresh(nolock, lock_args)
         elif not self.disable and time.time() - self.said >= RARELY:
             self._say()
 
-    def clear(self, *arguments: Any, **options: Any) -> None:
+    def clear(self, nolock: bool = False) -> None:
         """Makes room for a line; off a terminal there is."""
         if not self.plain:
-            super().clear(*arguments, **options)
+            super().clear(nolock)
 
     def close(self) -> None:
         """Draws it for the last time."""
