@@ -67,7 +67,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark and prints a table and, last, one line of JSON."""
     options, start = read_options(arguments), time.perf_counter()
     datasets.disable_progress_bars()
-    logging.getLogger("dsco_hf.concentration.selection").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary:
         bench = Benchmark(options, Path(options.folder or temporary))
         bench.run()
@@ -409,4 +408,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("dsco_hf.concentration.selection").setLevel(logging.ERROR)
     main()
