@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 
-from advice import FAST, entries, follow, is_of
+from advice import FAST, follow, is_of
 from dsco_hf import (
     Clarity,
     MatchingTargets,
@@ -339,6 +339,7 @@ LABELS = {
 TABLE = MATCHING | SETS | RUNS | LABELS
 
 
-@pytest.mark.parametrize("name", entries(TABLE, "features of two classifiers"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
 def test_what_the_error_says_is_done_and_works(world, name):
     follow(world, TABLE[name])

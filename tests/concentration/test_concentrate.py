@@ -61,6 +61,7 @@ def test_images_are_those_of_the_pipeline(pipe, targets):
     assert all(np.array_equal(a, b) for a, b in zip(small["image"], expected, strict=True))
 
 
+@pytest.mark.slow
 def test_seed_and_repetition(pipe, targets):
     first, again, other = (concentrate(pipe, targets, 2, seed=seed, **OPTIONS) for seed in (0, 0, 1))
     assert torch.equal(pixels_of(first), pixels_of(again))
@@ -105,6 +106,7 @@ def test_all_splits_and_targets_of_a_run(pipe, real_images, tmp_path):
         concentrate_to_folder(pipe, {}, 1, tmp_path / "run", **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images_per_call", [1, 2, 4, 100])
 def test_calls_of_any_size_give_the_same_images(pipe, targets, images_per_call):
     whole = concentrate(pipe, targets, 2, **OPTIONS)

@@ -182,6 +182,7 @@ def test_options_that_say_the_same_are_the_same(pipe, targets, tmp_path):
     assert concentrate_to_folder(pipe, targets, 2, tmp_path, **spelled_out).session["images"] == 0
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_fail_their_unit_only(pipe, targets, tmp_path):
     expected = concentrate(pipe, targets, 4, **OPTIONS)
     table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight

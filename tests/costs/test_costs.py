@@ -62,6 +62,7 @@ def preview_pipe(latent_pipe):
     return latent_pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 @pytest.mark.parametrize("space", ["pipe", "latent_pipe", "preview_pipe"])
 def test_calls_are_those_that_the_pipeline_counts(request, make, space, options):
@@ -113,6 +114,7 @@ def test_calls_of_the_released_objective(pipe, real_images, make):
     assert rehearsal.unit(second, last=True, population=9)["extractor"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images_per_class", [2, 5])
 def test_calls_of_a_run_are_those_of_its_report(pipe, targets, images_per_class):
     sizes, sampling = {"block_size": 2, "images_per_call": 4}, Sampling(4, batch_size=3)

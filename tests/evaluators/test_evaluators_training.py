@@ -96,6 +96,7 @@ class Killed(Exception):
     """Stands for the signal."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("epoch", [1, 2, 5])

@@ -92,6 +92,7 @@ def test_same_seed_same_weights_whatever_the_global_random_state():
     assert not torch.equal(first, weights(train(dataclasses.replace(TINY, seed=1))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_every", [4, 5, 12])
 @pytest.mark.parametrize("predicted", ["epsilon", "flow"])
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, monkeypatch, checkpoint_every, predicted):
@@ -118,6 +119,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path, mon
     assert again.step == 12 and torch.equal(weights(again), weights(resumed))
 
 
+@pytest.mark.slow
 def test_the_first_checkpoint_comes_by_the_clock(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, train_steps=24)
     undisturbed, draw = train(config, log_every=4), generator_training.draw_batch
@@ -203,6 +205,7 @@ def test_checkpoints_are_whole_or_absent_and_the_newest_stays(tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "other").iterdir()] == [CHECKPOINT]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [lambda content: b"", lambda content: content[: len(content) // 3], lambda content: content[:-1] + b"x"]
 )

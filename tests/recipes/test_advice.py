@@ -24,7 +24,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from test_recipe_options import RECIPES
 
 import dsco_hf
-from advice import FAST, entries, follow, is_of
+from advice import FAST, follow, is_of
 from dsco_hf import DsCoPipeline, ImageSet, MatchingTargets, concentrate, dope, get_protocol, load_image_dataset
 from dsco_hf.concentration.additions.doping import select
 from dsco_hf.data.datasets import find_columns, load_pixels, stratified_split
@@ -318,7 +318,8 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("name", entries(TABLE, "too large a k", "features of the real data"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
 def test_what_the_error_says_is_done_and_works(world, name):
     follow(world, TABLE[name])
 

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 from recipes.benchmarks import bad_inputs
 
 
-SLOW = ("doors", "folders", "kept_names", "numbers", "others")
+SLOW = ("damaged", "doors", "dtypes", "folders", "kept_names", "numbers", "others", "state")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def pixels_of(dataset):
     return [np.asarray(image).tobytes() for image in dataset["image"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_is_drawn_resumed_divided_counted_and_drawn_again(pipe, real_images, tmp_path, name):
     method, options = PEERS[name], {**SIZES, "seed": 3, "progress": False}

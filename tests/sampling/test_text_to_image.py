@@ -123,6 +123,7 @@ def test_the_seed_of_an_image_picks_its_template(tmp_path, make):
     torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [
@@ -153,6 +154,7 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, 
     assert again.prompts.config.shapes == kept.prompts.config.shapes
 
 
+@pytest.mark.slow
 def test_images_are_brought_to_a_smaller_size(tmp_path, make):
     texts.stable_diffusion(tmp_path / "host").save_pretrained(tmp_path / "saved")
     given = {"class_names": texts.CLASSES}
@@ -224,6 +226,7 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(tmp_path, kind):
     assert host.vae.dtype == torch.float16 and hosted(host).to(torch.bfloat16).vae.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_hosts_folder_its_components_and_the_pipeline_itself_give_the_same(tmp_path, make):
     host = texts.stable_diffusion(tmp_path / "host")
     host.save_pretrained(tmp_path / "saved")
@@ -272,6 +275,7 @@ def test_a_killed_run_goes_on_and_a_record_makes_the_set_again(tmp_path, pipe, t
     assert "a tulip" in card
 
 
+@pytest.mark.slow
 def test_a_set_drawn_with_the_hosts_own_folder_is_made_again(tmp_path, make):
     texts.stable_diffusion(tmp_path / "host").save_pretrained(tmp_path / "saved")
     given = {

@@ -100,6 +100,7 @@ def test_processes_share_a_study_and_none_begins_after_the_end(train, tmp_path):
         study(overrides={"width": 3}).run()
 
 
+@pytest.mark.slow
 def test_sets_of_each_training_networks_and_all_data(train, tmp_path):
     """A set that depends on the seed, as compare.py has it, and differences training by training."""
 
