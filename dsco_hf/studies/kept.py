@@ -26,7 +26,6 @@ from ..evaluators.evaluation import save_network
 from ..generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from ..generators.failures import NonFiniteError
 from ..generators.training import train_generator
-from ..matching.feature_spec import Features
 from ..matching.kept import pipeline_identity
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
@@ -125,7 +124,7 @@ def flops_of(
     num_classes: int,
     images_per_class: int,
     *,
-    features: Features = None,
+    features: str | None = None,
     data_pass: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """FLOPs of drawing a set, and of making its targets; beside them those of a generator of the field's usual size.
@@ -145,19 +144,23 @@ def flops_of(
     sizes = {name: options[name] for name in ("block_size", "images_per_call")}
     sampling = Sampling.of(**{name: value for name, value in options.items() if name not in sizes})
     drawn = (num_classes, images_per_class)
-    costs = pass_costs(pipe, features=features, extractor=True)
-    large, large_costs = _dit_xl_2()
+    costs = _costs(pipe, features)
+    large = _dit_xl_2()
     return {
         "flops": synthesis_flops(pipe, sampling, *drawn, costs=costs, features=features, **sizes),
         "data_pass_flops": weighted(data_pass or {}, {kind: cost.flops for kind, cost in costs.items()}),
-        "flops_dit_xl_2": synthesis_flops(large, sampling, *drawn, costs=large_costs, **sizes),
+        "flops_dit_xl_2": synthesis_flops(large, sampling, *drawn, costs=_costs(large, None), **sizes),
     }
 
 
+@functools.lru_cache(maxsize=2)  # of the pipeline of a study, and of the reference
+def _costs(pipe: DsCoPipeline, features: str | None) -> dict[str, PassCost]:
+    return pass_costs(pipe, features=features, extractor=True)
+
+
 @functools.cache
-def _dit_xl_2() -> tuple[DsCoPipeline, dict[str, PassCost]]:
-    pipe = imagenet_pipeline()
-    return pipe, pass_costs(pipe, extractor=True)
+def _dit_xl_2() -> DsCoPipeline:
+    return imagenet_pipeline()
 
 
 def kept_check(
