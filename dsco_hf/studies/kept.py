@@ -37,6 +37,7 @@ from ..utils.progress import Clock
 from .generator_check import GeneratorCheck, check_generator
 
 
+FLOPS = ("flops", "data_pass_flops", "flops_dit_xl_2")  # of [`flops_of`]
 DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
 
 

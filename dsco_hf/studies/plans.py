@@ -36,7 +36,7 @@ from ..utils.origins import fingerprint, identity
 from ..utils.progress import Bar, Clock
 from ..utils.values import Named
 from .generator_check import GeneratorCheck
-from .kept import DRAW_AGAIN, KeptSets, kept_check
+from .kept import DRAW_AGAIN, KeptSets, flops_of, kept_check, passes_of
 
 
 METHODS = ("plain", "nopt-classifier-only", "nopt", "nopt-data-free", "nopt-quantile")
@@ -421,7 +421,9 @@ class PlannedSets:
                 self.pipe, self._quantile if method == "nopt-quantile" else targets, budget, seed=seed,
                 measure_by=self.targets["real"], progress=False, **options,
             )  # fmt: skip
-            self.kept.save(name, rows, made_with, population=population, **dataclasses.asdict(report))
+            read = {"features": self.plan.features, "data_pass": passes_of(targets, self.pipe)}
+            flops = {} if seed else flops_of(self.pipe, options, self.targets["real"].num_classes, budget, **read)
+            self.kept.save(name, rows, made_with, population=population, **dataclasses.asdict(report), **flops)
         self.accelerator.wait_for_everyone()
 
     def _dope(self) -> None:

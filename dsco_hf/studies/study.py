@@ -39,7 +39,7 @@ from ..utils.configs import make_accelerator
 from ..utils.files import write_json
 from ..utils.progress import Bar, Clock
 from ..utils.values import check_whole
-from .kept import flops_of, passes_of
+from .kept import FLOPS, passes_of
 from .plans import PER_BUDGET, PlannedSets, StudyPlan, set_name
 
 
@@ -242,22 +242,15 @@ class Study:
 
     def _drawn(self, made: PlannedSets, method: str, budget: int, names: Sequence[str]) -> dict[str, Any]:
         """What sets of a row cost, and their discrepancy."""
-        spent, plan = [made.kept.told(name) for name in names], made.plan
-        read = passes_of(made.drawn_for(names[0]), made.pipe)
-        flops = {}
-        if names[0] in plan.set_names():
-            flops = flops_of(
-                made.pipe, plan.drawing(method, budget)[1], len(self.test.names), budget, features=plan.features,
-                data_pass=read,
-            )  # fmt: skip
+        spent = [made.kept.told(name) for name in names]
         return {
             "discrepancy": statistics.fmean(self.discrepancies[name] for name in names),
             "random_discrepancy": random_beside(self.discrepancies).get(names[0]),
             "seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in spent),
             "peak_memory_bytes": max(cost.get("peak_memory_bytes", 0) for cost in spent),
             **{f"{kind}_calls": spent[0].get(f"{kind}_calls", 0) for kind in ("denoiser", "decoder", "classifier")},
-            **flops,
-            "data_pass": read,
+            **{kind: spent[0][kind] for kind in FLOPS if kind in spent[0]},
+            "data_pass": passes_of(made.drawn_for(names[0]), made.pipe),
         }
 
 
