@@ -421,7 +421,7 @@ class PlannedSets:
                 self.pipe, self._quantile if method == "nopt-quantile" else targets, budget, seed=seed,
                 measure_by=self.targets["real"], progress=False, **options,
             )  # fmt: skip
-            read = {"features": self.plan.features, "data_pass": passes_of(targets, self.pipe)}
+            read: dict[str, Any] = {"features": self.plan.features, "data_pass": passes_of(targets, self.pipe)}
             flops = {} if seed else flops_of(self.pipe, options, self.targets["real"].num_classes, budget, **read)
             self.kept.save(name, rows, made_with, population=population, **dataclasses.asdict(report), **flops)
         self.accelerator.wait_for_everyone()
