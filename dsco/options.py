@@ -142,12 +142,14 @@ def find_mistake(arguments: Sequence[str], options: Sequence[Option]) -> str | N
     known = {option.name: option for option in options}
     known |= {option.alias: option for option in options if option.alias}
     known |= {f"no_{name}": option for name, option in known.items() if option.kind == "bool"}
+    missing = {option.name: option for option in options if option.default is None}
     for position, argument in enumerate(arguments):
         if not re.match(r"--[A-Za-z]", argument):
             continue
         name, has_value, value = argument[2:].partition("=")
         name = renamed().get(name, name).replace("-", "_")
         if name in ("config", "help"):
+            missing.clear()  # they may be there
             continue
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
@@ -156,12 +158,13 @@ def find_mistake(arguments: Sequence[str], options: Sequence[Option]) -> str | N
         after = arguments[position + 1 :]
         values = [value] if has_value else list(_values(after))
         option = known[name]
+        missing.pop(option.name, None)
         if not values and option.kind != "bool":
             return f"`--{name}` takes a value: {option.shown}."
         for text in values if option.many or has_value else values[:1]:
             if refusal := option.refusal(text):
                 return refusal
-    return None
+    return f"Not given: {', '.join(option.shown for option in missing.values())}." if missing else None
 
 
 def _values(arguments: Sequence[str]) -> Iterator[str]:

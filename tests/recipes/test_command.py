@@ -90,10 +90,11 @@ MISTAKES = {
     "--sizes": "`--sizes` takes a value: --sizes INTEGER ....",
     "--rate=fast": "`--rate` must be a number, got 'fast'.",
     "--fast perhaps": "`--fast` must be true or false, got 'perhaps'.",
+    "folder --fast": "Not given: --other TEXT.",
 }
 FINE = (
-    "--sizes 1,3 --rate none", "--sizes 1, 3", "--rate=-1e-3 --fast", "--no_fast --name x",
-    "--config c.yaml", "--output-dir x",
+    "--other x --sizes 1,3 --rate none", "--sizes 1, 3 --other=x", "--rate=-1e-3 --other x --fast",
+    "--no_fast --name x --other x", "--config c.yaml", "--output-dir x --other x",
 )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_a_recipe_answers_before_its_imports(recipe, monkeypatch, capsys):
 def test_bars_are_rare_off_a_terminal(recipe, monkeypatch, capsys, terminal):
     environment = {"TQDM_MININTERVAL": "5"}
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--other", "x"])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     answer("__main__", str(recipe))
     rare = {"TQDM_MAXINTERVAL": "60", "TQDM_DELAY": "60"}
@@ -145,6 +146,17 @@ def test_help_and_mistakes_import_nothing_heavy():
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = "import sys\nfrom dsco.command import main\nsys.exit(main(['lossless', '--help']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_overview_names_every_recipe(capsys):
