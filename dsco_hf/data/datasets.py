@@ -16,11 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 
+from ..utils.names import find_classes
 from ..utils.origins import fingerprint
 from ..utils.values import plain_arguments
 from .images import images_from_pixels as images_from_pixels
+from .labels import Mapped
 from .labels import class_mapping as class_mapping
 from .opening import load_digits_dataset as load_digits_dataset
 from .opening import load_image_dataset as load_image_dataset
@@ -99,6 +101,49 @@ def present_classes(dataset: AnyDataset, *, label_column: str | None = None) -> 
         absent = [name for name in names if name not in set(present)]
         logger.warning("%d classes have no image and are left out: %s", len(absent), absent[:20])
     return present or names  # without a single label, reading says which row has none
+
+
+def with_classes_of(
+    names: Sequence[str], dataset: Dataset, *, mapping: Mapped = None, label_column: str | None = None
+) -> Dataset:
+    """A dataset whose classes have the names that other images give them, so that both can be numbered alike.
+
+    Published sets name their classes by WordNet id, as ImageNet does, by number ("00007"), or not at all.
+
+    Args:
+        names (sequence of `str`): of the other images' classes, by label.
+        dataset (`Dataset`): rows whose labels stay what they are.
+        mapping (*optional*): which class is which, where names do not tell, as of [`class_mapping`].
+        label_column (`str`, *optional*): see [`find_columns`].
+
+    Raises:
+        ValueError: for classes that are none of `names`, or in doubt.
+    """
+    own, present = class_names(dataset, label_column=label_column), present_classes(dataset, label_column=label_column)
+    if mapping is None and None not in find_classes(present, names):
+        return dataset
+    places = class_mapping(
+        own, dict(enumerate(names)), len(names), mapping=mapping, present=present, owner="real images"
+    )
+    told = {name: names[place] for name, place in zip(present, places, strict=True)}
+    renamed = [told.get(name, f"without images: {name}") for name in own]
+    return dataset.cast_column(label_column or find_columns(dataset)[1], ClassLabel(names=renamed))
+
+
+def with_numbered_classes(dataset: Dataset, label_column: str | None = None) -> Dataset:
+    """A dataset whose labels are mere numbers, with the numbers as names of classes; others are as they were.
+
+    Raises:
+        ValueError: for a number below zero, or none at all.
+    """
+    column = label_column or "label"
+    feature = dataset.features.get(column)
+    if not isinstance(feature, Value) or not feature.dtype.removeprefix("u").startswith("int"):
+        return dataset
+    labels = dataset.with_format(None)[column][:]
+    if not labels or None in labels or min(labels) < 0:
+        raise ValueError(f"The numbers of column {column!r} are no labels: there must be some, and none below 0.")
+    return dataset.cast_column(column, ClassLabel(names=list(map(str, range(max(labels) + 1)))))
 
 
 def dataset_fingerprint(

@@ -112,7 +112,8 @@ def class_mapping(
             several classes is settled if the generator has it at that index.
         present (sequence of `str`, *optional*): those of `names` that are wanted, as the others have no image. What
             `mapping` says of the others is left aside; labels and places are those among all `names`.
-        owner (`str`): whose classes these are, for errors: "generator", or "classifier", which takes no `mapping`.
+        owner (`str`): whose classes these are, for errors: "generator", "real images", or that of a network which
+            takes no `mapping`, such as "classifier".
 
     Returns:
         `list[int]`: for each of `names` (or of `present`) a class in [0, num_classes).
@@ -175,6 +176,11 @@ def _of_unnamed(names: Sequence[str], lookup: ClassLookup, own_labels: Sequence[
 
 def _advice(names: Sequence[str], num_classes: int, owner: str) -> str:
     """What to do about classes without a match."""
+    if owner == "real images":
+        return (
+            'Say which is which with --datasets_classes: "index" if label i is class number i there, or a YAML file '
+            "of {name of the class: its name or number there}."
+        )
     if owner != "generator":
         return f"If the {owner} knows them by other names, give it these: its `config.id2label`."
     advice = "Pass `mapping={dataset class name: generator class}`, with indices, names or WordNet ids."

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..concentration.additions.doping import select, selected_rows
 from ..concentration.methods import in_order
 from ..concentration.selection import Herding
-from ..data.datasets import Pool, find_columns, load_image_dataset
+from ..data.datasets import Pool, find_columns, load_image_dataset, with_classes_of, with_numbered_classes
 from ..data.pixels import image_sizes
 from ..evaluators import (
     Execution,
@@ -263,6 +263,9 @@ class ComparedOptions:
             `{budget}` stands for the images per class.
         datasets_image_column, datasets_label_column: of those, where they have several of them: a column of all of
             them, or `name=column` for each.
+        datasets_classes: which of their classes is which, where names and WordNet ids do not tell: "index" if label i
+            is class number i of the real images, also of labels without names, "number" if classes are named by these
+            numbers, or a YAML file, see `dsco_hf.class_mapping`; for all of them, or `name=index` for each.
         budgets: images per class.
         allow_unequal: accept datasets of other sizes than the budget.
 
@@ -273,6 +276,7 @@ class ComparedOptions:
     datasets: list[str] = field(default_factory=list)
     datasets_image_column: list[str] = field(default_factory=list)
     datasets_label_column: list[str] = field(default_factory=list)
+    datasets_classes: list[str] = field(default_factory=list)
     budgets: list[int] = field(default_factory=lambda: [10])
     allow_unequal: bool = False
 
@@ -286,23 +290,23 @@ class ComparedOptions:
         names = [item.split("=")[0] for item in self.datasets]
         if len(set(names)) != len(names):
             raise ValueError(f"The names of --datasets must differ, got {names}.")
-        for option in ("image_column", "label_column"):
+        for option in ("image_column", "label_column", "classes"):
             given = getattr(self, f"datasets_{option}")
             owners = [item.split("=")[0] for item in given if "=" in item]
             if len(given) - len(owners) > 1 or len(set(owners)) < len(owners) or set(owners) - set(names):
                 raise ValueError(
-                    f"--datasets_{option} takes one column for all datasets, or name=column for some of {names}, got "
+                    f"--datasets_{option} takes one value for all datasets, or name=value for some of {names}, got "
                     f"{given}."
                 )
 
     def columns_of(self, name: str) -> dict[str, Any]:
         """The columns of a compared dataset."""
-        found = {}
-        for option in ("image_column", "label_column"):
-            given = getattr(self, f"datasets_{option}")
-            shared = next((item for item in given if "=" not in item), None)
-            found[option] = dict(item.split("=", 1) for item in given if "=" in item).get(name, shared)
-        return found
+        return {option: self._own(name, option) for option in ("image_column", "label_column")}
+
+    def _own(self, name: str, option: str) -> str | None:
+        given: list[str] = getattr(self, f"datasets_{option}")
+        shared = next((item for item in given if "=" not in item), None)
+        return dict(item.split("=", 1) for item in given if "=" in item).get(name, shared)
 
     def open_compared(self) -> dict[tuple[str, int], Dataset]:
         """The compared datasets by name and budget."""
@@ -312,11 +316,14 @@ class ComparedOptions:
             for budget in self.budgets:
                 path, config, split, revision = [*place.format(budget=budget).split("@"), "", "", ""][:4]
                 rows = load_image_dataset(path, config or None, split=split or "train", revision=revision or None)
+                if self._own(name, "classes") == "index":
+                    rows = with_numbered_classes(rows, self.columns_of(name)["label_column"])
                 try:
                     find_columns(rows, **self.columns_of(name))
                 except ValueError as error:
                     raise ValueError(
-                        f"Set {name!r}: {error} Here these are --datasets_image_column and --datasets_label_column."
+                        f"Set {name!r}: {error} Here these are --datasets_image_column and --datasets_label_column, "
+                        "and --datasets_classes index takes numbers without names for places among the real classes."
                     ) from error
                 opened[name, budget] = rows
         return opened
@@ -352,6 +359,8 @@ class ComparedOptions:
         """
         sets = {}
         for (name, budget), dataset in compared.items():
+            told = {"mapping": self._own(name, "classes"), "label_column": self.columns_of(name)["label_column"]}
+            dataset = with_classes_of(real.names, dataset, **told)
             images = load_image_set(dataset, classes=real.names, **options, **self.columns_of(name))
             wanted = budget * len(real.names)
             if len(images.labels) != wanted and not self.allow_unequal:

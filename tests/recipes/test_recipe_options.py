@@ -46,7 +46,11 @@ DATASETS = {
     "dataset": ("dataset_name", "revision", "image_column", "label_column"),
     "test_dataset": ("test_name", "test_revision", "test_image_column", "test_label_column"),
     "real": ("real_name", "revision", "image_column", "label_column"),
-    "datasets": ("datasets_image_column", "datasets_label_column"),  # config and revision are in its notation
+    "datasets": (
+        "datasets_image_column",
+        "datasets_label_column",
+        "datasets_classes",
+    ),  # config and revision are in its notation
     "from_dataset": ("from_config", "from_revision"),  # its record says the rest
 }
 MODELS = ("generator", "classifier", "preview_vae", "vae", "teacher", "targets", "finetune_from")
@@ -75,7 +79,7 @@ def test_every_option_is_used(name):
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     inherited = {field for base in RECIPES[name].__mro__[1:] for field in getattr(base, "__dataclass_fields__", ())}
-    used |= {text.removeprefix("datasets_") for text in used} | inherited  # passed on as a whole
+    used |= {text.removeprefix("datasets_") for text in used | inherited} | inherited  # passed on as a whole
     if "DatasetCardFields" in used | {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
         used |= {field.name for field in dataclasses.fields(DatasetCardFields)}
     if "from_flat" in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:

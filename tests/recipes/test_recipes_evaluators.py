@@ -293,7 +293,7 @@ def test_compare_reads_the_columns_sizes_and_splits_of_every_set(small, tmp_path
     rows = {row["method"]: row["accuracies"] for row in results(tmp_path / "out")["rows"]}
     assert rows["both"] == rows["plain"] and results(tmp_path / "out")["splits"]["test_split"] == "test"
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match="takes one column for all datasets, or name=column for some of"):
+    with pytest.raises(ValueError, match="takes one value for all datasets, or name=value for some of"):
         compare.main([*given, "--datasets_label_column", "ours=label"])
     AcceleratorState._reset_state(reset_partial_state=True)
     seen = {}
