@@ -40,6 +40,8 @@ class Denoiser:
         any_size (`bool`): whether a trained network can be trained further at another size.
         channels_last (`bool`): whether it learns faster in that memory format, on a GPU.
         encoders (`tuple`): further components of a pipeline that encode prompts; none for a family without prompts.
+        own_spacing (`bool`): whether pipelines of the family leave the steps of a flow to the scheduler, see
+            [`~dsco_hf.generators.steps.set_flow_steps`].
 
     Args:
         network (`ModelMixin`): of one of `kinds`.
@@ -57,6 +59,7 @@ class Denoiser:
     any_size: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
     encoders: ClassVar[tuple[str, ...]] = ()
+    own_spacing: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -153,9 +153,8 @@ class TextConditioned(Denoiser):
         """Whether a VAE that says `force_upcast` overflows in float16 with what this network draws."""
         return False
 
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """Those of `encoders` without which prompts cannot be encoded."""
+    def needed(self, components: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `encoders` without which the components of a pipeline, by name, cannot encode prompts."""
         return self.encoders
 
     def longest(self, host: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -183,7 +182,7 @@ class TextConditioned(Denoiser):
         Raises:
             ValueError: for encoders that are not there, or a prompt that is too long.
         """
-        if missing := [name for name in self.needed if components.get(name) is None]:
+        if missing := [name for name in self.needed(components) if components.get(name) is None]:
             raise ValueError(
                 f"Prompts cannot be encoded without {' and '.join(f'`{name}`' for name in missing)}: they were "
                 "dropped, or never there. Begin with the whole pipeline of diffusers, `DsCoPipeline.from_pipe(pipe, "
@@ -204,7 +203,7 @@ class TextConditioned(Denoiser):
 
     def check_length(self, host: DiffusionPipeline, text: str, what: str) -> None:
         """Raises ValueError for a text that a tokenizer would cut."""
-        for tokenizer in (getattr(host, name) for name in self.needed if "tokenizer" in name):
+        for tokenizer in (getattr(host, name) for name in self.needed(host.components) if "tokenizer" in name):
             most, ids = self.longest(host, tokenizer), tokenizer(text, verbose=False).input_ids
             if len(ids) > most:
                 cut = tokenizer.decode(ids[most - 1 : -1]).strip()

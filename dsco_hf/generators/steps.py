@@ -134,13 +134,14 @@ class Steps:
         eta: float = 1.0,
         *,
         tokens: int = 1,
+        own_spacing: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Sets a copy of a scheduler; `tokens` of an image are those by which `use_dynamic_shifting` shifts."""
+        """Sets a copy of a scheduler; `tokens` of an image and `own_spacing` are as of [`set_flow_steps`]."""
         self.scheduler = copy.copy(scheduler)
         self.kind = prediction_type(scheduler)
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            set_flow_steps(self.scheduler, num_inference_steps, tokens, device)
+            set_flow_steps(self.scheduler, num_inference_steps, tokens, device, own_spacing=own_spacing)
             levels = [flow_level(sigma) for sigma in self.scheduler.sigmas.cpu()]
             self.starts, self.ends = levels[:-1], levels[1:]
         else:
@@ -197,15 +198,31 @@ class Steps:
 
 
 def set_flow_steps(
-    scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, tokens: int, device: torch.device | str
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    num_inference_steps: int,
+    tokens: int,
+    device: torch.device | str,
+    *,
+    own_spacing: bool = False,
 ) -> None:
     """Sets S steps from σ = 1 evenly down to 1 / S and then 0, moved by what the scheduler says of its shift.
 
-    So FLUX's pipeline spaces them; diffusers' own end at 1 / T, and spend a step on what is nearly done there.
+    So FLUX's pipeline spaces them. Those of Stable Diffusion 3 and others leave it to the scheduler, whose last level
+    is the lowest of the training: it spends a step on what is nearly done there.
+
+    Args:
+        scheduler (`FlowMatchEulerDiscreteScheduler`): is set.
+        num_inference_steps (`int`): S.
+        tokens (`int`): of an image, by which `use_dynamic_shifting` shifts.
+        device (`torch.device` or `str`): of the timesteps.
+        own_spacing (`bool`): leave it to the scheduler.
     """
     mu, config = None, scheduler.config
     if config.use_dynamic_shifting:  # linear in the tokens, as `calculate_shift` of diffusers' pipelines
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist(), mu=mu,
-                            device=device)  # fmt: skip
+    if own_spacing:
+        scheduler.set_timesteps(num_inference_steps, mu=mu, device=device)
+        return
+    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)

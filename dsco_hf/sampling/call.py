@@ -324,7 +324,7 @@ class Call:
         self.batch_size = self.sampling.batch_size or len(self.ids)
         self.steps = Steps(
             pipe.scheduler, self.sampling.num_inference_steps, self.sampling.eta, tokens=pipe.family.tokens,
-            device=pipe._execution_device,
+            own_spacing=pipe.family.own_spacing, device=pipe._execution_device,
         )  # fmt: skip
         self.counts: Counter[str] = Counter()
         self.discrepancies: list[torch.Tensor] = []

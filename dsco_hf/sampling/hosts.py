@@ -76,8 +76,9 @@ class HostedPipeline(StoredPipeline):
         names = (*OPTIONS, *cls._optional_components, "id2label", "image_size")
         own = {key: kwargs.pop(key) for key in names if key in kwargs}
         kwargs |= {key: own.pop(key) for key in ("scheduler", "vae", *SLOTS, *ENCODERS) if key in own}
-        unused = {key: None for key in UNUSED if key in index}
-        pipe = getattr(diffusers, host).from_pretrained(name, **kwargs, **unused)
+        # diffusers does not load a pipeline of its own that was saved without one of its components, unless it is told
+        absent = {key: None for key in index if key in UNUSED or index[key] == [None, None]}
+        pipe = getattr(diffusers, host).from_pretrained(name, **absent | kwargs)
         return cls.from_pipe(pipe, **own)
 
     @staticmethod

@@ -70,12 +70,12 @@ def test_steps_of_flow_are_those_of_euler(config, monkeypatch):
     count, tokens = 9, 1024
     mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256) if "base_shift" not in config else None
     mu = 0.7 + (tokens - 256) * (1.15 - 0.7) / (4096 - 256) if mu is None else mu
-    for eta, own in itertools.product((0.0, 1.0), (False, True)):
-        if eta != own:
-            continue  # diffusers has Euler's steps, and those in which all noise is fresh
+    for (eta, own), spaced in itertools.product(((0.0, False), (1.0, True)), (False, True)):
+        # diffusers has Euler's steps, and those in which all noise is fresh
         scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=own, **config)
-        steps = Steps(scheduler, count, eta, tokens=tokens)
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / count, count).tolist(), mu=mu)
+        steps = Steps(scheduler, count, eta, tokens=tokens, own_spacing=spaced)
+        sigmas = np.linspace(1, 1 / count, count).tolist()
+        scheduler.set_timesteps(**({"num_inference_steps": count} if spaced else {"sigmas": sigmas}), mu=mu)
         torch.testing.assert_close(steps.timesteps, scheduler.timesteps, atol=0, rtol=0)
         for i, t in enumerate(scheduler.timesteps):
             x, prediction, noise = draws(3, seed=i)

@@ -38,8 +38,7 @@ class StableDiffusion(TextConditioned):
         """SDXL's does, by its own pipeline; that of 1.x and 2.x says so as well, but is right."""
         return self.is_xl
 
-    @property
-    def needed(self) -> tuple[str, ...]:
+    def needed(self, components: Mapping[str, Any]) -> tuple[str, ...]:
         """SDXL's are two of each."""
         return self.encoders if self.is_xl else self.encoders[:2]
 
@@ -75,7 +74,9 @@ class StableDiffusion(TextConditioned):
 
     def host(self, components: Mapping[str, Any], name: str | None = None) -> DiffusionPipeline:
         """A pipeline without a scheduler and a safety checker."""
-        parts = {name: components.get(name) for name in ("vae", *self.needed)} | {self.component: self.network}
+        parts = {name: components.get(name) for name in ("vae", *self.needed(components))} | {
+            self.component: self.network
+        }
         if self.is_xl:
             return diffusers.StableDiffusionXLPipeline(**parts, scheduler=None)
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -79,7 +79,9 @@ class D3HR(SamplingMethod):
             ValueError: for classes without images.
         """
         refuse_without_images(self.name, given)
-        steps = Steps(pipe.scheduler, sampling.num_inference_steps, tokens=pipe.family.tokens)
+        family = pipe.family
+        spacing = {"tokens": family.tokens, "own_spacing": family.own_spacing}
+        steps = Steps(pipe.scheduler, sampling.num_inference_steps, **spacing)
         times = steps.timesteps[self.first(len(steps)) :].flip(0).tolist()
         return inverted_statistics(given, pipe, times, sampling.guidance_scale, **options)
 
