@@ -76,6 +76,9 @@ tiny_resnet(names=("roses", "tulips"), image_size=8).save_pretrained("outputs/cl
 stable = "hub/models/stable-diffusion-v1-5/stable-diffusion-v1-5"
 texts.stable_diffusion(Path("sd"), length=77).save_pretrained(stable)
 texts.stable_diffusion_xl(Path("sd"), length=77).save_pretrained("hub/models/stabilityai/stable-diffusion-xl-base-1.0")
+texts.stable_diffusion_3(Path("sd"), length=77).save_pretrained(
+    "hub/models/stabilityai/stable-diffusion-3-medium-diffusers"
+)
 preview = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
 preview |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
 AutoencoderTiny(**preview).save_pretrained("hub/models/madebyollin/taesdxl")

@@ -38,7 +38,7 @@ ORDER = {
 }
 # A folder of a room counts as one file there, and has its own order.
 FOLDERS = {
-    "generators.families": ["dit", "unet", "stable_diffusion", "pixart"],
+    "generators.families": ["dit", "unet", "stable_diffusion", "pixart", "stable_diffusion_3"],
     "matching.objectives": ["base", "mean_matching", "regression", "evidence"],
     "sampling.methods": ["noise", "nopt", "released"],
     "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd", "d3hr"],

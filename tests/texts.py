@@ -8,8 +8,11 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -61,11 +64,11 @@ def unet(*, width=8, seed=1, **options):
     ).eval()  # fmt: skip
 
 
-def vae(seed=2, **options):
+def vae(seed=2, channels=4, **options):
     torch.manual_seed(seed)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, sample_size=8, **options,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=channels, sample_size=8, **options,
     ).eval()  # fmt: skip
 
 
@@ -120,26 +123,52 @@ def t5_tokenizer():
     return T5Tokenizer(vocab=words, extra_ids=0)
 
 
-def pixart(kind="PixArtAlphaPipeline", **options):
-    """With a T5 of one layer; what it says of its variance is to be left out."""
-    tokenizer = t5_tokenizer()
+def t5_encoder(tokenizer, width=8):
+    """Of one layer."""
     torch.manual_seed(6)
     config = T5Config(
         vocab_size=len(tokenizer),
-        d_model=8,
+        d_model=width,
         d_kv=4,
         d_ff=16,
         num_layers=1,
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
+    return T5EncoderModel(config).eval()
+
+
+def pixart(kind="PixArtAlphaPipeline", **options):
+    """With a T5 of one layer; what it says of its variance is to be left out."""
+    tokenizer = t5_tokenizer()
+    encoder = t5_encoder(tokenizer)
     transformer = PixArtTransformer2DModel(
         num_layers=1, attention_head_dim=12, num_attention_heads=2, in_channels=4, out_channels=8,
         cross_attention_dim=24, caption_channels=8, **{"sample_size": 4, "patch_size": 2} | options,
     ).eval()  # fmt: skip
     pipe = getattr(diffusers, kind)(
-        tokenizer=tokenizer, text_encoder=T5EncoderModel(config).eval(), vae=vae(), transformer=transformer,
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae(), transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stable_diffusion_3(folder, *, t5=True, length=16, **options):
+    """With three encoders, or without T5; the latents have a shift, and so have the steps."""
+    tokenizer, third = clip_tokenizer(folder / "tokenizer", length), t5_tokenizer() if t5 else None
+    clips = [clip_encoder(tokenizer, kind=CLIPTextModelWithProjection, seed=seed) for seed in (0, 5)]
+    decoder = vae(channels=6, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False)
+    torch.manual_seed(7)
+    transformer = SD3Transformer2DModel(
+        num_layers=2, attention_head_dim=8, num_attention_heads=2, in_channels=6, out_channels=6,
+        joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=6,
+        **{"sample_size": 4, "patch_size": 2} | options,
+    ).eval()  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        vae=decoder, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=third, text_encoder=clips[0], text_encoder_2=clips[1],
+        text_encoder_3=t5_encoder(third, width=24) if t5 else None,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -147,6 +176,8 @@ def pixart(kind="PixArtAlphaPipeline", **options):
 
 def host_of(kind, folder, **options):
     """The pipeline of a kind, see the functions above."""
+    if kind.startswith("sd3"):
+        return stable_diffusion_3(folder, t5=kind == "sd3", **options)
     if kind.startswith("PixArt"):
         return pixart(kind, **options)
     return stable_diffusion_xl(folder, **options) if kind == "xl" else stable_diffusion(folder, kind, **options)

@@ -20,11 +20,12 @@ from .base import FAMILIES, Denoiser, denoiser_of, family_of
 from .families.dit import DiT, DiTOptions
 from .families.pixart import PixArt
 from .families.stable_diffusion import StableDiffusion
+from .families.stable_diffusion_3 import StableDiffusion3
 from .families.unet import UNet, UNetOptions
 from .steps import Scheduler, is_flow, level_at, noised, prediction_type, training_target
 
 
-BUILT_IN = (DiT, UNet, StableDiffusion, PixArt)
+BUILT_IN = (DiT, UNet, StableDiffusion, PixArt, StableDiffusion3)
 # Where a pipeline may keep its denoiser. Published pipelines name the first; the last is for families from outside.
 SLOTS = tuple(dict.fromkeys(family.component for family in (*BUILT_IN, Denoiser)))
 ENCODERS = tuple(dict.fromkeys(name for family in BUILT_IN for name in family.encoders))

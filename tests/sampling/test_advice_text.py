@@ -202,7 +202,7 @@ def test_unets_that_need_more_than_a_prompt(world, options, what):
 
 
 def test_a_pipeline_of_another_family_is_named_with_the_nearest(tmp_path):
-    names = {"flux": "FluxPipeline", "sd3": "StableDiffusion3Pipeline", "pixart": "PixArtSigmaPAGPipeline"}
+    names = {"flux": "FluxPipeline", "sd3": "StableDiffusion3InpaintPipeline", "pixart": "PixArtSigmaPAGPipeline"}
     for folder, name in names.items():
         assert hasattr(diffusers, name)
         (tmp_path / folder).mkdir()
@@ -210,8 +210,9 @@ def test_a_pipeline_of_another_family_is_named_with_the_nearest(tmp_path):
         (tmp_path / folder / "model_index.json").write_text(index, encoding="utf-8")
         with pytest.raises(ValueError, match=f"A {name} cannot be taken: a pipeline must be a "):
             DsCoPipeline.from_pretrained(tmp_path / folder, class_names=NAMES)
-    with pytest.raises(ValueError, match=r"diffusers.PixArtSigmaPipeline.from_pipe\(pipe\)"):
-        DsCoPipeline.from_pretrained(tmp_path / "pixart", class_names=NAMES)
+    for folder, host in {"pixart": "PixArtSigma", "sd3": "StableDiffusion3"}.items():
+        with pytest.raises(ValueError, match=rf"diffusers.{host}Pipeline.from_pipe\(pipe\)"):
+            DsCoPipeline.from_pretrained(tmp_path / folder, class_names=NAMES)
 
 
 def test_negative_prompt_and_rescale_out_of_range(world):

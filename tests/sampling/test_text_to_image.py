@@ -1,6 +1,7 @@
 """Text-to-image pipelines of diffusers as pipelines of classes: images, NOpt, folders, runs, records."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -21,12 +22,14 @@ from dsco_hf import (
     save_dataset_folder,
 )
 from dsco_hf.concentration.records import record_parameters
+from dsco_hf.generators.steps import is_flow
 from launches import launch_command, launch_environment, run
 
 
 DRAWN = {"num_inference_steps": 4, "guidance_scale": 3.0}
 NEGATIVE = "bad"
 PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+SD3 = ("sd3", "sd3-clips")
 
 
 def hosted(host, **options):
@@ -36,17 +39,18 @@ def hosted(host, **options):
 
 
 def host_images(host, prompts, latents, generators, **options):
-    host.scheduler = DDIMScheduler.from_config(host.scheduler.config, clip_sample=False)
+    if not is_flow(host.scheduler):
+        host.scheduler = DDIMScheduler.from_config(host.scheduler.config, clip_sample=False)
     negative = [NEGATIVE] * len(prompts)
     return host(
         prompts, negative_prompt=negative, latents=latents, generator=generators, output_type="pt", **DRAWN, **options
     ).images
 
 
-@pytest.fixture
-def pipe(tmp_path, make):
+@pytest.fixture(params=["sd1", "sd3"])
+def pipe(tmp_path, make, request):
     classifier = make.convnet(names=texts.CLASSES, channels=3)
-    return hosted(texts.stable_diffusion(tmp_path / "host"), classifier=classifier)
+    return hosted(texts.host_of(request.param, tmp_path / "host"), classifier=classifier)
 
 
 @pytest.fixture
@@ -59,18 +63,21 @@ def pixels(dataset):
     return [image.tobytes() for image in dataset["image"]]
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "zero", "xl", *PIXART])
+@pytest.mark.parametrize(
+    ("kind", "eta"),
+    [*itertools.product(["sd1", "sd2", "zero", "xl", *PIXART], [0.0, 1.0]), *((kind, 0.0) for kind in SD3)],
+)
 def test_plain_samples_are_the_hosts_own_images(tmp_path, make, kind, eta):
     host = texts.host_of(kind, tmp_path)
     pipe = hosted(host, negative_prompt=NEGATIVE)
-    latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(3, *pipe.latent_shape, generator=torch.Generator().manual_seed(1))
     own = pipe([0, 2, 2], latents=latents, generator=make.generators([1, 2, 3]), eta=eta, output_type="pt", **DRAWN)
     rescale = {"guidance_rescale": 0.7} if kind == "zero" else {}
     if kind in PIXART:
         rescale = {"clean_caption": False, "use_resolution_binning": False}
+    noise = {} if kind in SD3 else {"eta": eta}
     prompts = ["a rose", "a daisy", "a daisy"]
-    other = host_images(host, prompts, latents.clone(), make.generators([1, 2, 3]), eta=eta, **rescale)
+    other = host_images(host, prompts, latents.clone(), make.generators([1, 2, 3]), **noise, **rescale)
     torch.testing.assert_close(own.images, other, rtol=0, atol=1e-4)
     assert (own.images[0] - own.images[1]).abs().max() > 0.01
     assert (pipe.num_classes, pipe.null_class, pipe.image_size, pipe.num_channels) == (3, 3, 8, 3)
@@ -99,7 +106,7 @@ def test_other_prompts_and_no_rescaling_give_other_images(tmp_path, make):
 
 @pytest.mark.parametrize("method", [NOpt("rkhs"), NOpt("ridge")])
 def test_noise_optimisation_lowers_the_objective(pipe, targets, method):
-    method = dataclasses.replace(method, start=0.0, iterations=4, step_size=0.1, step_decay=1.0)
+    method = dataclasses.replace(method, start=0.0, iterations=4, step_size=0.02, step_decay=1.0)
     output = pipe.sample([0, 0, 1, 2], targets, seeds=range(4), method=method, **DRAWN)
     assert output.discrepancies.shape[0] == 4 * 3 and output.images.isfinite().all()
     means = output.discrepancies.mean(dim=1)
@@ -131,6 +138,7 @@ def test_the_seed_of_an_image_picks_its_template(tmp_path, make):
         ("PixArtAlphaPipeline", {"encoder_hidden_states": (4, 120, 8), "encoder_attention_mask": (4, 120)}),
         ("PixArtSigmaPipeline", {"encoder_hidden_states": (4, 300, 8), "encoder_attention_mask": (4, 300)}),
         ("xl", {"encoder_hidden_states": (4, 16, 16), "text_embeds": (4, 8), "time_ids": (4, 6)}),
+        *((kind, {"encoder_hidden_states": (4, 272, 24), "pooled_projections": (4, 16)}) for kind in SD3),
     ],
 )
 def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, rows):
@@ -211,6 +219,20 @@ def test_without_a_negative_prompt_sdxl_is_led_away_from_nothing_at_all(tmp_path
     assert pipe.prompts.time_ids.tolist() == [[8, 8, 0, 0, 8, 8]] * 4
 
 
+def test_stable_diffusion_3_is_loaded_without_t5_and_refused_with_half_of_it(tmp_path, make):
+    host = texts.host_of("sd3", tmp_path / "host")
+    host.save_pretrained(tmp_path / "saved")
+    given = {"class_names": texts.CLASSES, "prompts": "a {}"}
+    without = DsCoPipeline.from_pretrained(tmp_path / "saved", text_encoder_3=None, tokenizer_3=None, **given)
+    half = DsCoPipeline.from_pretrained(tmp_path / "saved", text_encoder_3=None, **given)
+    for pipe in (without, half):
+        assert pipe.text_encoder_3 is None and not pipe.prompts.encoder_hidden_states[:, 16:].any()
+        assert torch.equal(pipe.prompts.encoder_hidden_states, without.prompts.encoder_hidden_states)
+    host.register_modules(text_encoder=None, tokenizer_3=None)
+    with pytest.raises(ValueError, match="cannot be encoded without `text_encoder` and `tokenizer_3`: they were drop"):
+        hosted(host)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
 def test_a_vae_that_overflows_in_float16_stays_in_float32(tmp_path, kind):
     host = texts.host_of(kind, tmp_path)
@@ -227,8 +249,9 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_the_hosts_folder_its_components_and_the_pipeline_itself_give_the_same(tmp_path, make):
-    host = texts.stable_diffusion(tmp_path / "host")
+@pytest.mark.parametrize("kind", ["sd1", *SD3])
+def test_the_hosts_folder_its_components_and_the_pipeline_itself_give_the_same(tmp_path, make, kind):
+    host = texts.host_of(kind, tmp_path / "host")
     host.save_pretrained(tmp_path / "saved")
     given = {"class_names": texts.CLASSES, "prompts": "a {}"}
     drawn = []
@@ -276,8 +299,9 @@ def test_a_killed_run_goes_on_and_a_record_makes_the_set_again(tmp_path, pipe, t
 
 
 @pytest.mark.slow
-def test_a_set_drawn_with_the_hosts_own_folder_is_made_again(tmp_path, make):
-    texts.stable_diffusion(tmp_path / "host").save_pretrained(tmp_path / "saved")
+@pytest.mark.parametrize("kind", ["sd1", "sd3-clips"])
+def test_a_set_drawn_with_the_hosts_own_folder_is_made_again(tmp_path, make, kind):
+    texts.host_of(kind, tmp_path / "host").save_pretrained(tmp_path / "saved")
     given = {
         "class_names": ["<b>rose</b>", "tulip|x", "daisy"],
         "prompts": ["a {}", "my {}"],
