@@ -6,6 +6,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,15 +57,16 @@ class Tracer:
     def __init__(self, pipe: DsCoPipeline, *modules: nn.Module) -> None:
         self.device, self.dtype = pipe.denoiser.device, pipe.denoiser.dtype
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        weights = (t for module in (*modules_of(pipe), *modules) for t in (*module.parameters(), *module.buffers()))
-        self.weights = [self.fake.from_tensor(tensor) for tensor in weights]
+        weights = [t for module in (*modules_of(pipe), *modules) for t in (*module.parameters(), *module.buffers())]
+        self.is_meta = all(tensor.is_meta for tensor in weights)  # then nothing has to be faked, which takes longer
+        self.weights = weights if self.is_meta else [self.fake.from_tensor(tensor) for tensor in weights]
 
     def __call__(
         self, function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], *, backward: bool = False
     ) -> PassCost:
         """What a pass does with an input of a shape; `backward` also to its input."""
         flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with self.fake:
+        with nullcontext() if self.is_meta else self.fake:
             memory = TensorMemory(self.weights)
             leaf = torch.zeros(shape, device=self.device, dtype=self.dtype, requires_grad=backward)
             with flops, memory, torch.set_grad_enabled(backward):
