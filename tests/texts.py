@@ -148,7 +148,10 @@ def pixart(kind="PixArtAlphaPipeline", **options):
     ).eval()  # fmt: skip
     pipe = getattr(diffusers, kind)(
         tokenizer=tokenizer, text_encoder=encoder, vae=vae(), transformer=transformer,
-        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+        # of a scheduler that was never saved, diffusers would not hand the default of its spacing on
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace"
+        ),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -40,6 +40,8 @@ class Denoiser:
         any_size (`bool`): whether a trained network can be trained further at another size.
         channels_last (`bool`): whether it learns faster in that memory format, on a GPU.
         encoders (`tuple`): further components of a pipeline that encode prompts; none for a family without prompts.
+        flow (`bool`, *optional*): whether its networks predict the velocity of a flow; None if they may do either, as
+            their scheduler says.
         own_spacing (`bool`): whether pipelines of the family leave the steps of a flow to the scheduler, see
             [`~dsco_hf.generators.steps.set_flow_steps`].
 
@@ -59,6 +61,7 @@ class Denoiser:
     any_size: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
     encoders: ClassVar[tuple[str, ...]] = ()
+    flow: ClassVar[bool | None] = None
     own_spacing: ClassVar[bool] = False
 
     def __init__(

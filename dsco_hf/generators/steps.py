@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ..utils.values import check_choice
 
@@ -53,6 +53,26 @@ def is_flow(scheduler: object) -> bool:
 def prediction_type(scheduler: Scheduler) -> str:
     """What the denoiser of a scheduler predicts, of `PREDICTIONS`."""
     return "flow" if is_flow(scheduler) else str(scheduler.config.prediction_type)
+
+
+def check_fits(scheduler: SchedulerMixin, network: str, flow: bool | None) -> None:
+    """Raises ValueError for a scheduler of diffusion with a network of a flow, or the other way round.
+
+    Args:
+        scheduler (`SchedulerMixin`): of any class.
+        network (`str`): the network's class.
+        flow (`bool`, *optional*): whether such networks predict the velocity of a flow; None: they may do either.
+    """
+    if flow is None or flow == is_flow(scheduler):
+        return
+    predicts, own, options = "noise, or a velocity of diffusion", "DDIMScheduler", ", clip_sample=False"
+    if flow:
+        predicts, own, options = "the velocity of a flow", "FlowMatchEulerDiscreteScheduler", ""
+    raise ValueError(
+        f"The scheduler is a {type(scheduler).__name__}, and a {network} predicts {predicts}: give it the levels that "
+        f"it was trained with, `{own}.from_pretrained(folder, subfolder='scheduler'{options})`, `folder` being the "
+        "model's."
+    )
 
 
 def level_at(scheduler: Scheduler, timesteps: torch.Tensor | float) -> Level:

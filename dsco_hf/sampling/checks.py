@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ..generators.failures import cannot_run
-from ..generators.steps import PREDICTIONS, is_flow
+from ..generators.steps import PREDICTIONS, check_fits, is_flow
 from ..utils.values import check_choice, check_whole
 from .call import Sampling
 
@@ -103,6 +103,8 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     of_flow = kind.startswith("FlowMatch") or predicts in flows or config.get("use_flow_sigmas")
     diffusion = {"beta_start", "beta_end", "beta_schedule", "prediction_type"} & set(config)
     flow = {"shift", "use_dynamic_shifting", "base_image_seq_len", "stochastic_sampling"} & set(config)
+    if not config.get("use_dynamic_shifting"):  # solvers of diffusion have it as well, turned off
+        flow -= {"use_dynamic_shifting"}
     if not is_flow(scheduler) and (of_flow or (isinstance(scheduler, DDIMScheduler) and flow)):
         shift = config.get("flow_shift") or config.get("shift", 1.0)
         told = f"prediction_type={predicts!r}" if predicts != "epsilon" else f"{sorted(flow)}"
@@ -132,6 +134,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
 def check_components(pipe: DiffusionPipeline, *, uses_classifier: bool) -> None:
     """Raises ValueError for components that cannot work, or would give other images each time."""
     check_scheduler(pipe.scheduler)
+    check_fits(pipe.scheduler, type(pipe.denoiser).__name__, pipe.family.flow)
     kind = pipe.family.component
     names = [kind, "vae", "preview_vae"] + ["classifier", "classifier_2"] * uses_classifier
     for name in names:

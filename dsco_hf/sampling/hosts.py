@@ -18,6 +18,7 @@ from ..data.schema import class_names as names_of
 from ..generators.base import FAMILIES, family_of
 from ..generators.denoisers import ENCODERS, SLOTS
 from ..generators.prompts import ZERO_SNR_RESCALE, Given, Prompts, TextConditioned, class_prompts
+from ..generators.steps import check_fits
 from ..utils.values import check_real
 from .loading import StoredPipeline, read_index
 
@@ -101,6 +102,7 @@ class HostedPipeline(StoredPipeline):
         self.upcast_vae()
         takes = self.prompts is None and issubclass(family_of(self.denoiser), TextConditioned)
         if not isinstance(prompts, Prompts) and (takes or rest or prompts):
+            check_fits(self.scheduler, type(self.denoiser).__name__, family_of(self.denoiser).flow)
             self.register_modules(scheduler=taken_over(self.scheduler))
             self.encode_prompts(prompts, **rest)
         if options.get("drop_text_encoders"):

@@ -3,7 +3,13 @@
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 
 import texts
 from advice import FAST, follow
@@ -32,6 +38,20 @@ def drawn(pipe, **options):
 def other(w, kind):
     """A pipeline of another use."""
     return kind(**host(w).components, requires_safety_checker=False)
+
+
+def scheduled(w, kind, scheduler, where="given"):
+    """A pipeline with another scheduler, given at once or set later; or one of the kind in the host's folder."""
+    text = host(w, kind)
+    text.save_pretrained(w.folder / kind)
+    if isinstance(scheduler, type):
+        clipped = {"clip_sample": False} if scheduler is DDIMScheduler else {}
+        scheduler = scheduler.from_pretrained(w.folder / kind, subfolder="scheduler", **clipped)
+    if where == "given":
+        return drawn(DsCoPipeline.from_pipe(text, class_names=NAMES, scheduler=scheduler))
+    pipe = DsCoPipeline.from_pipe(text, class_names=NAMES)
+    pipe.scheduler = scheduler
+    return drawn(pipe)
 
 
 def dropped(w, prompts):
@@ -151,6 +171,34 @@ TABLE = {
         r"cannot be taken over: pass `scheduler=DDIMScheduler\(...\)` with those that the model was trained with",
         lambda w: made(w, scheduler=DDIMScheduler(**texts.SD_SCHEDULE))[0],
         "a photo of a rose",
+    ),
+    "a flow's levels for noise": (
+        lambda w: scheduled(w, "sd1", FlowMatchEulerDiscreteScheduler(shift=3.0)),
+        "The scheduler is a FlowMatchEulerDiscreteScheduler, and a UNet2DConditionModel predicts noise, or a velocity "
+        r"of diffusion: give it the levels that it was trained with, `DDIMScheduler.from_pretrained\(folder, "
+        r"subfolder='scheduler', clip_sample=False\)`, `folder` being the model's",
+        lambda w: [scheduled(w, "sd1", DDIMScheduler, where) for where in ("given", "set")],
+        [8, 8],
+    ),
+    "a flow's levels for noise, set later": (
+        lambda w: scheduled(w, "PixArtAlphaPipeline", FlowMatchEulerDiscreteScheduler(), "set"),
+        "The scheduler is a FlowMatchEulerDiscreteScheduler, and a PixArtTransformer2DModel predicts noise",
+        lambda w: scheduled(w, "PixArtAlphaPipeline", DDIMScheduler, "set"),
+        8,
+    ),
+    "levels of diffusion for a flow": (
+        lambda w: scheduled(w, "sd3-clips", DDIMScheduler(**texts.SD_SCHEDULE)),
+        "The scheduler is a DDIMScheduler, and a SD3Transformer2DModel predicts the velocity of a flow: give it the "
+        r"levels that it was trained with, `FlowMatchEulerDiscreteScheduler.from_pretrained\(folder, "
+        r"subfolder='scheduler'\)`, `folder` being the model's",
+        lambda w: [scheduled(w, "sd3-clips", FlowMatchEulerDiscreteScheduler, where) for where in ("given", "set")],
+        [8, 8],
+    ),
+    "levels of diffusion for a flow, set later": (
+        lambda w: scheduled(w, "sd3-clips", DDIMScheduler(), "set"),
+        "The scheduler is a DDIMScheduler, and a SD3Transformer2DModel predicts the velocity of a flow",
+        lambda w: scheduled(w, "sd3-clips", FlowMatchEulerDiscreteScheduler, "set"),
+        8,
     ),
     "a size that cannot be halved": (
         lambda w: sized(w, 5),

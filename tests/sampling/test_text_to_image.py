@@ -249,7 +249,7 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd1", *SD3])
+@pytest.mark.parametrize("kind", ["sd1", PIXART[0], *SD3])
 def test_the_hosts_folder_its_components_and_the_pipeline_itself_give_the_same(tmp_path, make, kind):
     host = texts.host_of(kind, tmp_path / "host")
     host.save_pretrained(tmp_path / "saved")

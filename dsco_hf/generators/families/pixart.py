@@ -28,6 +28,7 @@ class PixArt(TextConditioned):
     hosts = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     classes_field = "caption_channels"
     encoders = ("tokenizer", "text_encoder")
+    flow = False
 
     @property
     def side_factor(self) -> tuple[int, str]:

@@ -27,6 +27,7 @@ class StableDiffusion(TextConditioned):
     classes_field = "cross_attention_dim"
     encoders = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     any_size = True
+    flow = False
 
     @property
     def is_xl(self) -> bool:

@@ -25,6 +25,7 @@ class StableDiffusion3(TextConditioned):
     hosts = ("StableDiffusion3Pipeline",)
     classes_field = "joint_attention_dim"
     encoders = (*["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"], "tokenizer_3", "text_encoder_3")
+    flow = True
     own_spacing = True
 
     @property
