@@ -150,10 +150,12 @@ class StoredPipeline(DiffusionPipeline):
             kwargs: see [`DiffusionPipeline.save_pretrained`], and with `push_to_hub` [`StoredPipeline.push_to_hub`].
 
         Raises:
-            ValueError: for `safe_serialization=False`: pickled weights can run code when they are loaded.
+            ValueError: for `safe_serialization=False`: pickled weights can run code when they are loaded; or for
+                components with adapters such as LoRA that are not fused.
         """
         if not safe_serialization:
             raise ValueError("Pipelines are saved as safetensors only: leave `safe_serialization=False` out.")
+        check_fused(self.components)
         own = {key: kwargs.pop(key) for key in ("variant", "max_shard_size") if key in kwargs}
         with weights_in_silence():
             super().save_pretrained(str(save_directory), safe_serialization=True, **own)
@@ -176,6 +178,20 @@ class StoredPipeline(DiffusionPipeline):
                 `token`, `private`, `revision`, `create_pr`, `commit_message`, ...
         """
         return type(self).publisher(self, repo_id, **options)
+
+
+def check_fused(components: Mapping[str, object]) -> None:
+    """Raises ValueError if a model has adapters beside its weights, as `load_lora_weights` of a host pipeline adds.
+
+    The layers inside have other names than without them, by which their weights would not be found again.
+    """
+    for name, model in components.items():
+        if isinstance(model, torch.nn.Module) and (adapters := getattr(model, "peft_config", None)):
+            raise ValueError(
+                f"`{name}` has the adapters {sorted(adapters)} beside its weights, and could not be loaded: call "
+                "`pipe.fuse_lora()` and then `pipe.unload_lora_weights()` of the pipeline that they were loaded into. "
+                "This one shares its models, and draws the same then."
+            )
 
 
 def embedded_folder(name: str) -> Path | None:

@@ -57,6 +57,9 @@ ELSEWHERE = {
     "whose steps are those of another class": "test_flow.py::test_schedulers_that_do_not_fit",
     "are not the weights of a SiT": "test_sit.py::test_weights_of_something_else",
     "is not what the generator predicts": "test_fine_tuning.py::test_the_schedule_is_that_of_the_trained_generator",
+    "beside its weights, and could not be loaded": (
+        "test_text_to_image.py::test_adapters_draw_what_the_host_draws_and_are_saved_once_they_are_fused"
+    ),
     "levels that it was trained with": "test_advice_text.py::test_what_the_error_says_is_done_and_works",
     "noise levels end at": "test_flow.py::test_schedulers_that_do_not_fit",
     "give the output folder of a finished study": "test_efficiency.py::test_all_figures_from_one_command",

@@ -163,6 +163,48 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sd3"])
+def test_adapters_draw_what_the_host_draws_and_are_saved_once_they_are_fused(tmp_path, make, kind):
+    """Stand-ins of a few lines are loaded and fused: the host's own methods need peft."""
+    host = texts.host_of(kind, tmp_path / "host")
+    classifier = make.convnet(names=texts.CLASSES, channels=3)
+    pipe = hosted(host, negative_prompt=NEGATIVE, classifier=classifier)
+    latents = torch.randn(1, *pipe.latent_shape, generator=torch.Generator().manual_seed(1))
+
+    def drawn(pipe):
+        return pipe([0], latents=latents, generator=make.generators([1]), eta=0.0, output_type="pt", **DRAWN).images
+
+    before = drawn(pipe)
+    texts.load_adapters(pipe.denoiser)
+    images = drawn(pipe)
+    assert (images - before).abs().max() > 1e-3
+    other = host_images(host, ["a rose"], latents.clone(), make.generators([1]))
+    torch.testing.assert_close(images, other, rtol=0, atol=1e-4)
+    targets = MatchingTargets.from_dataset(
+        make.images((4, 4, 4), names=texts.CLASSES), pipe, embedding_dim=64, progress=False
+    )
+    found = pipe.sample([0, 1], targets, seeds=[1, 2], method=NOpt("rkhs", start=0.0), **DRAWN)
+    assert found.discrepancies.isfinite().all()
+    assert not torch.equal(found.images, pipe.sample([0, 1], seeds=[1, 2], **DRAWN).images)
+    told = r"has the adapters \['default_0'\] .* call `pipe.fuse_lora\(\)` and then `pipe.unload_lora_weights\(\)`"
+    with pytest.raises(ValueError, match=told):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    texts.fuse_adapters(host.components[pipe.family.component])
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = DsCoPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(drawn(loaded), drawn(pipe))
+    torch.testing.assert_close(drawn(loaded), images, rtol=0, atol=1e-4)
+    small = concentrate(loaded, None, 1, seed=3, class_labels=[0, 1, 2], method="plain", progress=False, **DRAWN)
+    save_dataset_folder(small, tmp_path / "set")
+    again, nothing, record = load_recorded(tmp_path / "set")
+    again.set_progress_bar_config(disable=True)
+    made = concentrate(again, nothing, seed=3, **record_parameters(record), progress=False)
+    assert pixels(made) == pixels(small)
+
+
+@pytest.mark.slow
 def test_images_are_brought_to_a_smaller_size(tmp_path, make):
     texts.stable_diffusion(tmp_path / "host").save_pretrained(tmp_path / "saved")
     given = {"class_names": texts.CLASSES}
