@@ -262,7 +262,7 @@ def predict(
             rehearsal.pipe,
             max(unit.images for unit in units) * sampling.method.candidates,
             costs,
-            optimised=total["classifier_backward"] > 0,
+            optimised=takes_gradients(total),
             guidance_scale=sampling.guidance_scale,
             batch_size=sampling.batch_size,
         ),
@@ -296,6 +296,11 @@ def synthesis_flops(
     units = Rehearsal(pipe, sampling, features).run(num_classes, images_per_class, **sizes)
     rates = {kind: cost.flops for kind, cost in costs.items()}
     return sum(weighted(passes, rates) for _, passes in units)
+
+
+def takes_gradients(passes: Mapping[str, int]) -> bool:
+    """Whether gradients are taken through a decoder and a network, which need the memory of both."""
+    return any(passes.get(kind, 0) > 0 for kind in ("classifier_backward", "surrogate_backward"))
 
 
 def weighted(passes: Mapping[str, int], rates: Mapping[str, float]) -> float:

@@ -16,7 +16,7 @@ from ..sampling.flat import SamplingOptions
 from ..sampling.methods.released import Released
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import LARGEST_SET, check_choice
-from .passes import Prediction, Rehearsal, assumed_seconds, predict
+from .passes import Prediction, Rehearsal, assumed_seconds, predict, takes_gradients
 from .probe import probe_seconds
 from .tracing import PassCost, largest_batch, pass_costs, weight_bytes
 
@@ -79,7 +79,8 @@ class CostPlan(SamplingOptions):
 
     def of(self, pipe: DsCoPipeline) -> dict[str, Any]:
         """The numbers of the plan for a pipeline; `num_classes` and `population` are known by now."""
-        costs = pass_costs(pipe, features=self.features, extractor=self.uses_extractor)
+        method = self.sampling.method
+        costs = pass_costs(pipe, features=self.features, extractor=self.uses_extractor, method=method)
         rehearsal = Rehearsal(pipe, self.sampling, self.features)
         seconds, source = self._rates(rehearsal, costs)
         device_bytes = self._memory(pipe)
@@ -138,7 +139,7 @@ class CostPlan(SamplingOptions):
         images = max(unit.images for unit in self._units(found.images_per_class)) * self.sampling.method.candidates
         limit = min(images, self.batch_size or images)
         fitting = largest_batch(
-            pipe, images, costs, MEMORY_SHARE * device_bytes, optimised="classifier_backward" in found.passes,
+            pipe, images, costs, MEMORY_SHARE * device_bytes, optimised=takes_gradients(found.passes),
             guidance_scale=self.guidance_scale or 1.0,
         )  # fmt: skip
         return {

@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ..evaluators.preprocessing import preprocess
 from ..matching.feature_spec import Features, FeatureSource, features_of
+from ..sampling.call import SamplingMethod
 from ..sampling.methods.released import RandomExtractor
+from ..sampling.peers.igd import IGD, mismatch, parameter_gradient, with_plain_norms
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import plain_arguments
 
@@ -109,13 +112,16 @@ class TensorMemory(TorchDispatchMode):
         self.alive -= size
 
 
-def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool = False) -> dict[str, PassCost]:
+def pass_costs(
+    pipe: DsCoPipeline, *, features: Features = None, extractor: bool = False, method: SamplingMethod | None = None
+) -> dict[str, PassCost]:
     """FLOPs and memory of one image's pass of every kind, without computing it.
 
     Args:
         pipe (`DsCoPipeline`): on any device, also on "meta".
         features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.features_of`].
         extractor (`bool`): also those of the random network of `Released`.
+        method ([`SamplingMethod`], *optional*): also those of the network that it trains, if it is IGD.
     """
     denoiser, latent = pipe.denoiser, (1, *pipe.latent_shape)
     pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
@@ -146,7 +152,36 @@ def pass_costs(pipe: DsCoPipeline, *, features: Features = None, extractor: bool
         trace = Tracer(pipe, network)
         costs["extractor"] = trace(network, latent)
         costs["extractor_backward"] = trace(network, latent, backward=True)
-    return costs
+    return costs | (_surrogate_costs(pipe, method, costs) if isinstance(method, IGD) else {})
+
+
+def _surrogate_costs(pipe: DsCoPipeline, method: IGD, costs: Mapping[str, PassCost]) -> dict[str, PassCost]:
+    """Of the network that IGD trains, and of the decoder's gradient where no classifier has told it."""
+    names = [str(index) for index in range(max(2, pipe.num_classes))]
+    network = with_plain_norms(method.network(pipe, names)).to(pipe.denoiser.device)
+    state = {name: value.float() for name, value in network.state_dict().items()}
+    size = sum(value.numel() for value in network.parameters())
+    pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
+    trace, found = Tracer(pipe, network), {}
+
+    def train(x: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(1, dtype=torch.int64, device=x.device)
+        with torch.enable_grad():
+            return parameter_gradient(network, state, preprocess(x.float(), network), labels)
+
+    def match(x: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(1, dtype=torch.int64, device=x.device)
+        wanted = torch.ones(size, device=x.device)
+        return mismatch(network, state, preprocess(x.float(), network), labels[:1], wanted)
+
+    found["surrogate"], found["surrogate_backward"] = trace(train, pixel), trace(match, pixel, backward=True)
+    if "preview" in costs:
+        both = trace(lambda x: match(pipe.decode_latents(x, preview=True)), (1, *pipe.latent_shape), backward=True)
+        alone = found["surrogate_backward"]
+        found["surrogate_backward"] = PassCost(alone.flops, both.memory)
+        if not (known := costs.get("preview_backward")) or not known.flops:
+            found["preview_backward"] = PassCost(both.flops - alone.flops, both.memory)
+    return found
 
 
 def looker(source: FeatureSource) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -187,7 +222,8 @@ def predict_memory(
     """
     batch = min(images, batch_size or images)
     branches = 2 if guidance_scale > 1 else 1
-    kinds = {"denoiser": branches, "decoder": 1} | ({"preview_backward": 1} if optimised else {})
+    kinds = {"denoiser": branches, "decoder": 1}
+    kinds |= {"preview_backward": 1, "surrogate_backward": 1} if optimised else {}
     activations = max(costs[kind].memory * factor for kind, factor in kinds.items() if kind in costs)
     denoiser = pipe.denoiser
     latent = math.prod(pipe.latent_shape) * denoiser.dtype.itemsize

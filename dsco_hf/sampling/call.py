@@ -37,11 +37,13 @@ KINDS = {
     "classifier_backward": "the same, forward and backward",
     "extractor": "random network of `Released`, of real images",
     "extractor_backward": "the same, of drawn images",
+    "surrogate": "network of `IGD`, forward and backward to its weights",
+    "surrogate_backward": "the same, and the gradient of that gradient to drawn images",
 }
 _CALLS = {
     "denoiser_calls": ("denoiser",),
     "decoder_calls": ("decoder", "preview", "preview_backward"),
-    "classifier_calls": ("classifier", "classifier_backward", "extractor_backward"),
+    "classifier_calls": ("classifier", "classifier_backward", "extractor_backward", "surrogate_backward"),
 }
 
 

@@ -30,6 +30,7 @@ from ..matching.kept import pipeline_identity
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
 from ..sampling.models import load_classifier
+from ..sampling.peers import IGD
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
 from ..utils.origins import differences
@@ -145,18 +146,19 @@ def flops_of(
     sizes = {name: options[name] for name in ("block_size", "images_per_call")}
     sampling = Sampling.of(**{name: value for name, value in options.items() if name not in sizes})
     drawn = (num_classes, images_per_class)
-    costs = _costs(pipe, features)
+    trained = sampling.method if isinstance(sampling.method, IGD) else None
+    costs = _costs(pipe, features, trained)
     large = _dit_xl_2()
     return {
         "flops": synthesis_flops(pipe, sampling, *drawn, costs=costs, features=features, **sizes),
         "data_pass_flops": weighted(data_pass or {}, {kind: cost.flops for kind, cost in costs.items()}),
-        "flops_dit_xl_2": synthesis_flops(large, sampling, *drawn, costs=_costs(large, None), **sizes),
+        "flops_dit_xl_2": synthesis_flops(large, sampling, *drawn, costs=_costs(large, None, trained), **sizes),
     }
 
 
-@functools.lru_cache(maxsize=2)  # of the pipeline of a study, and of the reference
-def _costs(pipe: DsCoPipeline, features: str | None) -> dict[str, PassCost]:
-    return pass_costs(pipe, features=features, extractor=True)
+@functools.lru_cache(maxsize=4)  # of the pipeline of a study, and of the reference, without IGD's network and with it
+def _costs(pipe: DsCoPipeline, features: str | None, trained: IGD | None) -> dict[str, PassCost]:
+    return pass_costs(pipe, features=features, extractor=True, method=trained)
 
 
 @functools.cache

@@ -44,7 +44,7 @@ ALLOWED = (*METHODS, *PEERS)
 PUBLISHED = ("nopt", "nopt-data-free", "nopt-quantile", "plain")  # the first that was drawn becomes the dataset
 OF_SAMPLING = ("num_inference_steps", "guidance_scale")
 Kept: TypeAlias = MatchingTargets | ClassStatistics
-EFFORT = {"plain": 1.0, "best-of-n": 4.0, "s3": 5.0}
+EFFORT = {"plain": 1.0, "best-of-n": 4.0, "s3": 5.0, "igd": 40.0}
 DEFAULT_BUDGETS = (1, 10, 50)
 PER_BUDGET = ("clearest_share", "objective", "contrast", "regularization")  # one value, or one for each budget
 # What all sets of a study depend on beside models and images; the rest is about single sets.

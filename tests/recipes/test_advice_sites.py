@@ -49,6 +49,7 @@ ELSEWHERE = {
     "a class, and the generator needs": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
     "images need (": "test_evaluators_training.py::test_images_of_weight_zero_teach_nothing",
     "has no weight, but": "test_peers.py::test_weights_are_kept_doped_published_and_read",
+    "make them with this pipeline and method": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
     "make them for as many steps": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
     "How many centroids?": "test_peers.py::test_what_errors_of_peers_say_to_do_is_done",
     "weighs the noise levels of diffusion": (

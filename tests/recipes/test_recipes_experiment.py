@@ -376,10 +376,15 @@ def test_all_peers_are_rows_of_one_table(work):
     assert rows["mgd3", 2]["denoiser_calls"] == plain > rows["d4m", 2]["denoiser_calls"]
     read = {name: rows[name, 1]["data_pass"]["images"] for name in ("plain", "best-of-n", "uag", "mgd3", "ddoq")}
     assert read == {"plain": 0, "best-of-n": 0, "uag": 0, "mgd3": 31, "ddoq": 31}
+    assert rows["igd", 2]["data_pass"] == {"images": 31, "surrogate": 31 * 40 + 31 * 4}
+    assert rows["igd", 2]["classifier_calls"] == 6 * 4 and rows["igd", 2]["flops"] > rows["plain", 2]["flops"]
+    assert (
+        rows["igd", 1]["data_pass_flops"] > 0 and rows["igd", 2]["flops_dit_xl_2"] > rows["plain", 2]["flops_dit_xl_2"]
+    )
     assert rows["nopt-data-free", 1]["data_pass"] == {"images": 0, "denoiser": 18, "decoder": 0, "classifier": 12}
     (folder,) = (work / "out" / "work").iterdir()
     assert {path.name for path in folder.glob("targets-*")} >= {"targets-centroids-1", "targets-centroids-2"}
     ddoq = Dataset.from_parquet(str(folder / "sets" / "ddoq-ipc2-seed0.parquet"), keep_in_memory=True)
     assert sum(ddoq["weight"][:]) == pytest.approx(6)
     table = (work / "out" / "table.md").read_text()
-    assert "| MGD3 |" in table and "| best of N |" in table
+    assert "| IGD |" in table and "| MGD3 |" in table and "| best of N |" in table

@@ -25,7 +25,7 @@ from dsco_hf.concentration.records import record_parameters
 from dsco_hf.costs.passes import Rehearsal
 from dsco_hf.hub.folder import save_dataset_folder
 from dsco_hf.sampling.call import calls
-from dsco_hf.sampling.peers import D3HR, D4M, UAG
+from dsco_hf.sampling.peers import D3HR, D4M, IGD, UAG
 from launches import launch_command, launch_environment, run
 
 
@@ -177,7 +177,8 @@ def test_two_processes_draw_what_one_draws(flow, flow_targets, tmp_path):
 
 
 def test_peers_and_the_released_objective(flow, real_images):
-    for method in (D4M(), D3HR(groups=3), UAG(scale=0.5)):
+    influence = IGD(checkpoints=2, epochs=1, architecture="convnet-1", start=0)
+    for method in (D4M(), D3HR(groups=3), UAG(scale=0.5), influence):
         given, counted = real_images if method.name != "uag" else None, {"images_per_class": 1}
         targets = (
             None if given is None else method.make_targets(flow, given, Sampling(5, 1.0), progress=False, **counted)

@@ -30,7 +30,7 @@ from dsco_hf.costs.passes import Rehearsal
 from dsco_hf.data.datasets import load_pixels
 from dsco_hf.matching.features import features_and_logits
 from dsco_hf.sampling.call import calls, counted_in_class
-from dsco_hf.sampling.peers import D3HR, D4M, DDOQ, DMGD, MGD3, S3, UAG, BestOfN, ClassStatistics
+from dsco_hf.sampling.peers import D3HR, D4M, DDOQ, DMGD, IGD, MGD3, S3, UAG, BestOfN, ClassStatistics
 from dsco_hf.sampling.peers.best_of_n import surest
 from dsco_hf.sampling.peers.d3hr import best_group, group_scores, invert
 from dsco_hf.sampling.peers.dmgd import class_costs, transport_cost
@@ -48,7 +48,9 @@ PEERS = {
     "s3": S3(candidates=2),
     "dmgd": DMGD(clusters=2, start=0),
     "d3hr": D3HR(groups=20),
+    "igd": IGD(checkpoints=2, epochs=2, architecture="convnet-1"),
 }
+PASSED = {"s3": {"classifier": 7}, "igd": {"surrogate": 7 * 2 + 2 * 7}}
 OF_IMAGES = [name for name in PEERS if name not in ("best-of-n", "uag")]
 SIZES = {"block_size": 1, "images_per_call": 2}
 
@@ -109,8 +111,9 @@ def test_a_peer_works_in_latents(latent_pipe, make, name):
     if name in OF_IMAGES:
         targets = PEERS[name].make_targets(latent_pipe, real, Sampling(), progress=False, images_per_class=1)
         passes = targets.provenance["passes"]
-        assert targets.provenance["images"] == passes["classifier" if name == "s3" else "encoder"] == 7
         assert ("denoiser" in passes) == (name == "d3hr")
+        passes = {kind: count for kind, count in passes.items() if kind != "denoiser"}
+        assert targets.provenance["images"] == 7 and passes == PASSED.get(name, {"encoder": 7})
         assert next(iter(targets.tensors.values())).shape[0] == 3
 
 
@@ -418,6 +421,15 @@ def test_what_errors_of_peers_say_to_do_is_done(pipe, real_images, targets):
     with pytest.raises(ValueError, match="inverted to t = 500, and 2 steps begin at t = 0: make them for as many"):
         drawn(inverted, D3HR(groups=2))
     assert drawn(real_images, D3HR(groups=2)) == 3
+    gradients = PEERS["igd"].make_targets(pipe, real_images, Sampling(), progress=False)
+    told = (
+        r"of 2 checkpoints to \S+ parameters, and 3 to \S+ are needed, those of a convnet-2 for 3 classes and images"
+    )
+    with pytest.raises(ValueError, match=f"{told} of 8 pixels: make them with this pipeline and method"):
+        drawn(gradients, IGD(checkpoints=3, epochs=2, architecture="convnet-2"))
+    with pytest.raises(ValueError, match="2 checkpoints to .* 2 to .* of 8 pixels: make them with this pipeline and"):
+        drawn(dataclasses.replace(gradients, shared=None), PEERS["igd"])
+    assert drawn(gradients, PEERS["igd"]) == drawn(real_images, PEERS["igd"]) == 3
     assert drawn(made, "d4m") == drawn(real_images, "d4m") == 3
 
 

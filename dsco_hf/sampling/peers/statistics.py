@@ -37,6 +37,7 @@ class ClassStatistics:
         kind (`str`): what they are, such as "centroids"; "names" if there are none.
         class_names (`list[str]`), class_labels (`list[int]`): as in [`MatchingTargets`].
         tensors (`dict[str, torch.Tensor]`): each `(C, ...)`, by name.
+        shared (`dict[str, torch.Tensor]`, *optional*): what is of no class, such as a network's weights, by name.
         provenance (`dict`): how they were made; `images` is the number of images that were read, `passes` of those
             that passed through each network.
     """
@@ -46,6 +47,7 @@ class ClassStatistics:
     class_labels: list[int]
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared: dict[str, torch.Tensor] | None = None
 
     def rows_of(self, generator_labels: Sequence[int]) -> torch.Tensor:
         """Row `(n,)` for each of the generator's classes, see [`MatchingTargets.rows_of`]."""
@@ -57,8 +59,9 @@ class ClassStatistics:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `targets.safetensors` and `targets.json` into a folder, which is made if it is not there."""
-        fields = {name: getattr(self, name) for name in _FIELDS}
-        write_targets(Path(folder), {**fields, "tensors": sorted(self.tensors)}, self.tensors)
+        fields = {name: getattr(self, name) for name in _FIELDS} | {"tensors": sorted(self.tensors)}
+        fields |= {} if self.shared is None else {"shared": sorted(self.shared)}
+        write_targets(Path(folder), fields, {**self.tensors, **(self.shared or {})})
 
     @classmethod
     def from_pretrained(
@@ -79,12 +82,15 @@ class ClassStatistics:
         config, weights = find_targets(
             name_or_path, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir
         )
-        fields = read_config(config, (*_FIELDS, "tensors"))
-        tensors = read_tensors(weights, fields.pop("tensors"))
-        classes = len(fields["class_names"])
+        fields = read_config(config, (*_FIELDS, "tensors")) | read_config(config, ("shared",), optional=True)
+        names, shared = fields.pop("tensors"), fields.pop("shared", None)
+        stored = read_tensors(weights, [*names, *(shared or [])])
+        tensors, classes = {name: stored[name] for name in names}, len(fields["class_names"])
         if wrong := [name for name, tensor in tensors.items() if tensor.shape[:1] != (classes,)]:
             raise DamagedFileError(f"{weights}: {wrong} are not of {classes} classes. {SAVE_AGAIN}")
-        return cls(tensors=tensors, **fields)
+        return cls(
+            tensors=tensors, shared=None if shared is None else {name: stored[name] for name in shared}, **fields
+        )
 
 
 class Sample:
