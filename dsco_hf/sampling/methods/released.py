@@ -267,5 +267,7 @@ class Released(SamplingMethod):
 
 
 class _Rehearsed(Released):
+    name: ClassVar[str] = "released:rehearsed"  # hidden where methods are listed
+
     def network(self, num_channels: int, seed: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(num_channels, 1, 1), nn.Flatten())
