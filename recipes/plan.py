@@ -49,7 +49,8 @@ class PlanRecipe(CostPlan, PreviewOptions):
     Attributes:
         preset: "imagenet1k", "imagenet100" or "imagenette": the shapes of facebook/DiT-XL-2-256, its VAE, a tiny
             preview VAE and ResNet-18, without weights.
-        shapes: of another generator with the preset: "sd-1.5", "sdxl" or "pixart-512", each at its own size.
+        shapes: of another generator with the preset: "sd-1.5", "sdxl", "pixart-512" or "sd3-medium", each at its own
+            size.
         generator: a pipeline's folder or Hub id, instead.
         run_config: a YAML file of `recipes/concentrate.py`; options that both recipes have are taken from it.
         search_config: a YAML file of `recipes/lossless.py`, whose search is planned instead, on this machine.
@@ -133,7 +134,10 @@ def load(recipe: PlanRecipe) -> DsCoPipeline:
     if recipe.preset is not None:
         check_choice("preset", recipe.preset, list(PRESETS))
         device = here if recipe.device == "here" else "meta"
-        return imagenet_pipeline(shapes=recipe.shapes, device=device, dtype=recipe.torch_dtype, tiny=recipe.tiny)
+        prompted = recipe.num_classes or PRESETS[recipe.preset][0]
+        return imagenet_pipeline(
+            shapes=recipe.shapes, prompted=prompted, device=device, dtype=recipe.torch_dtype, tiny=recipe.tiny
+        )
     check_made(Path(__file__).parent, {"generator": recipe.generator, "classifier": recipe.classifier})
     pipe = recipe.load_pipeline().to(here)
     if pipe.classifier is None and not recipe.plain:

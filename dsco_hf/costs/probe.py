@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ..data.images import to_signed
+from ..generators.base import family_of
 from ..generators.families.dit import dit_xl_2
 from ..generators.families.pixart import pixart_512
 from ..generators.families.stable_diffusion import sd_1_5, sdxl
+from ..generators.families.stable_diffusion_3 import sd3_medium
+from ..generators.steps import Scheduler
 from ..matching.feature_spec import FeatureSource
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, Targets
@@ -152,12 +155,13 @@ def synchronize(device: torch.device) -> None:
 
 
 # Networks whose shapes a plan can be made for: the pipeline's, for so many classes, and its prompts.
-SHAPES = {"dit-xl-2": None, "sd-1.5": sd_1_5, "sdxl": sdxl, "pixart-512": pixart_512}
+SHAPES = {"dit-xl-2": None, "sd-1.5": sd_1_5, "sdxl": sdxl, "pixart-512": pixart_512, "sd3-medium": sd3_medium}
 
 
 def imagenet_pipeline(
     *,
     shapes: str = "dit-xl-2",
+    prompted: int | None = None,
     device: str | torch.device = "meta",
     dtype: torch.dtype = torch.bfloat16,
     preview: bool = True,
@@ -168,6 +172,7 @@ def imagenet_pipeline(
 
     Args:
         shapes (`str`): of another generator, of `SHAPES`, in the place of DiT-XL/2.
+        prompted (`int`, *optional*): classes that it has prompts for, whose encoded rows take memory; all if None.
         device (`str` or `torch.device`): "meta" has shapes only, and needs no memory.
         dtype (`torch.dtype`): of all weights.
         preview (`bool`): whether there is a preview decoder.
@@ -187,16 +192,17 @@ def imagenet_pipeline(
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
             make = SHAPES[shapes]
-            denoiser, prompts = (dit_xl_2(tiny=tiny), None) if make is None else make(classes)
+            denoiser, prompts = (dit_xl_2(tiny=tiny), None) if make is None else make(prompted or classes)
             vae = AutoencoderKL(
                 block_out_channels=channels,
                 down_block_types=("DownEncoderBlock2D",) * len(channels),
                 up_block_types=("UpDecoderBlock2D",) * len(channels),
                 layers_per_block=2,
-                latent_channels=4,
+                latent_channels=denoiser.config.in_channels,
                 norm_num_groups=min(32, channels[0]),
                 sample_size=denoiser.config.sample_size * 2 ** (len(channels) - 1),
             )
+            preview_options["latent_channels"] = denoiser.config.in_channels
             preview_vae = AutoencoderTiny(**preview_options) if preview else None
             config = ResNetConfig(
                 embedding_size=widths[0], hidden_sizes=widths, depths=depths, layer_type="basic", num_labels=classes
@@ -210,7 +216,9 @@ def imagenet_pipeline(
         if module is not None:  # some buffers are made on the CPU, or in float32, whatever the defaults are
             torch.nn.Module.to(module, device, dtype)  # diffusers' own `to` warns of models whose types are mixed
             module.eval().requires_grad_(False)
-    scheduler = DDIMScheduler(clip_sample=False, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    scheduler: Scheduler = DDIMScheduler(clip_sample=False, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    if family_of(denoiser).flow:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = DsCoPipeline(denoiser, scheduler, vae=vae, classifier=classifier, preview_vae=preview_vae, prompts=prompts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

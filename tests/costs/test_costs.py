@@ -262,7 +262,12 @@ def test_stand_in_targets_are_targets(pipe, targets):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shapes", "parameters", "image_size"),
-    [("sd-1.5", 859_520_964, 512), ("sdxl", 2_567_463_684, 1024), ("pixart-512", 610_856_096, 512)],
+    [
+        ("sd-1.5", 859_520_964, 512),
+        ("sdxl", 2_567_463_684, 1024),
+        ("pixart-512", 610_856_096, 512),
+        ("sd3-medium", 2_028_328_000, 1024),
+    ],
 )
 def test_shapes_of_text_to_image_models_are_those_that_are_published(shapes, parameters, image_size):
     pipe = imagenet_pipeline(shapes=shapes)
