@@ -20,14 +20,15 @@ def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Fi
         report (`dict`): of [`~dsco_hf.studies.lossless.efficiency.efficiency`].
         results (`dict`): content of results.json, of which it was made.
     """
-    figure = Figure(figsize=(11, 4.6), dpi=200, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    rows = [row for row in results["rows"] if row.get("discrepancy")]
+    figure = Figure(figsize=(11 if rows else 6.4, 4.6), dpi=200, layout="constrained")
+    left, *others = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
     methods = {name: own for name, own in report["methods"].items() if own["rates"] and name != "random"}
     for name, style in find_methods(methods).items():
         _draw_rates(left, methods[name]["rates"], style)
     left.axhline(1, color=INK, linewidth=1.1, linestyle=(0, (1, 1.5)))
-    left.annotate("one real image", (1, 1), xycoords=left.get_yaxis_transform(), xytext=(-4, -4), ha="right",
-                  va="top", textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
+    left.annotate("one real image", (0, 1), xycoords=left.get_yaxis_transform(), xytext=(4, -4), va="top",
+                  textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
     left.set_yscale("log")
     left.set_ylim(*_limits([rate["rate"] for own in methods.values() for rate in own["rates"]]))
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -35,19 +36,16 @@ def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Fi
     left.yaxis.set_minor_formatter(NullFormatter())
     left.set_ylabel("real images that one image is worth")
     left.set_title(f"{dataset_title(results)}: the exchange rate", loc="left", fontsize=10.5)
-    rows = [row for row in results["rows"] if row.get("discrepancy")]
-    for name, style in find_methods(row["method"] for row in rows).items():
-        points = sorted((row["images_per_class"], row["discrepancy"]) for row in rows if row["method"] == name)
-        right.plot(*zip(*points, strict=True), **line_style(style))
-        bias = (report["methods"].get(name, {}).get("floor") or {}).get("discrepancy")
-        if bias and name not in ("random", "herding"):
-            right.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
-    if rows:
+    for right in others:
+        for name, style in find_methods(row["method"] for row in rows).items():
+            points = sorted((row["images_per_class"], row["discrepancy"]) for row in rows if row["method"] == name)
+            right.plot(*zip(*points, strict=True), **line_style(style))
+            bias = (report["methods"].get(name, {}).get("floor") or {}).get("discrepancy")
+            if bias and name not in ("random", "herding"):
+                right.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
         right.set_yscale("log")
         right.set_ylabel("squared MMD to the real classes")
         right.set_title("what is left of the difference; dotted: the generator's own bias", loc="left", fontsize=10.5)
-    else:
-        right.set_visible(False)
     _finish(figure, results, rows)
     return figure
 
@@ -136,14 +134,14 @@ def _finish(
 ) -> None:
     """Axes of budgets, a grid, and one legend below for all methods, in their order."""
     budgets = sorted({row["images_per_class"] for row in rows or results["rows"]})
-    everywhere = [axes for axes in figure.axes if axes.get_visible()]
-    for axes in everywhere if budget_axes is None else budget_axes:
+    for axes in figure.axes if budget_axes is None else budget_axes:
         space_by_budget(axes, budgets)
         axes.set_xlabel("images per class")
-    for axes in everywhere:
+    for axes in figure.axes:
         tidy(axes)
-    found = {str(line.get_label()): line for axes in everywhere for line in axes.get_lines()}
+    found = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
     order = [style.label for style in find_methods(in_order(row["method"] for row in results["rows"])).values()]
     labels = [label for label in order if label in found]
-    figure.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=min(len(labels), 5),
+    columns = min(len(labels), 5 if len(figure.axes) > 1 else 3)
+    figure.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=columns,
                   fontsize=8.5, frameon=False, handlelength=3)  # fmt: skip
