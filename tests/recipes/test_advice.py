@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from test_recipe_options import RECIPES
 
 import dsco_hf
@@ -366,10 +366,12 @@ def test_every_option_that_a_message_names_exists():
 
 
 def all_callables():
-    """Every function, class and method of the package by its name, and those of datasets that messages name."""
+    """Every function, class and method of the package by its name, and those of libraries that messages name."""
     modules = [importlib.import_module(found.name) for found in pkgutil.walk_packages(dsco_hf.__path__, "dsco_hf.")]
     named = {(name, id(value)): value for module in modules for name, value in vars(module).items() if callable(value)}
-    classes = {id(value): value for value in [*named.values(), Dataset] if inspect.isclass(value)}
+    classes = {
+        id(value): value for value in [*named.values(), Dataset, StableDiffusionPipeline] if inspect.isclass(value)
+    }
     inner = {
         (name, id(method)): method for one in classes.values() for name, method in inspect.getmembers(one, callable)
     }
