@@ -59,7 +59,7 @@ small = concentrate(pipe, targets, images_per_class=3, guidance_scale=1.0, num_i
 # ## Mix real images in, look, and keep
 
 # %%
-mixed = dope(small, real, pipe, images_per_class=6, strategy="herding", progress=False)
+mixed = dope(small, real, pipe, images_per_class=6, progress=False)
 print(mixed.to_pandas().groupby(["label", "source"]).size())
 look(mixed, work / "look.html", real=real, pipe=pipe)
 save_dataset_folder(mixed, work / "dataset")

@@ -140,7 +140,7 @@ class StudyPlan(ImportOptions):
     template_steps: int | None = None
     weighting: str = "confidence"
     doping_budgets: list[int] = field(default_factory=list)
-    doping_strategy: Named = "herding"
+    doping_strategy: Named = "ridge_rule"
     doping_class_wise: bool = True
     quantile_iterations: int = 200
     check_images: int = 4

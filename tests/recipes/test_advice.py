@@ -213,7 +213,7 @@ TABLE = {
         is_of(6),
     ),
     "herding without a pipeline": (
-        lambda w: dope(w.small(), w.real, images_per_class=2, progress=False),
+        lambda w: dope(w.small(), w.real, images_per_class=2, strategy="herding", progress=False),
         "needs `pipe`, .* or choose another strategy",
         lambda w: dope(w.small(), w.real, images_per_class=2, strategy="random", progress=False),
         is_of(6),

@@ -39,7 +39,7 @@ def dope(
     images_per_class: int | str | None = None,
     total: int | None = None,
     begin_doping: float | None = None,
-    strategy: str | Selection = "herding",
+    strategy: str | Selection = "ridge_rule",
     class_wise: bool | None = None,
     image_size: int | str | None = None,
     image_column: str | None = None,
@@ -54,15 +54,15 @@ def dope(
         real (`Dataset` or [`~dsco_hf.data.datasets.Pool`]): the images to choose from; a pool keeps what was read for
             the next set. Classes are found by name, in any order; images of classes that `small` does not have are
             not chosen.
-        pipe (`DsCoPipeline`, *optional*): its classifier gives the features for "herding", and the soft labels on
-            which a student for "clarity" is trained. Not needed for "random" or `Clarity(student=...)`.
+        pipe (`DsCoPipeline`, *optional*): its classifier gives the features for "ridge_rule" and "herding", and the
+            soft labels on which a student for "clarity" is trained. Not needed for "random" or `Clarity(student=...)`.
         images_per_class (`int` or "auto", *optional*): size of the result per class, synthetic images included.
             With "auto" real images take the place of the synthetic ones from `begin_doping` on: the size stays.
         total (`int`, *optional*): size of the result. Pass one of the two.
         begin_doping (`float`, *optional*): images per class from where on the next synthetic image is worth less than
             a real one, such as [`~dsco_hf.studies.lossless.efficiency.recommended_doping`] says; for "auto" alone.
         strategy (`str` or [`Selection`]): by which rule, with its own options, such as `Clarity(num_students=4)`; or
-            the name of one with its defaults: "herding", "clarity", "random" or "clearest".
+            the name of one with its defaults: "ridge_rule", "herding", "clarity", "random", "k_center", …
         class_wise (`bool`, *optional*): fill every class to the same number. If False, a rule that compares images
             across classes, such as "clarity", ranks over the whole dataset; the others always go by class. By default
             True with `images_per_class`, False with `total`.
