@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..evaluators.preprocessing import preprocess
 from ..matching.feature_spec import Features, FeatureSource, features_of
 from ..sampling.call import SamplingMethod
 from ..sampling.methods.released import RandomExtractor
-from ..sampling.peers.igd import IGD, mismatch, parameter_gradient, with_plain_norms
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import plain_arguments
 
@@ -121,7 +120,7 @@ def pass_costs(
         pipe (`DsCoPipeline`): on any device, also on "meta".
         features (*optional*): what the targets match, see [`dsco_hf.matching.feature_spec.features_of`].
         extractor (`bool`): also those of the random network of `Released`.
-        method ([`SamplingMethod`], *optional*): also those of the network that it trains, if it is IGD.
+        method ([`SamplingMethod`], *optional*): also those of a network of its own.
     """
     denoiser, latent = pipe.denoiser, (1, *pipe.latent_shape)
     pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
@@ -152,36 +151,30 @@ def pass_costs(
         trace = Tracer(pipe, network)
         costs["extractor"] = trace(network, latent)
         costs["extractor_backward"] = trace(network, latent, backward=True)
-    return costs | (_surrogate_costs(pipe, method, costs) if isinstance(method, IGD) else {})
+    return costs | ({} if method is None else _own_costs(pipe, method, costs))
 
 
-def _surrogate_costs(pipe: DsCoPipeline, method: IGD, costs: Mapping[str, PassCost]) -> dict[str, PassCost]:
-    """Of the network that IGD trains, and of the decoder's gradient where no classifier has told it."""
-    names = [str(index) for index in range(max(2, pipe.num_classes))]
-    network = with_plain_norms(method.network(pipe, names)).to(pipe.denoiser.device)
-    state = {name: value.float() for name, value in network.state_dict().items()}
-    size = sum(value.numel() for value in network.parameters())
-    pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
+def _own_costs(pipe: DsCoPipeline, method: SamplingMethod, costs: Mapping[str, PassCost]) -> dict[str, PassCost]:
+    """Of a network that a method has of its own, and of the decoder's gradient where no classifier has told it."""
+    if (own := method.own_passes(pipe)) is None:
+        return {}
+    network, passes = own
     trace, found = Tracer(pipe, network), {}
-
-    def train(x: torch.Tensor) -> torch.Tensor:
-        labels = torch.zeros(1, dtype=torch.int64, device=x.device)
-        with torch.enable_grad():
-            return parameter_gradient(network, state, preprocess(x.float(), network), labels)
-
-    def match(x: torch.Tensor) -> torch.Tensor:
-        labels = torch.zeros(1, dtype=torch.int64, device=x.device)
-        wanted = torch.ones(size, device=x.device)
-        return mismatch(network, state, preprocess(x.float(), network), labels[:1], wanted)
-
-    found["surrogate"], found["surrogate_backward"] = trace(train, pixel), trace(match, pixel, backward=True)
-    if "preview" in costs:
-        both = trace(lambda x: match(pipe.decode_latents(x, preview=True)), (1, *pipe.latent_shape), backward=True)
-        alone = found["surrogate_backward"]
-        found["surrogate_backward"] = PassCost(alone.flops, both.memory)
-        if not (known := costs.get("preview_backward")) or not known.flops:
-            found["preview_backward"] = PassCost(both.flops - alone.flops, both.memory)
+    pixel = (1, pipe.num_channels, pipe.image_size, pipe.image_size)
+    for kind, look in passes.items():
+        backward = kind.endswith("_backward")
+        found[kind] = alone = trace(look, pixel, backward=backward)
+        if backward and "preview" in costs:
+            through = functools.partial(_decoded, pipe, look)
+            both = trace(through, (1, *pipe.latent_shape), backward=True)
+            found[kind] = PassCost(alone.flops, both.memory)
+            if not (known := costs.get("preview_backward")) or not known.flops:
+                found["preview_backward"] = PassCost(both.flops - alone.flops, both.memory)
     return found
+
+
+def _decoded(pipe: DsCoPipeline, look: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+    return look(pipe.decode_latents(latents, preview=True))
 
 
 def looker(source: FeatureSource) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
@@ -120,6 +120,15 @@ class SamplingMethod(Choice):
     def rehearsed(self) -> SamplingMethod:
         """A method of the same passes through networks, by which they are counted: without work of other kinds."""
         return self
+
+    def own_passes(
+        self, pipe: DiffusionPipeline
+    ) -> tuple[torch.nn.Module, dict[str, Callable[[torch.Tensor], torch.Tensor]]] | None:
+        """A network of its own, and by kind what it does with pixels `(1, C, H, W)`: of these passes costs are traced.
+
+        Kinds that end in "_backward" also take the gradient to the pixels. None where there is no such network.
+        """
+        return None
 
     def make_targets(
         self,

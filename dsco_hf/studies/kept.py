@@ -28,9 +28,8 @@ from ..generators.failures import NonFiniteError
 from ..generators.training import train_generator
 from ..matching.kept import pipeline_identity
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Sampling
+from ..sampling.call import Sampling, SamplingMethod
 from ..sampling.models import load_classifier
-from ..sampling.peers import IGD
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
 from ..utils.origins import differences
@@ -38,7 +37,7 @@ from ..utils.progress import Clock
 from .generator_check import GeneratorCheck, check_generator
 
 
-FLOPS = ("flops", "data_pass_flops", "flops_dit_xl_2")  # of [`flops_of`]
+FLOPS = ("flops", "data_pass_flops", "flops_dit_xl_2")  # of [`flops_of`], told of the first seed: all cost alike
 DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
 
 
@@ -146,19 +145,19 @@ def flops_of(
     sizes = {name: options[name] for name in ("block_size", "images_per_call")}
     sampling = Sampling.of(**{name: value for name, value in options.items() if name not in sizes})
     drawn = (num_classes, images_per_class)
-    trained = sampling.method if isinstance(sampling.method, IGD) else None
-    costs = _costs(pipe, features, trained)
+    owner = None if sampling.method.own_passes(pipe) is None else sampling.method
+    costs = _costs(pipe, features, owner)
     large = _dit_xl_2()
     return {
         "flops": synthesis_flops(pipe, sampling, *drawn, costs=costs, features=features, **sizes),
         "data_pass_flops": weighted(data_pass or {}, {kind: cost.flops for kind, cost in costs.items()}),
-        "flops_dit_xl_2": synthesis_flops(large, sampling, *drawn, costs=_costs(large, None, trained), **sizes),
+        "flops_dit_xl_2": synthesis_flops(large, sampling, *drawn, costs=_costs(large, None, owner), **sizes),
     }
 
 
-@functools.lru_cache(maxsize=4)  # of the pipeline of a study, and of the reference, without IGD's network and with it
-def _costs(pipe: DsCoPipeline, features: str | None, trained: IGD | None) -> dict[str, PassCost]:
-    return pass_costs(pipe, features=features, extractor=True, method=trained)
+@functools.lru_cache(maxsize=4)  # a study's pipeline and the reference, with and without a method's network
+def _costs(pipe: DsCoPipeline, features: str | None, owner: SamplingMethod | None) -> dict[str, PassCost]:
+    return pass_costs(pipe, features=features, extractor=True, method=owner)
 
 
 @functools.cache

@@ -317,7 +317,7 @@ class ComparedOptions:
                 path, config, split, revision = [*place.format(budget=budget).split("@"), "", "", ""][:4]
                 rows = load_image_dataset(path, config or None, split=split or "train", revision=revision or None)
                 if self._own(name, "classes") == "index":
-                    rows = with_numbered_classes(rows, self.columns_of(name)["label_column"])
+                    rows = with_numbered_classes(rows, self._own(name, "label_column"))
                 try:
                     find_columns(rows, **self.columns_of(name))
                 except ValueError as error:
@@ -359,7 +359,7 @@ class ComparedOptions:
         """
         sets = {}
         for (name, budget), dataset in compared.items():
-            told = {"mapping": self._own(name, "classes"), "label_column": self.columns_of(name)["label_column"]}
+            told = {"mapping": self._own(name, "classes"), "label_column": self._own(name, "label_column")}
             dataset = with_classes_of(real.names, dataset, **told)
             images = load_image_set(dataset, classes=real.names, **options, **self.columns_of(name))
             wanted = budget * len(real.names)

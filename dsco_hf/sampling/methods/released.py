@@ -240,7 +240,7 @@ class Released(SamplingMethod):
 
     def rehearsed(self) -> SamplingMethod:
         """With a network of next to nothing."""
-        return _Rehearsed(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        return _Rehearsed(**vars(self))
 
     def noise(
         self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor

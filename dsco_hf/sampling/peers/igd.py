@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -134,7 +134,25 @@ class IGD(SamplingMethod):
 
     def rehearsed(self) -> SamplingMethod:
         """Without a network."""
-        return _Rehearsed(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        return _Rehearsed(**vars(self))
+
+    def own_passes(
+        self, pipe: DiffusionPipeline
+    ) -> tuple[nn.Module, dict[str, Callable[[torch.Tensor], torch.Tensor]]]:
+        """A gradient to the weights, and the mismatch of one to another."""
+        names = [str(index) for index in range(max(2, pipe.num_classes))]
+        network = with_plain_norms(self.network(pipe, names)).to(pipe.denoiser.device)
+        state = {name: value.float() for name, value in network.state_dict().items()}
+
+        def train(x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return parameter_gradient(network, state, preprocess(x.float(), network), x.new_zeros(1).long())
+
+        def match(x: torch.Tensor) -> torch.Tensor:
+            wanted = torch.ones(sum(value.numel() for value in network.parameters()), device=x.device)
+            return mismatch(network, state, preprocess(x.float(), network), x.new_zeros(1).long(), wanted)
+
+        return network, {"surrogate": train, "surrogate_backward": match}
 
     @torch.enable_grad()
     def make_targets(

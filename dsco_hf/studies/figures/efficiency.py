@@ -36,16 +36,8 @@ def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Fi
     left.yaxis.set_minor_formatter(NullFormatter())
     left.set_ylabel("real images that one image is worth")
     left.set_title(f"{dataset_title(results)}: the exchange rate", loc="left", fontsize=10.5)
-    for right in others:
-        for name, style in find_methods(row["method"] for row in rows).items():
-            points = sorted((row["images_per_class"], row["discrepancy"]) for row in rows if row["method"] == name)
-            right.plot(*zip(*points, strict=True), **line_style(style))
-            bias = (report["methods"].get(name, {}).get("floor") or {}).get("discrepancy")
-            if bias and name not in ("random", "herding"):
-                right.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
-        right.set_yscale("log")
-        right.set_ylabel("squared MMD to the real classes")
-        right.set_title("what is left of the difference; dotted: the generator's own bias", loc="left", fontsize=10.5)
+    if others:
+        _draw_discrepancies(others[0], rows, report)
     _finish(figure, results, rows)
     return figure
 
@@ -124,6 +116,19 @@ def _draw_rates(axes: Axes, rates: list[Mapping[str, Any]], style: Method) -> No
     if hollow:
         axes.plot(*zip(*hollow, strict=True), linestyle="", marker=style.marker, markersize=7, color=style.color,
                   markerfacecolor="white", zorder=6)  # fmt: skip
+
+
+def _draw_discrepancies(axes: Axes, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
+    """Each method's discrepancy, and the generator's own bias as its floor."""
+    for name, style in find_methods(row["method"] for row in rows).items():
+        points = sorted((row["images_per_class"], row["discrepancy"]) for row in rows if row["method"] == name)
+        axes.plot(*zip(*points, strict=True), **line_style(style))
+        bias = (report["methods"].get(name, {}).get("floor") or {}).get("discrepancy")
+        if bias and name not in ("random", "herding"):
+            axes.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
+    axes.set_yscale("log")
+    axes.set_ylabel("squared MMD to the real classes")
+    axes.set_title("what is left of the difference; dotted: the generator's own bias", loc="left", fontsize=10.5)
 
 
 def _finish(
