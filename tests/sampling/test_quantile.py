@@ -46,6 +46,14 @@ def test_pivots_of_any_number_of_rows(rows, count):
         torch.testing.assert_close(found.pivots[0], ordered[:3].mean(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pivots_are_sorted_by_columns(dtype):
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:5] = x[5:10]  # ties
+    found = quantile_pivots(x, 50)
+    assert torch.equal(found.pivots, ((x - found.mean) / found.std).sort(dim=0).values)
+
+
 def test_shell_penalty():
     on_shell = torch.ones(2, 1, 3, 3)
     assert shell_penalty(on_shell).item() == pytest.approx(0, abs=1e-6)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
@@ -26,6 +27,10 @@ from ...utils.values import plain_arguments
 from ..call import Call, Plain, Population, Sampling, SamplingMethod
 from .noise import momentum_descent
 from .nopt import NOISE, check_interval, optimized_steps
+
+
+# Of images in the random network: what a CPU's caches hold of its activations. The features do not depend on it.
+BATCH = 128
 
 
 @dataclasses.dataclass
@@ -115,7 +120,7 @@ class QuantileTargets:
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             at_level = noised(level_at(scheduler, timestep), latents, noise)
             with torch.no_grad():
-                features = torch.cat([extractor(part) for part in at_level.split(512)])
+                features = torch.cat([extractor(part) for part in at_level.split(BATCH)])
             found = pivots_by_count(features.float(), {count, *self._counts})
             self._pivots |= {(row, number, timestep): pivots for number, pivots in found.items()}
         return self._pivots[key]
@@ -146,10 +151,18 @@ def pivots_by_count(features: torch.Tensor, counts: Iterable[int]) -> dict[int, 
         if repeats not in ordered:
             rows = features.repeat(repeats, 1)
             mean, std = rows.mean(dim=0), rows.std(dim=0, unbiased=False).clamp_min(1e-6)
-            ordered[repeats] = (((rows - mean) / std).sort(dim=0).values, mean, std)
+            ordered[repeats] = (_sorted_columns((rows - mean) / std), mean, std)
         values, mean, std = ordered[repeats]
         found[count] = QuantilePivots(torch.stack([c.mean(dim=0) for c in values.tensor_split(count)]), mean, std)
     return found
+
+
+def _sorted_columns(values: torch.Tensor) -> torch.Tensor:
+    """Each column of `(N, d)` sorted; on a CPU by NumPy, whose vectorised sort of contiguous rows takes an eighth."""
+    rows = values.T.contiguous()
+    if rows.is_cpu and rows.dtype == torch.float32:
+        return torch.from_numpy(np.sort(rows.numpy(), axis=1)).T.contiguous()
+    return rows.sort(dim=1).values.T.contiguous()
 
 
 def quantile_loss(features: torch.Tensor, target: QuantilePivots, *, strength: float = 0.0005) -> torch.Tensor:
