@@ -10,7 +10,7 @@ import functools
 import importlib.resources
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -420,3 +420,13 @@ def _imagenet_classes(name: str) -> set[int]:
     """Indices in ImageNet-1k of the classes that a name or WordNet id may mean."""
     wnid, rest = _split_wnid(name)
     return set(_by_any_synonym(wnid or rest, _imagenet_synonyms()))
+
+
+def counted_in_class(ids: Sequence[int]) -> list[int]:
+    """Which image of its class each is, counted from 0: `[4, 2, 4]` → `[0, 0, 1]`."""
+    seen: Counter[int] = Counter()
+    found = []
+    for one in ids:
+        found.append(seen[one])
+        seen[one] += 1
+    return found

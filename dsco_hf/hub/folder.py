@@ -277,7 +277,7 @@ def save_study_folder(
     beside, check = random_beside(study.discrepancies), made.check
     record: dict[str, Any] = {"source": {key: value for key, value in source.items() if value is not None}}
     record |= {"generator_check": check.record()} if check is not None else {}
-    each = study.discrepancies_by_class
+    each = {name: found.discrepancy for name, found in study.measured.items()}
     record["configs"] = {
         config: {"discrepancy": {
             "set": study.discrepancies[name], "as many random real images": beside[name], "by class": each[name],

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 
+from ..data.labels import counted_in_class
 from .feature_spec import FeatureSource
 from .kernels import mmd2
-from .objectives import class_means
+from .objectives import class_means, unexplained
 from .targets import MatchingTargets
+
+
+MEASURED_BLOCKS = 5
+REGULARIZATION = 2.0  # λ, as of the objective
 
 
 class PreviousBlocks:
@@ -69,8 +76,96 @@ def measure_discrepancy(
         targets (`MatchingTargets`): the class means.
     """
     targets.check_pipeline(pipe)
-    psi = embed_pixels(pixels, pipe, targets)
-    present, index = rows.to(psi.device).unique(return_inverse=True)
+    return _discrepancy(embed_pixels(pixels, pipe, targets), rows.to(targets.embeddings.device), targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class SetMeasures:
+    """What can be said of a set of images without training on it.
+
+    Attributes:
+        discrepancy (`dict[str, float]`): MMD² from the real class, by class.
+        unexplained (`float`, *optional*): share of the variance of the labels that a ridge regression does not learn
+            from the set, mean over classes, see [`~dsco_hf.matching.objectives.unexplained`].
+        redundancy (list of lists of `float`, *optional*): how much of what a block teaches an earlier or later one
+            taught already, see [`redundancy`].
+    """
+
+    discrepancy: dict[str, float]
+    unexplained: float | None = None
+    redundancy: list[list[float | None]] | None = None
+
+
+def measure_set(
+    pixels: torch.Tensor,
+    rows: torch.Tensor,
+    pipe: DiffusionPipeline,
+    targets: MatchingTargets,
+    *,
+    block_size: int = 10,
+) -> SetMeasures:
+    """Discrepancy, regression error and redundancy of a set of images.
+
+    The latter two need targets of two classes or more with their second moment, redundancy a second block.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, C, H, W)`, range [-1, 1]): the images.
+        rows (`torch.Tensor` of shape `(N,)`): their row of the targets.
+        pipe (`DsCoPipeline`): has the classifier that the targets were made with.
+        targets (`MatchingTargets`): of the real classes.
+        block_size (`int`): images of a class in a block.
+    """
+    targets.check_pipeline(pipe)
+    psi, rows = embed_pixels(pixels, pipe, targets), rows.to(targets.embeddings.device)
+    found = _discrepancy(psi, rows, targets)
+    if targets.second_moment is None or targets.num_classes < 2:
+        return SetMeasures(found)
+    share = float(unexplained(psi, rows, targets, REGULARIZATION).mean())
+    return SetMeasures(found, share, redundancy(psi, rows, targets, block_size))
+
+
+def redundancy(
+    psi: torch.Tensor, rows: torch.Tensor, targets: MatchingTargets, block_size: int = 10
+) -> list[list[float | None]] | None:
+    """How much of what block j of a set teaches block i taught already: R[i][j] = 1 - (e_i - e_ij) / (1 - e_j).
+
+    e is what a ridge regression leaves unexplained after one block or both ([`unexplained`]), with λ in proportion to
+    the images. 0: the two teach different things; 1: j adds nothing to i, as a copy of i does. Only the first
+    `MEASURED_BLOCKS` blocks that are whole are looked at.
+
+    Args:
+        psi (`torch.Tensor` of shape `(N, D)`): embeddings, the images of a class in the order of their blocks.
+        rows (`torch.Tensor` of shape `(N,)`): their row of the targets.
+        targets (`MatchingTargets`): of two classes or more, with their second moment.
+        block_size (`int`): images of a class in a block.
+
+    Returns:
+        A square of lists, None on its diagonal and where block j alone teaches nothing; None where fewer than two
+        blocks are whole.
+    """
+    blocks = torch.tensor(counted_in_class(rows.tolist()), device=rows.device) // block_size
+    whole = min(int(torch.bincount(rows).min()) // block_size, MEASURED_BLOCKS)
+    if whole < 2:
+        return None
+
+    def left(*chosen: int) -> float:
+        mine = (blocks[:, None] == torch.tensor(chosen, device=rows.device)).any(dim=1)
+        share = unexplained(psi[mine], rows[mine], targets, REGULARIZATION * len(chosen))
+        return float(share.mean())
+
+    alone = [left(i) for i in range(whole)]
+    both = {pair: left(*pair) for pair in itertools.combinations(range(whole), 2)}
+
+    def taught(i: int, j: int) -> float | None:
+        if i == j or alone[j] >= 1:  # a block that teaches nothing
+            return None
+        return 1 - (alone[i] - both[min(i, j), max(i, j)]) / (1 - alone[j])
+
+    return [[taught(i, j) for j in range(whole)] for i in range(whole)]
+
+
+def _discrepancy(psi: torch.Tensor, rows: torch.Tensor, targets: MatchingTargets) -> dict[str, float]:
+    present, index = rows.unique(return_inverse=True)
     values = mmd2(class_means(psi, index, len(present)), targets.embeddings[present])
     return {targets.class_names[row]: value for row, value in zip(present.tolist(), values.tolist(), strict=True)}
 

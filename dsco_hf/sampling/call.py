@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..data.labels import counted_in_class
 from ..data.schema import image_seed, nearest
 from ..generators.failures import FiniteWatch
 from ..generators.steps import Steps
@@ -404,16 +405,6 @@ class Call:
     def sigma(self, i: int) -> float:
         """Standard deviation of the noise that step i adds; 0 at the last."""
         return self.steps.deviation(i)
-
-
-def counted_in_class(ids: Sequence[int]) -> list[int]:
-    """Which image of its class each is, counted from 0: `[4, 2, 4]` → `[0, 0, 1]`."""
-    seen: Counter[int] = Counter()
-    found = []
-    for one in ids:
-        found.append(seen[one])
-        seen[one] += 1
-    return found
 
 
 def calls(passes: Mapping[str, int]) -> dict[str, int]:

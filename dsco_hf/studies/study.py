@@ -32,9 +32,7 @@ from ..evaluators import (
     train_job,
 )
 from ..evaluators.evaluation import read_job, run_environment
-from ..matching.discrepancy import measure_discrepancy
-from ..matching.targets import MatchingTargets
-from ..sampling.pipeline import DsCoPipeline
+from ..matching.discrepancy import SetMeasures, measure_set
 from ..utils.configs import make_accelerator
 from ..utils.files import write_json
 from ..utils.progress import Bar, Clock
@@ -99,8 +97,7 @@ class Study:
         **training: Any,
     ) -> None:
         self.sets, self.test, self.folder = dict(sets), test, Path(folder)
-        self.discrepancies: dict[str, float] = {}
-        self.discrepancies_by_class: dict[str, dict[str, float]] = {}
+        self.measured: dict[str, SetMeasures] = {}
         self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
         self.architectures = list(architectures)
         self.seeds = list(range(check_whole("seeds", seeds, 1)) if isinstance(seeds, int) else seeds)
@@ -205,6 +202,11 @@ class Study:
         """The small sets that are the same for every training."""
         return {name: own for name, own in self.sets.items() if name != FULL and isinstance(own, ImageSet)}
 
+    @property
+    def discrepancies(self) -> dict[str, float]:
+        """MMD² of every set from the real classes, mean over classes; known once there are results."""
+        return {name: statistics.fmean(found.discrepancy.values()) for name, found in self.measured.items()}
+
     def results(self, made: PlannedSets | None = None, **told: object) -> dict[str, Any]:
         """The content of results.json, once all is trained.
 
@@ -220,9 +222,10 @@ class Study:
         for key, (name, network, _) in self.jobs().items():
             done.setdefault((name, network), []).append(read_job(self.folder / "jobs" / f"{key}.json"))
         if made is not None:
-            found = study_discrepancies(self.fixed, made.pipe, made.targets["real"])
-            self.discrepancies = {name: statistics.fmean(values.values()) for name, values in found.items()}
-            self.discrepancies_by_class = found
+            self.measured = {
+                name: measure_set(images.pixels, images.labels, made.pipe, made.targets["real"])
+                for name, images in self.fixed.items()
+            }
         rows = []
         for network in self.architectures:
             for method, budget, names in self._groups():
@@ -241,11 +244,12 @@ class Study:
                 "environment": run_environment(self.accelerator), **told}  # fmt: skip
 
     def _drawn(self, made: PlannedSets, method: str, budget: int, names: Sequence[str]) -> dict[str, Any]:
-        """What sets of a row cost, and their discrepancy."""
+        """What sets of a row cost, and what was measured of them."""
         spent = [made.kept.told(name) for name in names]
         return {
             "discrepancy": statistics.fmean(self.discrepancies[name] for name in names),
             "random_discrepancy": random_beside(self.discrepancies).get(names[0]),
+            **measures_of_row([self.measured[name] for name in names]),
             "seconds": statistics.fmean(cost.get("seconds", 0.0) for cost in spent),
             "peak_memory_bytes": max(cost.get("peak_memory_bytes", 0) for cost in spent),
             **{f"{kind}_calls": spent[0].get(f"{kind}_calls", 0) for kind in ("denoiser", "decoder", "classifier")},
@@ -407,11 +411,17 @@ def first_sets(plan: StudyPlan, methods: Sequence[str]) -> StudyPlan:
     return dataclasses.replace(plan, doping_budgets=[], synthesis_seeds=1, single_seeds=1, **values)
 
 
-def study_discrepancies(
-    sets: Mapping[str, ImageSet], pipe: DsCoPipeline, targets: MatchingTargets
-) -> dict[str, dict[str, float]]:
-    """MMD² of every set from the real classes, by class; that of random real images among them."""
-    return {name: measure_discrepancy(images.pixels, images.labels, pipe, targets) for name, images in sets.items()}
+def measures_of_row(sets: Sequence[SetMeasures]) -> dict[str, Any]:
+    """What a row tells of its sets: each one's discrepancy, what it leaves unexplained, and redundancy as a mean."""
+    told: dict[str, Any] = {"discrepancies": [statistics.fmean(one.discrepancy.values()) for one in sets]}
+    if (unexplained := [one.unexplained for one in sets])[0] is not None:
+        told["unexplained"] = unexplained
+    if squares := [one.redundancy for one in sets if one.redundancy is not None]:
+        told["redundancy"] = [
+            [None if None in values else statistics.fmean(values) for values in zip(*rows, strict=False)]
+            for rows in zip(*squares, strict=False)  # doping over all classes may leave one set a block less
+        ]
+    return told
 
 
 def random_beside(discrepancies: Mapping[str, float]) -> dict[str, float]:

@@ -28,8 +28,9 @@ from dsco_hf.concentration.records import record_parameters
 from dsco_hf.concentration.set_records import changed_since, record_of
 from dsco_hf.costs.passes import Rehearsal
 from dsco_hf.data.datasets import load_pixels
+from dsco_hf.data.labels import counted_in_class
 from dsco_hf.matching.features import features_and_logits
-from dsco_hf.sampling.call import calls, counted_in_class
+from dsco_hf.sampling.call import calls
 from dsco_hf.sampling.peers import D3HR, D4M, DDOQ, DMGD, IGD, MGD3, S3, UAG, BestOfN, ClassStatistics
 from dsco_hf.sampling.peers.best_of_n import surest
 from dsco_hf.sampling.peers.d3hr import best_group, group_scores, invert

@@ -9,10 +9,11 @@ from conftest import striped_images
 from dsco_hf import RKHS, Herding, NOpt, Plain, Pool, Released, Ridge, get_protocol
 from dsco_hf.concentration.additions.doping import select, selected_rows
 from dsco_hf.evaluators import load_image_set
+from dsco_hf.matching.discrepancy import SetMeasures
 from dsco_hf.studies.figures.accuracy import draw_study_samples
 from dsco_hf.studies.options import RealOptions
 from dsco_hf.studies.plans import PlannedSets, StudyPlan, set_name, set_parts
-from dsco_hf.studies.study import FULL, Study, random_beside, real_baselines
+from dsco_hf.studies.study import FULL, Study, measures_of_row, random_beside, real_baselines
 from dsco_hf.studies.tables import against_baselines, results_table, write_comparison
 from dsco_hf.utils.progress import Clock
 
@@ -155,6 +156,21 @@ def test_planned_sets_are_drawn_once_and_rows_have_random_real_images_beside_the
     random = study.discrepancies["random-ipc1-seed0"], study.discrepancies["random-ipc1-seed1"]
     assert rows["nopt", 1]["random_discrepancy"] == rows["random", 1]["discrepancy"] == sum(random) / 2
     assert rows["nopt+doping", 2]["random_discrepancy"] is None
+    assert rows["random", 1]["discrepancies"] == list(random)
+    assert all(len(row["unexplained"]) == row["synthesis_seeds"] for row in rows.values())
+    assert all("redundancy" not in row for row in rows.values())  # none has a second block
+
+
+def test_redundancy_of_a_row_is_the_mean_over_its_sets():
+    sets = [
+        SetMeasures({"a": 0.1, "b": 0.3}, 0.5, [[None, 0.2], [0.4, None]]),
+        SetMeasures({"a": 0.2}, 0.7, [[None, 0.4, 9.0], [None, None, 9.0], [9.0, 9.0, None]]),  # a block more
+    ]
+    assert measures_of_row(sets) == {
+        "discrepancies": [0.2, 0.2], "unexplained": [0.5, 0.7],
+        "redundancy": [[None, pytest.approx(0.3)], [None, None]],
+    }  # fmt: skip
+    assert measures_of_row([SetMeasures({"a": 0.1})]) == {"discrepancies": [0.1]}
 
 
 def test_random_real_images_beside_sets_of_their_size():

@@ -3,7 +3,7 @@
 from .base import Bound, Objective, check_kind, class_means, class_sums
 from .evidence import ClassifierEvidence, batchnorm_distance, class_evidence, class_margin, repulsion
 from .mean_matching import RKHS, contrasted_means, rkhs
-from .regression import Ridge, ridge
+from .regression import Ridge, ridge, unexplained
 
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "repulsion",
     "ridge",
     "rkhs",
+    "unexplained",
 ]

@@ -76,7 +76,35 @@ def ridge(
     psi = targets.embed(observation.features)  # (B, D)
     if previous is not None:
         psi, rows = torch.cat([previous[0].to(psi), psi]), torch.cat([previous[1].to(rows), rows])
-    labels = (rows[:, None] == present).to(psi) - 1 / targets.num_classes  # (n + B, K)
+    return _errors(psi, rows, present, targets, regularization)
+
+
+def unexplained(
+    psi: torch.Tensor, rows: torch.Tensor, targets: MatchingTargets, regularization: float
+) -> torch.Tensor:
+    """The share of what is to be known of each class that a ridge regression does not learn from a set; see [`ridge`].
+
+    E(w_cᵀψ - y_c)² / E y_c², with E y_c² = (C - 1) / C²: 1 is as good as always answering zero, 0 makes no error.
+
+    Args:
+        psi (`torch.Tensor` of shape `(n, D)`): embeddings of the images.
+        rows (`torch.Tensor` of shape `(n,)`): each image's row of the targets.
+        targets (`MatchingTargets`): of two classes or more, with their second moment.
+        regularization (`float`): λ.
+
+    Returns:
+        `torch.Tensor` of shape `(C,)`: of all classes of the targets, also those without an image.
+    """
+    classes = targets.num_classes
+    present = torch.arange(classes, device=rows.device)
+    return 1 + _errors(psi, rows, present, targets, regularization) * classes**2 / (classes - 1)
+
+
+def _errors(
+    psi: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, targets: MatchingTargets, regularization: float
+) -> torch.Tensor:
+    """Errors `(K,)` of the outputs for the classes `present` `(K,)`, of images `(n, D)` with rows `(n,)`."""
+    labels = (rows[:, None] == present).to(psi) - 1 / targets.num_classes  # (n, K)
     means = targets.embeddings
     cross = (means[present] - means.mean(dim=0)).T / targets.num_classes  # (D, K)
     assert targets.second_moment is not None  # `Objective.check` refuses targets without

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -13,16 +14,27 @@ from ...concentration.methods import Method, dataset_title, find_methods, in_ord
 from .accuracy import INK, line_style, space_by_budget, tidy
 
 
+# By measure of a row: the axis, the title, and where a report has its floor
+_MEASURES = {
+    "discrepancy": ("squared MMD to the real classes", "what is left of the difference (dotted: its floor)", "floor"),
+    "unexplained": ("variance of the labels", "what a ridge regression does not learn", "unexplained_floor"),
+}
+
+
 def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
-    """The exchange rate against images per class, and beside it the discrepancy with the generator's bias as floor.
+    """The exchange rate against images per class; beside it, where known, discrepancy and error of a ridge regression.
+
+    Their floors, the generator's own bias, are dotted.
 
     Args:
         report (`dict`): of [`~dsco_hf.studies.lossless.efficiency.efficiency`].
         results (`dict`): content of results.json, of which it was made.
     """
     rows = [row for row in results["rows"] if row.get("discrepancy")]
-    figure = Figure(figsize=(11 if rows else 6.4, 4.6), dpi=200, layout="constrained")
-    left, *others = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
+    known = [measure for measure in _MEASURES if any(row.get(measure) for row in rows)]
+    width = (6.4, 5.5, 5.0)[len(known)] * (1 + len(known))
+    figure = Figure(figsize=(width, 4.6), dpi=200, layout="constrained")
+    left, *others = figure.subplots(1, 1 + len(known), squeeze=False)[0]
     methods = {name: own for name, own in report["methods"].items() if own["rates"] and name != "random"}
     for name, style in find_methods(methods).items():
         _draw_rates(left, methods[name]["rates"], style)
@@ -36,8 +48,8 @@ def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Fi
     left.yaxis.set_minor_formatter(NullFormatter())
     left.set_ylabel("real images that one image is worth")
     left.set_title(f"{dataset_title(results)}: the exchange rate", loc="left", fontsize=10.5)
-    if others:
-        _draw_discrepancies(others[0], rows, report)
+    for axes, measure in zip(others, known, strict=True):
+        _draw_measure(axes, measure, rows, report)
     _finish(figure, results, rows)
     return figure
 
@@ -118,17 +130,24 @@ def _draw_rates(axes: Axes, rates: list[Mapping[str, Any]], style: Method) -> No
                   markerfacecolor="white", zorder=6)  # fmt: skip
 
 
-def _draw_discrepancies(axes: Axes, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
-    """Each method's discrepancy, and the generator's own bias as its floor."""
+def _draw_measure(axes: Axes, measure: str, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
+    """What sets of each method are measured to be without training, and the generator's own bias as its floor."""
+    label, title, floor = _MEASURES[measure]
     for name, style in find_methods(row["method"] for row in rows).items():
-        points = sorted((row["images_per_class"], row["discrepancy"]) for row in rows if row["method"] == name)
+        points = sorted(
+            (row["images_per_class"], float(np.mean(row[measure])))
+            for row in rows
+            if row["method"] == name and row.get(measure)
+        )
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), **line_style(style))
-        bias = (report["methods"].get(name, {}).get("floor") or {}).get("discrepancy")
+        bias = (report["methods"].get(name, {}).get(floor) or {}).get("value")
         if bias and name not in ("random", "herding"):
             axes.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
     axes.set_yscale("log")
-    axes.set_ylabel("squared MMD to the real classes")
-    axes.set_title("what is left of the difference; dotted: the generator's own bias", loc="left", fontsize=10.5)
+    axes.set_ylabel(label)
+    axes.set_title(title, loc="left", fontsize=10.5)
 
 
 def _finish(

@@ -7,6 +7,7 @@ same accuracy, divided by n.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 REAL = "random"  # what the exchange rate counts in
 LEVEL = 0.95  # of all intervals
 DRAWS = 2000
+MEASURES = ("discrepancy", "unexplained")  # of a set, without training on it; the lower, the better
 FURTHEST = 10  # times the last budget: further, a slope between two budgets says nothing
 
 
@@ -37,7 +39,8 @@ def efficiency(results: Mapping[str, Any], *, draws: int = DRAWS, seed: int = 0)
 
     Args:
         results (mapping): content of results.json: `rows` with `method`, `images_per_class`, `accuracies` and, where
-            known, `discrepancy`; `full`, if all data were trained on.
+            known, `discrepancy`, `discrepancies` and `unexplained` (of each set), `redundancy`; `full`, if all data
+            were trained on.
         draws (`int`): B, of the bootstrap.
         seed (`int`): of the draws.
 
@@ -46,10 +49,12 @@ def efficiency(results: Mapping[str, Any], *, draws: int = DRAWS, seed: int = 0)
         where the accuracy lies outside of those of real images), `crossing` (images per class where the rate falls to
         1), `doping` (where the *next* synthetic image is worth one real image, which is when doping should begin),
         `ceiling` (accuracy with any number of images as a - b·n^(-c) has it, from three budgets on; None where these
-        budgets do not show one) and `floor` (of the discrepancy, the generator's own bias, from two budgets on).
+        budgets do not show one), `floor` (of the discrepancy, the generator's own bias, from two budgets on),
+        `unexplained_floor` (likewise of what a ridge regression leaves unexplained) and `redundancy` (mean over pairs
+        of blocks at the largest budget, see [`~dsco_hf.matching.discrepancy.redundancy`]).
         Crossing, doping and ceiling have `low` and `high`, None where there is no bound; the first two are None where
         no moment is within `FURTHEST` times the last budget, and `extrapolated` past that budget.
-        `rank_correlation`: Spearman's, of discrepancy and accuracy over the sets of each budget.
+        `rank_correlation`: by measure ("discrepancy", "unexplained") and budget, Spearman's with accuracy over sets.
 
     Raises:
         ValueError: with fewer than two budgets of random real images.
@@ -123,13 +128,14 @@ def method_efficiency(
     if len(rows) > 2:
         curves = fit_curves(budgets, accuracy, np.maximum(accuracy.std(0), LEAST_STD))
         ceiling = curves.top + curves.drop
-    known = [(1 / row["images_per_class"], row["discrepancy"]) for row in rows if row.get("discrepancy") is not None]
     return {
         "rates": told,
         "crossing": _moment(crossing(budgets, rates), budgets[-1]) if several else None,
         "doping": _moment(doping_moment(budgets, rates), budgets[-1]) if several else None,
         "ceiling": None if ceiling is None or np.median(ceiling) >= 1 else _rounded(ceiling, "accuracy"),
-        "floor": floor(*np.array(known).T) if len(known) > 1 else None,
+        "floor": _floor_of(rows, "discrepancy"),
+        "unexplained_floor": _floor_of(rows, "unexplained"),
+        "redundancy": _mean_redundancy(rows[-1].get("redundancy")),
     }
 
 
@@ -199,34 +205,61 @@ def doping_moment(budgets: Floats, rates: Floats) -> Floats:
     return found
 
 
-def floor(inverse: Floats, discrepancy: Floats) -> dict[str, float]:
-    """The part of the discrepancy that no number of images removes: of d = floor + s / n, by least squares, ≥ 0.
+def floor(inverse: Floats, measure: Floats) -> dict[str, float]:
+    """The part of a measure d that no number of images removes: of d = floor + s / n, by least squares, ≥ 0.
 
     For independent images the mean of a squared MMD is exactly of this form: bias² of the generator, and variance / n.
+    Of a regression's error it is the first term of its expansion in 1 / n.
 
     Args:
         inverse (array of shape `(M,)`): 1 / n.
-        discrepancy (array of shape `(M,)`): squared MMD to the real classes.
+        measure (array of shape `(M,)`): squared MMD to the real classes, or another that is better the lower it is.
     """
-    weight = 1 / np.maximum(discrepancy, 1e-12) ** 2  # errors are about proportional
+    weight = 1 / np.maximum(measure, 1e-12) ** 2  # errors are about proportional
     weight = weight / weight.sum()
     centred = inverse - weight @ inverse
-    slope = max(float((weight * centred) @ discrepancy / ((weight * centred) @ centred)), 0.0)
-    return {"discrepancy": max(float(weight @ discrepancy - slope * (weight @ inverse)), 0.0), "per_image": slope}
+    slope = max(float((weight * centred) @ measure / ((weight * centred) @ centred)), 0.0)
+    return {"value": max(float(weight @ measure - slope * (weight @ inverse)), 0.0), "per_image": slope}
 
 
-def rank_correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Spearman's ρ of discrepancy and accuracy over the methods of each budget that has three sets or more.
+def rank_correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Spearman's ρ of each of `MEASURES` and accuracy, over the sets of each budget that has three or more.
 
-    -1 where the objective orders sets as test accuracy does: the smaller, the better.
+    -1 where a measure orders sets as test accuracy does: the smaller, the better. An accuracy is the mean over the
+    trainings of a set; rows that tell only means count as one set.
     """
-    found = {}
-    for budget in sorted({row["images_per_class"] for row in rows}):
-        own = [row for row in rows if row["images_per_class"] == budget and row.get("discrepancy") is not None]
-        if len(own) > 2:
-            answer = stats.spearmanr([row["discrepancy"] for row in own], [row["accuracy_mean"] for row in own])
-            found[f"{budget:g}"] = {"rho": float(answer.statistic), "p": float(answer.pvalue), "sets": len(own)}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for measure, budget in itertools.product(MEASURES, sorted({row["images_per_class"] for row in rows})):
+        own = [sets_of(row, measure) for row in rows if row["images_per_class"] == budget]
+        values = [value for measured, _ in own for value in measured]
+        accuracies = [value for _, reached in own for value in reached]
+        if len(values) > 2:
+            answer = stats.spearmanr(values, accuracies)
+            told = {"rho": float(answer.statistic), "p": float(answer.pvalue), "sets": len(values)}
+            found.setdefault(measure, {})[f"{budget:g}"] = told
     return found
+
+
+def sets_of(row: Mapping[str, Any], measure: str) -> tuple[list[float], list[float]]:
+    """A measure of each set of a row, and its mean accuracy over trainings; nothing where it was not measured."""
+    each = row.get({"discrepancy": "discrepancies"}.get(measure, measure))
+    if each is None or len(each) * row.get("training_seeds", 0) != len(row["accuracies"]):
+        mean = row.get(measure)
+        return ([], []) if mean is None or each is not None else ([mean], [row["accuracy_mean"]])
+    accuracies = np.reshape(row["accuracies"], (row["training_seeds"], len(each))).mean(0)  # sets of a seed together
+    return list(each), accuracies.tolist()
+
+
+def _floor_of(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, float] | None:
+    known = [
+        (1 / row["images_per_class"], float(np.mean(row[measure]))) for row in rows if row.get(measure) is not None
+    ]
+    return floor(*np.array(known).T) if len(known) > 1 else None
+
+
+def _mean_redundancy(square: Sequence[Sequence[float | None]] | None) -> float | None:
+    told = [value for row in square or [] for value in row if value is not None]
+    return float(np.mean(told)) if told else None
 
 
 def _moment(draws: Floats, last: float) -> dict[str, Any] | None:

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from dsco_hf.studies.figures.efficiency import draw_cost, draw_efficiency, pareto_front
-from dsco_hf.studies.lossless.efficiency import crossing, doping_moment, efficiency, floor, needed_images
+from dsco_hf.studies.lossless.efficiency import (
+    crossing,
+    doping_moment,
+    efficiency,
+    floor,
+    needed_images,
+    rank_correlations,
+)
 from recipes import figures
 
 
@@ -84,8 +91,34 @@ def test_intervals_cover_the_true_rate():
 def test_the_floor_is_what_images_do_not_remove():
     n = np.array([1.0, 10, 50])
     found = floor(1 / n, 0.03 + 0.4 / n)
-    assert found == {"discrepancy": pytest.approx(0.03), "per_image": pytest.approx(0.4)}
-    assert floor(1 / n, 0.4 / n)["discrepancy"] == pytest.approx(0, abs=1e-9)
+    assert found == {"value": pytest.approx(0.03), "per_image": pytest.approx(0.4)}
+    assert floor(1 / n, 0.4 / n)["value"] == pytest.approx(0, abs=1e-9)
+
+
+def test_each_set_counts_where_rows_tell_of_each():
+    # two trainings of each set; of one seed together: sets reach 0.3, 0.5 and 0.2, 0.4
+    first = row("nopt", 1, 0.2, 0.4, 0.4, 0.6, training_seeds=2, discrepancies=[0.4, 0.2], unexplained=[0.1, 0.3])
+    second = row("plain", 1, 0.1, 0.3, 0.3, 0.5, training_seeds=2, discrepancies=[0.5, 0.3], unexplained=[0.2, 0.4])
+    found = rank_correlations([first, second])
+    assert found["discrepancy"]["1"]["rho"] == pytest.approx(-1) and found["discrepancy"]["1"]["sets"] == 4
+    # ranks of what is unexplained 1, 3, 2, 4 against 2, 4, 1, 3 of accuracy: 1 - 6 · 4 / (4 · 15)
+    assert found["unexplained"]["1"]["rho"] == pytest.approx(0.6)
+
+
+def test_rows_that_tell_means_only_are_sets_of_their_own():
+    rows = [row(f"m{i}", 10, 0.1 * i, discrepancy=0.5 - 0.1 * i) for i in range(1, 5)]
+    found = rank_correlations([*rows, row("other", 10, 0.9)])
+    assert found == {"discrepancy": {"10": {"rho": pytest.approx(-1), "p": pytest.approx(0, abs=1e-6), "sets": 4}}}
+    assert rank_correlations([]) == rank_correlations(rows[:2]) == {}
+
+
+def test_floor_and_redundancy_of_what_a_regression_does_not_learn():
+    square = [[None, 0.2], [0.4, None]]
+    rows = [row("nopt", n, 0.4 + n / 100, unexplained=[0.5 + 0.2 / n] * 2) for n in (1, 10)]
+    own = efficiency(study(*REAL, rows[0], {**rows[1], "redundancy": square}))["methods"]["nopt"]
+    assert own["unexplained_floor"]["value"] == pytest.approx(0.5) and own["redundancy"] == pytest.approx(0.3)
+    assert own["floor"] is None
+    assert efficiency(study(*REAL, *rows))["methods"]["random"]["redundancy"] is None
 
 
 def test_all_data_extend_the_real_curve():
@@ -106,6 +139,9 @@ def test_recorded_studies_have_the_rates_that_the_documents_name():
     rates = [rate["rate"] for rate in report["methods"]["nopt"]["rates"]]
     assert rates == pytest.approx([9.8, 6.0, 2.5], rel=0.03)
     assert draw_efficiency(report, results).axes and draw_cost(results).axes
+    rows = [row | {"unexplained": [0.9]} for row in results["rows"]]
+    assert len(draw_efficiency(report, results).axes) == 2
+    assert len(draw_efficiency(report, {**results, "rows": rows}).axes) == 3
     with pytest.raises(ValueError, match="'gigawatts'"):
         draw_cost(results, cost="gigawatts")
 
