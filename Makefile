@@ -36,7 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "dsco_hf needs Python 3.11 or newer, got `$(PYTHON) -V`: pass another one, make PYTHON=..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip hatchling editables
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # pip compiles on one core only
 	@touch $@
 
 setup: $(STAMP)  ## create .venv with the pinned versions
