@@ -1,10 +1,12 @@
-"""Trains a class-conditional generator on any image-classification dataset and saves it as a pipeline folder.
+"""Trains a generator of classes or prompts on any image-classification dataset and saves it as a pipeline folder.
 
     accelerate launch recipes/train_generator.py --config recipes/configs/generator_digits.yaml
     accelerate launch recipes/train_generator.py --dataset user/pets --image_size 32 --output_dir outputs/pets
     accelerate launch --multi_gpu --num_processes 2 recipes/train_generator.py --config ...     (also without a GPU)
     accelerate launch recipes/train_generator.py --dataset user/pets --finetune_from facebook/DiT-XL-2-256 \
         --trainable bias_and_norm --learning_rate 1e-4 --output_dir outputs/pets
+    accelerate launch recipes/train_generator.py --dataset user/pets --prompts "a photo of a {}, a pet" \
+        --finetune_from stable-diffusion-v1-5/stable-diffusion-v1-5 --learning_rate 1e-5 --output_dir outputs/pets
 
 The folder is read by `DsCoPipeline.from_pretrained(output_dir)`. It also holds `results.json`, `samples.png` and, with
 `--evaluate_every`, `samples-<step>.png`.
@@ -31,6 +33,7 @@ from dsco_hf.data.pixels import default_image_size
 from dsco_hf.evaluators.evaluation import run_environment
 from dsco_hf.generators.base import denoiser_of
 from dsco_hf.generators.denoisers import (
+    ENCODERS,
     GeneratorTrainingConfig,
     build_scheduler,
     read_class_mapping,
@@ -38,8 +41,9 @@ from dsco_hf.generators.denoisers import (
 )
 from dsco_hf.generators.training import CHECKPOINT, GeneratorTrainingResult, train_generator
 from dsco_hf.sampling.pipeline import DsCoPipeline
+from dsco_hf.studies.fine_tuning import FineTuneOptions
 from dsco_hf.studies.generator_check import GeneratorScore, draw_plain_samples
-from dsco_hf.studies.options import ClassifierOptions, FineTuneOptions, OutputOptions, RealOptions
+from dsco_hf.studies.options import ClassifierOptions, OutputOptions, RealOptions
 from dsco_hf.utils.configs import ImportOptions, check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json
 from dsco_hf.utils.progress import introduce
@@ -98,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_anew(recipe.resume, accelerator, [recipe.checkpoints / CHECKPOINT])
     with accelerator.main_process_first():  # one process downloads and converts, the others read its cache
         dataset, _, splits = recipe.splits()
-        run = GeneratorRun(recipe, accelerator, dataset, recipe.load_base())
+        run = GeneratorRun(recipe, accelerator, dataset)
     result = run.train()
     if accelerator.is_main_process:
         if result.finished:
@@ -111,41 +115,56 @@ def main(arguments: list[str] | None = None) -> None:
 class GeneratorRun:
     """One run of this recipe: the images, the models, and what is written of them."""
 
-    def __init__(
-        self, recipe: GeneratorRecipe, accelerator: Accelerator, dataset: Dataset, base: DsCoPipeline | None
-    ) -> None:
+    def __init__(self, recipe: GeneratorRecipe, accelerator: Accelerator, dataset: Dataset) -> None:
         self.recipe, self.accelerator, self.dataset = recipe, accelerator, dataset
         self.output = Path(recipe.output_dir)
         self.names = present_classes(dataset, label_column=recipe.label_column)
         fields = dataclasses.fields(GeneratorTrainingConfig)
         self.config = GeneratorTrainingConfig(**{field.name: getattr(recipe, field.name) for field in fields})
         self.denoiser: ModelMixin | None = None
-        self.vae = recipe.load_vae() if base is None else base.vae
-        if base is not None:
-            self.config = with_schedule_of(self.config, base.scheduler)
-            self.denoiser = denoiser_of(base.denoiser).adapt(
-                len(self.names), mapping=read_class_mapping(recipe.class_mapping, self.names, base.get_label_ids),
-                sample_size=(recipe.image_size or base.image_size) // base.vae_scale_factor,
-            )  # fmt: skip
-        if self.vae is not None:
-            self.vae.to(accelerator.device)
-        self.scheduler = base.scheduler if base else build_scheduler(self.config, latents=self.vae is not None)
-        self.classifier = recipe.load_classifier()
-        size = recipe.image_size or (base.image_size if base else default_image_size(dataset, **recipe.columns))
+        self.text: dict[str, Any] = {}
+        if (base := recipe.load_base(self.names)) is not None:
+            self.adapt(base)
+        else:
+            recipe.check_prompts(self.config.architecture, self.names)
+        size = recipe.image_size or (base.drawn_size if base else default_image_size(dataset, **recipe.columns))
         self.pixels, self.labels, _ = load_pixels(
             dataset, image_size=size, num_channels=base.num_channels if base else recipe.num_channels,
             on_error=recipe.on_error, classes=self.names, progress=accelerator.is_local_main_process, **recipe.columns,
         )  # fmt: skip
+        if base is None and (base := recipe.new_base(self.config, self.names, self.pixels.shape[1:3])) is not None:
+            self.adapt(base)
+        self.vae = recipe.load_vae() if base is None else base.vae
+        if self.vae is not None:
+            self.vae.to(accelerator.device)
+        self.scheduler = base.scheduler if base else build_scheduler(self.config, latents=self.vae is not None)
+        self.classifier = recipe.load_classifier()
         images, *_, size = self.pixels.shape
         introduce(accelerator, recipe.dataset, images=images, classes=len(self.names), size=size)
         self.score: GeneratorScore | None = None
+
+    def adapt(self, base: DsCoPipeline) -> None:
+        """Takes over from the pipeline that is trained further: its levels, its network, its text encoders."""
+        recipe, family = self.recipe, denoiser_of(base.denoiser, prompts=base.prompts)
+        self.config = with_schedule_of(self.config, base.scheduler)
+        mapping = read_class_mapping(recipe.class_mapping, self.names, base.get_label_ids)
+        side = (recipe.image_size or base.drawn_size) // base.vae_scale_factor
+        self.denoiser = family.adapt(len(self.names), mapping=mapping, sample_size=side)
+        if base.prompts is None:
+            return
+        if self.denoiser.config.sample_size != base.denoiser.config.sample_size:  # which encoded prompts may tell
+            base.register_modules(**{family.component: self.denoiser})
+            base.encode_prompts(base.prompts.as_record())
+        kept = () if recipe.drop_text_encoders else ENCODERS
+        self.text = {"prompts": base.prompts} | {name: getattr(base, name) for name in kept}
 
     def train(self) -> GeneratorTrainingResult:
         """Trains until done or out of time."""
         recipe = self.recipe
         return train_generator(
             self.pixels, self.labels, self.config, num_classes=len(self.names), accelerator=self.accelerator,
-            vae=self.vae, denoiser=self.denoiser, checkpoint_dir=recipe.checkpoints, resume=True,
+            vae=self.vae, denoiser=self.denoiser, prompts=self.text.get("prompts"), resume=True,
+            checkpoint_dir=recipe.checkpoints,
             checkpoint_every=recipe.checkpoint_every, max_minutes=recipe.max_minutes, log_every=recipe.log_every,
             evaluate=self.evaluate if recipe.evaluate_every else None, evaluate_every=recipe.evaluate_every or 1,
         )  # fmt: skip
@@ -154,7 +173,7 @@ class GeneratorRun:
         """A pipeline around a denoiser, with a picture of its samples; the other components are shared by all."""
         pipe = DsCoPipeline(
             denoiser, scheduler=self.scheduler, vae=self.vae, classifier=self.classifier,
-            id2label=dict(enumerate(self.names)),
+            id2label=dict(enumerate(self.names)), **self.text,
         ).to(self.accelerator.device)  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
         count = self.recipe.num_samples_per_class
@@ -185,6 +204,8 @@ class GeneratorRun:
             "parameters": sum(parameter.numel() for parameter in result.denoiser.parameters()),
             **run_environment(self.accelerator),
         }  # fmt: skip
+        if self.text:
+            results["prompts"] = self.text["prompts"].as_record()
         write_json(self.output / "results.json", results)
         print(f"Saved the pipeline to {self.output}, loss {result.losses[-1]['loss']:.4f} after {result.step} steps.")
 

@@ -240,17 +240,7 @@ class Denoiser:
                     f"`mapping` has {new}: {old}; new classes are 0 to {num_classes - 1}, from at least one old class "
                     f"of 0 to {old_classes - 1}."
                 )
-        changes = {self.classes_field: num_classes + self.counts_null}
-        if sample_size is not None and sample_size != self.network.config.sample_size:
-            if not self.any_size:
-                raise ValueError(
-                    f"A {type(self.network).__name__} trained at size {self.network.config.sample_size} has positions "
-                    f"of that size and cannot be trained at {sample_size}. Leave `image_size` out, or start from a "
-                    "denoiser that takes any size, such as a UNet."
-                )
-            remedy = " It follows from `image_size`."
-            check_side(type(self.network).__name__, sample_size, *self.side_factor, remedy=remedy)
-            changes["sample_size"] = sample_size
+        changes = {self.classes_field: num_classes + self.counts_null} | self.other_size(sample_size)
         adapted = type(self.network).from_config(self.network.config, **changes)
         tables = {name: module.weight.detach() for name, module in self.class_tables()}
         state = {
@@ -265,6 +255,24 @@ class Denoiser:
             state[f"{name}.weight"] = torch.stack([*rows, table[old_classes]])
         adapted.load_state_dict(state)
         return adapted.to(self.network.device, self.network.dtype)
+
+    def other_size(self, sample_size: int | None) -> dict[str, int]:
+        """What changes in the network's config for another height and width; nothing for None or its own.
+
+        Raises:
+            ValueError: for a size that the network cannot take.
+        """
+        if sample_size is None or sample_size == self.network.config.sample_size:
+            return {}
+        if not self.any_size:
+            raise ValueError(
+                f"A {type(self.network).__name__} trained at size {self.network.config.sample_size} has positions "
+                f"of that size and cannot be trained at {sample_size}. Leave `image_size` out, or start from a "
+                "denoiser that takes any size, such as a UNet."
+            )
+        remedy = " It follows from `image_size`."
+        check_side(type(self.network).__name__, sample_size, *self.side_factor, remedy=remedy)
+        return {"sample_size": sample_size}
 
     def set_trainable(self, trainable: str) -> list[str]:
         """Freezes the weights that are not to be trained, and names the others.

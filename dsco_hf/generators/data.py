@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
+from ..data.datasets import check_classes
 from ..utils.origins import fingerprint
 from ..utils.progress import Bar
 from .denoisers import GeneratorTrainingConfig
@@ -58,6 +60,62 @@ class TrainingData:
         return fingerprint(self.clean, self.labels, self.std, self.mirrored)[:16]
 
 
+def check_training_inputs(
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    config: GeneratorTrainingConfig,
+    num_processes: int,
+) -> None:
+    """Raises ValueError for images `(N, C, H, H)`, labels `(N,)` or a batch size that no training can use."""
+    if pixels.ndim != 4 or pixels.shape[-1] != pixels.shape[-2]:
+        raise ValueError(
+            f"Expected square images of shape (N, C, H, H), got {tuple(pixels.shape)}. `load_pixels(image_size=...)` "
+            "crops them."
+        )
+    if labels.shape != pixels.shape[:1]:
+        raise ValueError(
+            f"Got {len(pixels)} images but labels of shape {tuple(labels.shape)}; one per image is needed."
+        )
+    if len(labels) == 0:
+        raise ValueError("There are no images to train on.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"Labels must be in 0..{num_classes - 1} (`num_classes={num_classes}`), got {int(labels.min())} to "
+            f"{int(labels.max())}."
+        )
+    check_classes(labels, [str(label) for label in range(num_classes)])
+    bad = torch.nonzero(~torch.isfinite(pixels).flatten(1).all(dim=1)).flatten()
+    if len(bad):
+        raise ValueError(f"The pixels of image {int(bad[0])} are not finite ({len(bad)} such images).")
+    if config.batch_size % num_processes:
+        raise ValueError(
+            f"`batch_size={config.batch_size}` cannot be split evenly over {num_processes} processes. "
+            "It is the size over all processes; choose a multiple of their number."
+        )
+
+
+def prepare_data(
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    config: GeneratorTrainingConfig,
+    vae: AutoencoderKL | None,
+    *,
+    progress: bool,
+) -> TrainingData:
+    """What is trained on, of pixels `(N, C, H, H)` in [-1, 1] and labels `(N,)`: latents, with an autoencoder."""
+    pixels, labels = pixels.detach().cpu().float(), labels.detach().cpu()
+    if vae is None:
+        return TrainingData(pixels, labels)
+    vae.eval()
+    mean, std = encode_latents(pixels, vae, progress=progress)
+    mirrored = None
+    if config.horizontal_flip:  # the latents of a mirrored image are not the mirrored latents
+        mirrored_mean, mirrored_std = encode_latents(pixels.flip(-1), vae, progress=progress)
+        mirrored = TrainingData(mirrored_mean, labels, mirrored_std)
+    return TrainingData(mean, labels, std, mirrored)
+
+
 @dataclass
 class Batch:
     """What the loss of one step needs, on the device."""
@@ -76,10 +134,12 @@ def draw_batch(
     accelerator: Accelerator,
     *,
     distributed: bool = True,
+    conditions: Callable[[Sequence[int], Iterable[int]], Sequence[int]] | None = None,
 ) -> Batch:
     """This process's part of the batch of a step.
 
     Every process draws the randomness of the whole batch and takes its own rows of it; all rows if not `distributed`.
+    `conditions` of a [`Denoiser`] say what stands for each label, given a seed for each.
     """
     size, device = config.batch_size, accelerator.device
     rows = _rows_of_step(step, len(data.labels), config)
@@ -102,8 +162,11 @@ def draw_batch(
         other = data.std if source.std is None else source.std
         std = torch.where(flipped[mine, None, None, None], other[rows[mine]], data.std[rows[mine]])
         clean = clean + std.to(device) * torch.randn(shape, generator=local, device=device)[mine]
-    labels = data.labels[rows] if null_class is None else torch.where(dropped, null_class, data.labels[rows])
-    labels = labels[mine]
+    labels = data.labels[rows]
+    if conditions is not None:
+        seeds = torch.randint(2**31, (size,), generator=_generator("cpu", config.seed, "conditions", step))
+        labels = torch.tensor(conditions(labels.tolist(), seeds.tolist()))
+    labels = (labels if null_class is None else torch.where(dropped, null_class, labels))[mine]
     return Batch(clean, labels.to(device), timesteps[mine].to(device), noise)
 
 

@@ -48,12 +48,16 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
 
     Attributes:
         architecture (`str`): "dit", a `DiTTransformer2DModel`; "unet", a class-conditional `UNet2DModel`, whose
-            convolutions learn small natural images from fewer of them; or the name of a registered family.
+            convolutions learn small natural images from fewer of them; "stable-diffusion", that UNet with prompts in
+            the place of classes, as a small frozen text encoder of random weights says them; or the name of a
+            registered family.
         trainable (`str`): when an existing denoiser is fine-tuned: "all" weights, or "bias_and_norm": biases, norms
             and tables of classes only, as in DiffFit (https://arxiv.org/abs/2304.06648), without its scale factors.
         class_dropout_prob (`float`): share of labels replaced by the null class, in [0, 1).
         num_train_timesteps (`int`): T, the number of noise levels.
         beta_start, beta_end, beta_schedule: the noise schedule, as in `DDIMScheduler`; a flow has none of these.
+        rescale_betas_zero_snr (`bool`): shift the levels so that the last is nothing but noise
+            (https://arxiv.org/abs/2305.08891), as in `DDIMScheduler`.
         timestep_spacing (`str`): of the saved scheduler, but for a flow. "trailing" starts sampling at t = T - 1, pure
             noise, and spends no step on t = 0, where nothing is left to remove (https://arxiv.org/abs/2305.08891).
         timestep_sampling (`str`): "stratified" spreads a batch's timesteps evenly over 0..T-1 (one random offset),
@@ -84,6 +88,7 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
     beta_start: float = 1e-4
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+    rescale_betas_zero_snr: bool = False
     timestep_spacing: str = "trailing"
     timestep_sampling: str = "stratified"
     prediction_type: str = "epsilon"
@@ -188,6 +193,7 @@ def build_scheduler(config: GeneratorTrainingConfig, *, latents: bool) -> Schedu
         beta_start=config.beta_start,
         beta_end=config.beta_end,
         beta_schedule=config.beta_schedule,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         timestep_spacing=config.timestep_spacing,
         clip_sample=not latents,
         set_alpha_to_one=True,
@@ -216,7 +222,9 @@ def with_schedule_of(config: GeneratorTrainingConfig, scheduler: Scheduler) -> G
     if scheduler.config.get("trained_betas") is not None:
         raise ValueError("A scheduler with `trained_betas` cannot be fine-tuned with: its schedule has no name.")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "prediction_type")
-    return dataclasses.replace(config, **{name: scheduler.config[name] for name in names})
+    zero = bool(scheduler.config.get("rescale_betas_zero_snr"))
+    own_levels = {name: scheduler.config[name] for name in names} | {"rescale_betas_zero_snr": zero}
+    return dataclasses.replace(config, **own_levels)
 
 
 def learning_rate_at(step: int, config: GeneratorTrainingConfig) -> float:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.labels import first_synonym
 from ..data.schema import image_seed, nearest
@@ -19,6 +19,8 @@ from .base import Denoiser
 
 Given: TypeAlias = str | Path | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 """What a `prompts` argument takes, see [`class_prompts`]."""
+Encoders: TypeAlias = dict[str, PreTrainedModel | PreTrainedTokenizerBase]
+"""Tokenizers and text encoders, by the names of components."""
 TEMPLATE = "a photo of a {}"
 ZERO_SNR_RESCALE = 0.7  # https://arxiv.org/abs/2305.08891, section 3.4
 
@@ -122,16 +124,33 @@ class TextConditioned(Denoiser):
         own, much = (part.std(dim=(1, 2, 3), keepdim=True) for part in (conditional, found))
         return share * (found * (own / much)) + (1 - share) * found
 
-    def adapt(self, *_: object, **__: object) -> ModelMixin:
-        """Is of no use: classes are prompts.
+    def adapt(
+        self,
+        num_classes: int,
+        *,
+        mapping: Mapping[int, int | Sequence[int]] | None = None,
+        sample_size: int | None = None,
+    ) -> ModelMixin:
+        """A copy of the network, for another size; its classes are prompts, and it has nothing else of them.
 
         Raises:
-            ValueError: always.
+            ValueError: for a `mapping`, or a size that the network cannot take.
         """
-        raise ValueError(
-            f"The classes of a {type(self.network).__name__} are prompts, for which it needs no new embeddings: name "
-            "them, `DsCoPipeline.from_pipe(pipe, class_names=[...])`. It is trained on own data by diffusers' scripts."
-        )
+        if mapping:
+            raise ValueError(
+                f"The classes of a {type(self.network).__name__} are prompts, and start from nothing else: leave "
+                "`mapping` (`--class_mapping`) out, and say in `prompts` what each is like."
+            )
+        adapted = type(self.network).from_config(self.network.config, **self.other_size(sample_size))
+        if adapted.dtype != self.network.dtype:  # diffusers warns of any dtype that it is given
+            adapted.to(dtype=self.network.dtype)
+        adapted.load_state_dict(self.network.state_dict())
+        return adapted.to(self.network.device)
+
+    @classmethod
+    def build_encoders(cls, seed: int) -> Encoders:
+        """New tokenizers and text encoders, frozen, for a network that `build` made; random weights of a seed."""
+        raise ValueError(f"The architecture {cls.name!r} has no new text encoders: begin with a pipeline that has.")
 
     def ask(self, x: torch.Tensor, timesteps: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The network's answer `(B, C or more, h, w)` to `x` `(B, C, h, w)`, `timesteps` `(B,)`, rows `(B, ...)`."""

@@ -1,4 +1,4 @@
-"""Trains a class-conditional denoiser on the user's own images, in pixels or in the latents of an autoencoder.
+"""Trains a denoiser of classes or prompts on the user's own images, in pixels or in the latents of an autoencoder.
 
 The training follows DiT (Peebles and Xie, https://arxiv.org/abs/2212.09748): noise or velocity prediction, label
 dropout for classifier-free guidance, averaged weights. A resumed run ends with the weights of an undisturbed one.
@@ -21,13 +21,12 @@ from accelerate.utils import broadcast
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.training_utils import EMAModel
 
-from ..data.datasets import check_classes
 from ..utils.files import remove_partials
 from ..utils.origins import fingerprint, versions
 from ..utils.progress import Bar, Checkpoint, Pace
 from ..utils.values import plain_arguments
 from .base import Denoiser, denoiser_of, family_of
-from .data import TrainingData, draw_batch, encode_latents, seed_of
+from .data import TrainingData, check_training_inputs, draw_batch, prepare_data, seed_of
 from .denoisers import (
     GeneratorTrainingConfig,
     build_denoiser,
@@ -35,6 +34,7 @@ from .denoisers import (
     denoising_loss,
     learning_rate_at,
 )
+from .prompts import Prompts
 
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ def train_generator(
     distributed: bool = True,
     progress: bool = True,
     denoiser: ModelMixin | None = None,
+    prompts: Prompts | None = None,
     evaluate: Callable[[int, ModelMixin], dict[str, Any]] | None = None,
     evaluate_every: int = 1000,
 ) -> GeneratorTrainingResult:
@@ -120,6 +121,8 @@ def train_generator(
         progress (`bool`): show a progress bar, and say what is trained and when it will end.
         denoiser (`ModelMixin`, *optional*): what to train further, in place; a new one of the configured architecture
             otherwise. [`Denoiser.adapt`] fits one to new classes.
+        prompts (`Prompts`, *optional*): of the classes, for a denoiser that is conditioned on prompts; of several for
+            a class, each image of each step has one at random. Dropped labels become the negative prompt.
         evaluate (`Callable`, *optional*): called by the main process as `f(step, averaged)` with the averaged
             denoiser, on the device and in eval mode; what it returns is kept with the step.
         evaluate_every (`int`): steps between calls of `evaluate`, which is also called at the end.
@@ -132,18 +135,19 @@ def train_generator(
     """
     config = config or GeneratorTrainingConfig()
     accelerator = accelerator or Accelerator()
-    _check_training_inputs(pixels, labels, num_classes, config, accelerator.num_processes if distributed else 1)
+    check_training_inputs(pixels, labels, num_classes, config, accelerator.num_processes if distributed else 1)
     if checkpoint_dir is not None and not distributed:
         raise ValueError("`distributed=False` keeps no checkpoints: leave `checkpoint_dir` out, or train together.")
     if max_minutes is not None and checkpoint_dir is None:
         raise ValueError(
             "`max_minutes` needs a `checkpoint_dir` to continue from; without one the work would be lost."
         )
-    data = _prepare_data(pixels, labels, config, vae, progress=progress and accelerator.is_local_main_process)
+    data = prepare_data(pixels, labels, config, vae, progress=progress and accelerator.is_local_main_process)
     identity = dataclasses.asdict(config) | {
         "data": data.fingerprint,
         "mixed_precision": accelerator.mixed_precision,
         "denoiser": None if denoiser is None else fingerprint(denoiser)[:16],
+        "prompts": None if prompts is None else fingerprint(prompts)[:16],
         "versions": versions(),
     }
     if denoiser is None:
@@ -152,7 +156,7 @@ def train_generator(
         denoiser = build_denoiser(
             config, num_classes=num_classes, sample_size=data.clean.shape[-1], num_channels=data.clean.shape[1]
         )
-    family = denoiser_of(denoiser)
+    family = denoiser_of(denoiser, prompts=None if prompts is None else prompts.to(accelerator.device))
     _check_denoiser(family, data, num_classes, config)
     file = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
     if file is not None:
@@ -198,60 +202,6 @@ def _check_denoiser(family: Denoiser, data: TrainingData, num_classes: int, conf
             f"The denoiser has no null class to drop labels to: set `class_dropout_prob=0`, got "
             f"{config.class_dropout_prob}."
         )
-
-
-def _check_training_inputs(
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    num_classes: int,
-    config: GeneratorTrainingConfig,
-    num_processes: int,
-) -> None:
-    if pixels.ndim != 4 or pixels.shape[-1] != pixels.shape[-2]:
-        raise ValueError(
-            f"Expected square images of shape (N, C, H, H), got {tuple(pixels.shape)}. `load_pixels(image_size=...)` "
-            "crops them."
-        )
-    if labels.shape != pixels.shape[:1]:
-        raise ValueError(
-            f"Got {len(pixels)} images but labels of shape {tuple(labels.shape)}; one per image is needed."
-        )
-    if len(labels) == 0:
-        raise ValueError("There are no images to train on.")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"Labels must be in 0..{num_classes - 1} (`num_classes={num_classes}`), got {int(labels.min())} to "
-            f"{int(labels.max())}."
-        )
-    check_classes(labels, [str(label) for label in range(num_classes)])
-    bad = torch.nonzero(~torch.isfinite(pixels).flatten(1).all(dim=1)).flatten()
-    if len(bad):
-        raise ValueError(f"The pixels of image {int(bad[0])} are not finite ({len(bad)} such images).")
-    if config.batch_size % num_processes:
-        raise ValueError(
-            f"`batch_size={config.batch_size}` cannot be split evenly over {num_processes} processes. "
-            "It is the size over all processes; choose a multiple of their number."
-        )
-
-
-def _prepare_data(
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    config: GeneratorTrainingConfig,
-    vae: AutoencoderKL | None,
-    *,
-    progress: bool,
-) -> TrainingData:
-    pixels, labels = pixels.detach().cpu().float(), labels.detach().cpu()
-    if vae is None:
-        return TrainingData(pixels, labels)
-    vae.eval()
-    mean, std = encode_latents(pixels, vae, progress=progress)
-    mirrored = None
-    if config.horizontal_flip:  # the latents of a mirrored image are not the mirrored latents
-        mirrored_mean, mirrored_std = encode_latents(pixels.flip(-1), vae, progress=progress)
-        mirrored = TrainingData(mirrored_mean, labels, mirrored_std)
-    return TrainingData(mean, labels, std, mirrored)
 
 
 class _Trainer:
@@ -355,8 +305,9 @@ class _Trainer:
     def _step(self) -> None:
         step = self.progress.step
         batch = draw_batch(
-            self.data, step, self.config, self.null_class, self.accelerator, distributed=self.distributed
-        )
+            self.data, step, self.config, self.null_class, self.accelerator, distributed=self.distributed,
+            conditions=self.wrapped.conditions,
+        )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.config)
         torch.manual_seed(seed_of(self.config.seed, "dropout", step, self.accelerator.process_index))
@@ -428,6 +379,7 @@ class _Trainer:
 
     def _averaged(self) -> ModelMixin:
         averaged = type(self.denoiser).from_config(self.denoiser.config)
+        averaged.load_state_dict(self.denoiser.state_dict())  # tables of positions are no parameters
         self.ema.copy_to(averaged.parameters())
         return averaged.eval()
 

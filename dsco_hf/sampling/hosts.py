@@ -11,6 +11,7 @@ from typing import Any, Self
 import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from huggingface_hub import hf_hub_download
 
 from ..data.labels import ClassLookup, class_mapping
 from ..data.schema import AnyDataset, nearest
@@ -19,8 +20,10 @@ from ..generators.base import FAMILIES, family_of
 from ..generators.denoisers import ENCODERS, SLOTS
 from ..generators.prompts import ZERO_SNR_RESCALE, Given, Prompts, TextConditioned, class_prompts
 from ..generators.steps import check_fits
+from ..utils.files import check_path
+from ..utils.safety import explained
 from ..utils.values import check_real
-from .loading import StoredPipeline, read_index
+from .loading import INDEX, StoredPipeline, embedded_folder, read_index
 
 
 logger = logging.getLogger(__name__)
@@ -103,7 +106,7 @@ class HostedPipeline(StoredPipeline):
         takes = self.prompts is None and issubclass(family_of(self.denoiser), TextConditioned)
         if not isinstance(prompts, Prompts) and (takes or rest or prompts):
             check_fits(self.scheduler, type(self.denoiser).__name__, family_of(self.denoiser).flow)
-            self.register_modules(scheduler=taken_over(self.scheduler))
+            self.register_modules(scheduler=taken_over(self.scheduler, latents=self.vae is not None))
             self.encode_prompts(prompts, **rest)
         if options.get("drop_text_encoders"):
             self.register_modules(**dict.fromkeys(ENCODERS))
@@ -238,10 +241,23 @@ def check_host(name: str, components: Mapping[str, Any]) -> str | None:
     raise ValueError(f"A {name} cannot be taken: a pipeline must be a {', '.join(hosts[:-1])} or {hosts[-1]}.{advice}")
 
 
-def taken_over(scheduler: SchedulerMixin) -> SchedulerMixin:
+def is_host(name: str, revision: str | None = None) -> bool:
+    """Whether a folder or a repository of the Hub is a text-to-image pipeline of diffusers."""
+    if embedded_folder(name) is not None:
+        return False
+    folder = Path(name)
+    if not folder.is_dir():
+        check_path(name, wanted="Give a folder that `save_pretrained` wrote, or an id such as 'user/name'.")
+        with explained(name, token=None, action="load"):
+            folder = Path(hf_hub_download(name, INDEX, revision=revision)).parent
+    index = read_index(folder)
+    return check_host(str(index.get("_class_name")), index) is not None
+
+
+def taken_over(scheduler: SchedulerMixin, *, latents: bool = True) -> SchedulerMixin:
     """A scheduler with the noise levels of another, of which noise can be taken from outside; said once.
 
-    Latents are not clipped, whatever the other says: its own pipeline does not clip them either.
+    Latents are not clipped, whatever the other says: its own pipeline does not clip them either. Pixels may be.
 
     Raises:
         ValueError: for one without the levels of diffusion.
@@ -254,7 +270,7 @@ def taken_over(scheduler: SchedulerMixin) -> SchedulerMixin:
             f"The scheduler, a {kind}, has not the noise levels of diffusion (`alphas_cumprod`), and cannot be taken "
             "over: pass `scheduler=DDIMScheduler(...)` with those that the model was trained with."
         )
-    found = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    found = DDIMScheduler.from_config(scheduler.config, **({"clip_sample": False} if latents else {}))
     if not isinstance(scheduler, DDIMScheduler):
         logger.warning("The %s was taken over as a DDIMScheduler, whose noise can be optimised.", kind)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from transformers import PreTrainedModel
 
 from ..concentration.concentrate import targets_in
@@ -323,44 +323,6 @@ class PreviewOptions(DtypeOptions):
             options: dict[str, Any] = {"revision": self.preview_vae_revision, "dtype": self.torch_dtype}
             parts = {"preview_vae": load_model(AutoencoderTiny, self.preview_vae, **options), **parts}
         return super().load_pipeline(**parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FineTuneOptions:
-    """What a generator is trained from.
-
-    Attributes:
-        vae, vae_revision: an `AutoencoderKL` (folder or Hub id) to train in its latents; none for pixel space.
-        finetune_from, finetune_revision: a pipeline (folder or Hub id) to train further: its denoiser with new class
-            embeddings, its noise schedule, its autoencoder and its image size (a UNet takes another `image_size`
-            too). A learned variance stays as it is.
-        class_mapping: a YAML file with `dataset class: class of that pipeline`, index or name, or a list of them, for
-            classes that should start from others than the mean of all.
-    """
-
-    vae: str | None = None
-    vae_revision: str | None = None
-    finetune_from: str | None = None
-    finetune_revision: str | None = None
-    class_mapping: str | None = None
-
-    def load_base(self) -> DsCoPipeline | None:
-        """The pipeline to train further, if one was named.
-
-        Raises:
-            ValueError: for options that belong to one, or exclude it.
-        """
-        if self.finetune_from is None:
-            if self.class_mapping is not None:
-                raise ValueError("`class_mapping` maps to classes of `finetune_from`, which is missing.")
-            return None
-        if self.vae is not None:
-            raise ValueError("`finetune_from` brings its own autoencoder: leave `vae` out.")
-        return DsCoPipeline.from_pretrained(self.finetune_from, revision=self.finetune_revision)
-
-    def load_vae(self) -> AutoencoderKL | None:
-        """The autoencoder, if one was named."""
-        return None if self.vae is None else load_model(AutoencoderKL, self.vae, revision=self.vae_revision)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,13 @@ def base(w, *options):
     return recipe.load_base().num_classes
 
 
+def new_base(w, *options):
+    recipe = parse_config(train_generator.GeneratorRecipe, ["--block_out_channels", "8,16", *options])
+    recipe.check_prompts(recipe.architecture, ["x", "y"])
+    found = recipe.new_base(recipe, ["x", "y"], (1, 8))
+    return None if found is None else found.prompts.config.texts
+
+
 COMPARE = {
     "stored labels": (
         lambda w: real("stored"),
@@ -183,6 +190,15 @@ OPTIONS = {
         "leave `vae` out",
         lambda w: base(w),
         3,
+    ),
+    "prompts of a new network of classes": (
+        lambda w: new_base(w, "--architecture", "unet", "--prompts", "a {}"),
+        "takes no prompts: leave `prompts` out, or choose `architecture='stable-diffusion'`",
+        lambda w: [
+            new_base(w, "--architecture", "unet"),
+            new_base(w, "--architecture", "stable-diffusion", "--prompts", "a {}"),
+        ],
+        [None, [["a x"], ["a y"]]],
     ),
 }
 

@@ -14,6 +14,7 @@ from diffusers import (
 import texts
 from advice import FAST, follow
 from dsco_hf import DsCoPipeline
+from dsco_hf.generators.base import FAMILIES
 
 
 NAMES = ["rose", "tulip", "daisy"]
@@ -221,11 +222,20 @@ TABLE = {
         ],
         [8, 8],
     ),
-    "classes by embeddings": (
-        lambda w: DsCoPipeline.from_pipe(host(w), class_names=NAMES).family.adapt(5),
-        "for which it needs no new embeddings: name them, `DsCoPipeline.from_pipe.pipe, class_names=",
-        lambda w: len(made(w, class_names=["a", "b", "c", "d", "e"])),
-        5,
+    "classes that start from others": (
+        lambda w: DsCoPipeline.from_pipe(host(w), class_names=NAMES).family.adapt(3, mapping={0: 1}),
+        r"are prompts, and start from nothing else: leave `mapping` \(`--class_mapping`\) out, and say in `prompts`",
+        lambda w: (
+            DsCoPipeline.from_pipe(host(w), class_names=NAMES).family.adapt(3).config.sample_size,
+            made(w, prompts={"rose": "a red tulip", "tulip": "a tulip", "daisy": "a daisy"})[0],
+        ),
+        (4, "a red tulip"),
+    ),
+    "text encoders of another family": (
+        lambda w: FAMILIES["pixart"].build_encoders(0),
+        "has no new text encoders: begin with a pipeline that has",
+        lambda w: made(w, host(w, "PixArtAlphaPipeline"))[0],
+        "a photo of a rose",
     ),
 }
 
@@ -241,7 +251,7 @@ def test_what_the_error_says_is_done_and_works(world, name):
         ({"in_channels": 9}, "another image"),
         ({"time_cond_proj_dim": 8}, "the scale of a guidance that it was distilled with"),
         ({"num_class_embeds": 4}, "classes"),
-        ({"addition_embed_type": "text", "encoder_hid_dim": 8}, "a condition of the kind 'text'"),
+        ({"addition_embed_type": "image", "encoder_hid_dim": 8}, "a condition of the kind 'image'"),
     ],
 )
 def test_unets_that_need_more_than_a_prompt(world, options, what):

@@ -1,16 +1,23 @@
-"""Stable Diffusion 1.x, 2.x and XL: UNets of diffusers that are conditioned on prompts."""
+"""Stable Diffusion 1.x, 2.x and XL, and small ones of one's own: UNets of diffusers, conditioned on prompts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..base import register_denoiser
-from ..prompts import Prompts, TextConditioned, blank
+from ..base import check_side, register_denoiser
+from ..prompts import Encoders, Prompts, TextConditioned, blank
+from .unet import UNetOptions, halvings, zero_residuals
+
+
+WIDTH = 64  # of the text encoder of a new network
 
 
 @register_denoiser
@@ -46,8 +53,54 @@ class StableDiffusion(TextConditioned):
     @property
     def side_factor(self) -> tuple[int, str]:
         """The halvings."""
-        levels = len(self.network.config.down_block_types)
-        return 2 ** (levels - 1), f"halves it at each of its {levels} levels but the last"
+        return halvings(len(self.network.config.down_block_types))
+
+    @classmethod
+    def build(cls, config: UNetOptions, *, num_classes: int, sample_size: int, num_channels: int) -> ModelMixin:
+        """A new UNet, the class-conditional one with a prompt in the place of the class.
+
+        The layout is that of DeepFloyd IF, after Imagen (https://arxiv.org/abs/2205.11487): the prompt's states,
+        pooled by attention, are added to the timestep, and cross-attention looks at them in the middle and at the
+        coarsest `attention_levels`.
+        """
+        channels, levels = config.channels, len(config.channels)
+        remedy = " Choose fewer levels, or another `image_size` for the data."
+        check_side("UNet", sample_size, *halvings(levels), remedy=remedy)
+        attends = [level >= levels - config.attention_levels for level in range(levels)]
+        network = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=num_channels,
+            out_channels=num_channels,
+            block_out_channels=channels,
+            layers_per_block=config.layers_per_block,
+            down_block_types=tuple("SimpleCrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=tuple("SimpleCrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)),
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=math.gcd(8, *channels),
+            resnet_time_scale_shift="scale_shift",
+            time_embedding_dim=channels[-1],
+            cross_attention_dim=WIDTH,
+            addition_embed_type="text",
+            addition_embed_type_num_heads=4,
+        )
+        zero_residuals(network)
+        return network
+
+    @classmethod
+    def build_encoders(cls, seed: int) -> Encoders:
+        """A small CLIP of random weights, which says different things of different texts, and bytes as its tokens."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+        tokenizer = CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
+        options = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        config = CLIPTextConfig(
+            vocab_size=len(words), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, projection_dim=WIDTH, **options,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(config).eval().requires_grad_(False)}
 
     def check_conditioned(self) -> None:
         """Raises ValueError for a UNet that needs more than noise and a prompt, or has guidance built in."""
@@ -56,7 +109,7 @@ class StableDiffusion(TextConditioned):
             "another image": config.in_channels != config.out_channels,
             "classes": config.class_embed_type is not None or config.num_class_embeds is not None,
             f"a condition of the kind {config.addition_embed_type!r}": config.addition_embed_type
-            not in (None, "text_time"),
+            not in (None, "text", "text_time"),
             "the scale of a guidance that it was distilled with": config.time_cond_proj_dim is not None,
         }
         if wrong := [what for what, needed in needs.items() if needed]:
@@ -67,7 +120,7 @@ class StableDiffusion(TextConditioned):
 
     def ask(self, x: torch.Tensor, timesteps: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See [`TextConditioned.ask`]."""
-        added = {name: rows[name] for name in ("text_embeds", "time_ids")} if self.is_xl else None
+        added = {name: row for name, row in rows.items() if name != "encoder_hidden_states"} or None
         answer = self.network(
             x, timesteps, encoder_hidden_states=rows["encoder_hidden_states"], added_cond_kwargs=added
         )

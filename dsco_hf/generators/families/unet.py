@@ -72,7 +72,7 @@ class UNet(Denoiser):
     @property
     def side_factor(self) -> tuple[int, str]:
         """The halvings."""
-        return _halvings(len(self.network.config.down_block_types))
+        return halvings(len(self.network.config.down_block_types))
 
     @classmethod
     def build(cls, config: UNetOptions, *, num_classes: int, sample_size: int, num_channels: int) -> ModelMixin:
@@ -83,7 +83,7 @@ class UNet(Denoiser):
         """
         channels, levels = config.channels, len(config.channels)
         remedy = " Choose fewer levels, or another `image_size` for the data."
-        check_side("UNet", sample_size, *_halvings(levels), remedy=remedy)
+        check_side("UNet", sample_size, *halvings(levels), remedy=remedy)
         attends = [level >= levels - config.attention_levels for level in range(levels)]
         network = UNet2DModel(
             sample_size=sample_size,
@@ -100,12 +100,7 @@ class UNet(Denoiser):
             time_embedding_dim=channels[-1],
             num_class_embeds=num_classes + 1,
         )
-        zeroed: list[nn.Module] = [network.conv_out]
-        zeroed += [module.conv2 for module in network.modules() if isinstance(module, ResnetBlock2D)]
-        zeroed += [module.to_out[0] for module in network.modules() if isinstance(module, Attention)]
-        for module in zeroed:
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+        zero_residuals(network)
         return network
 
     def class_tables(self) -> Iterator[tuple[str, nn.Embedding]]:
@@ -113,5 +108,16 @@ class UNet(Denoiser):
         yield "class_embedding", self.network.class_embedding
 
 
-def _halvings(levels: int) -> tuple[int, str]:
+def zero_residuals(network: nn.Module) -> None:
+    """Makes every residual block of a new UNet begin as the identity, and its answer as zero."""
+    zeroed = [network.get_submodule("conv_out")]
+    zeroed += [module.conv2 for module in network.modules() if isinstance(module, ResnetBlock2D)]
+    zeroed += [module.to_out[0] for module in network.modules() if isinstance(module, Attention)]
+    for module in zeroed:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+
+
+def halvings(levels: int) -> tuple[int, str]:
+    """What a UNet's side must be a multiple of, and why."""
     return 2 ** (levels - 1), f"halves it at each of its {levels} levels but the last"
