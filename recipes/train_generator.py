@@ -41,8 +41,7 @@ from dsco_hf.generators.denoisers import (
 )
 from dsco_hf.generators.training import CHECKPOINT, GeneratorTrainingResult, train_generator
 from dsco_hf.sampling.pipeline import DsCoPipeline
-from dsco_hf.studies.fine_tuning import FineTuneOptions
-from dsco_hf.studies.generator_check import GeneratorScore, draw_plain_samples
+from dsco_hf.studies.generator_check import FineTuneOptions, GeneratorScore, draw_plain_samples
 from dsco_hf.studies.options import ClassifierOptions, OutputOptions, RealOptions
 from dsco_hf.utils.configs import ImportOptions, check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json

@@ -31,7 +31,7 @@ ORDER = {
     ],
     "costs": ["tracing", "passes", "probe", "plan"],
     "studies": [
-        *["options", "fine_tuning", "figures", "generator_check", "metrics"],
+        *["options", "figures", "generator_check", "metrics"],
         *["kept", "plans", "tables", "study", "lossless"],
     ],
     "hub": ["cards", "push", "given", "model_cards", "folder", "models", "remake", "verification", "publish"],

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import texts
 from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, load_recorded, save_dataset_folder
-from dsco_hf.studies.fine_tuning import FineTuneOptions
+from dsco_hf.studies.generator_check import FineTuneOptions
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment, run
 
