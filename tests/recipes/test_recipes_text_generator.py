@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 import texts
-from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, load_recorded, save_dataset_folder
+from dsco_hf import DsCoPipeline, MatchingTargets, concentrate, save_dataset_folder
 from dsco_hf.studies.generator_check import FineTuneOptions
 from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment, run
@@ -98,7 +98,7 @@ def test_a_new_text_to_image_model_is_trained_stopped_and_resumed_by_two_process
     pixels = [[image.tobytes() for image in rows["image"]] for rows in sets]
     assert len(set(sum(pixels, []))) == 20
     save_dataset_folder(sets[1], tmp_path / "set", targets=targets)
-    record = load_recorded(tmp_path / "set")[2]
+    record = json.loads((tmp_path / "set" / "concentration.json").read_text())
     assert record["prompts"]["texts"][4] == "a photo of a 4"
 
 
