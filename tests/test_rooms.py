@@ -40,7 +40,7 @@ ORDER = {
 FOLDERS = {
     "generators.families": ["dit", "unet", "stable_diffusion", "pixart", "stable_diffusion_3"],
     "matching.objectives": ["base", "mean_matching", "regression", "evidence"],
-    "sampling.methods": ["noise", "nopt", "released"],
+    "sampling.methods": ["noise", "nopt", "released", "combined"],
     "sampling.peers": ["statistics", "best_of_n", "mgd3", "d4m", "uag", "s3", "dmgd", "d3hr", "igd"],
     "concentration.selection": ["features", "base", "dynamics", "difficulty", "coverage", "ridge_rule"],
     "concentration.additions": ["beginning", "doping", "soft_labels"],

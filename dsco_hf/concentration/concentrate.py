@@ -23,6 +23,7 @@ from ..matching.objectives import Objective
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, SamplingMethod, Targets, is_population
 from ..sampling.checks import check_targets
+from ..sampling.methods.combined import matching_of
 from ..sampling.pipeline import DsCoPipeline, DsCoPipelineOutput
 from ..utils.progress import Bar, peak_bytes
 from ..utils.values import LARGEST_SET, plain_arguments
@@ -186,15 +187,17 @@ class UnitSampler:
         asked = sampling or Sampling()
         self.pipe, self.targets, self.seed, self.sampling = pipe, targets, seed, asked.for_targets(targets)
         if self.sampling != asked:
+            left = self.sampling.method.label(None)
+            drawn = "plain samples are" if left == "plain" else f"{left!r} is what is"
             logger.warning(
-                "There are no targets, so nothing is optimised: plain samples are drawn. Pass targets, such as "
-                "`MatchingTargets.from_generator(pipe)`, or `method='plain'` to say that this is meant."
+                f"There are no targets, so nothing is optimised: {drawn} drawn. Pass targets, such as "
+                f"`MatchingTargets.from_generator(pipe)`, or `method={left!r}` to say that this is meant."
             )
         self.class_labels, self.class_names = _classes(pipe, targets, class_labels)
         self.previous: PreviousBlocks | None = None
-        memory = self.sampling.method.memory
-        if isinstance(targets, MatchingTargets) and memory is not None:
-            self.previous = PreviousBlocks(targets, each=memory == "images")
+        memory, matched = self.sampling.method.memory, matching_of(targets)
+        if matched is not None and memory is not None:
+            self.previous = PreviousBlocks(matched, each=memory == "images")
 
     def draw(self, unit: Unit) -> tuple[list[dict[str, Any]], torch.Tensor, DsCoPipelineOutput]:
         """Draws a unit; all earlier blocks of its classes must have been given to `add`.
@@ -337,7 +340,7 @@ def concentrate_and_report(
     )
     finished: list[dict[str, Any]] = []
     drawn: list[torch.Tensor] = []
-    judge = measure_by or (matched if isinstance(matched, MatchingTargets) else None)
+    judge = measure_by or matching_of(matched)
     report = ConcentrationReport()
     start = time.perf_counter()
     total = images_per_class * len(sampler.class_names)
@@ -381,18 +384,19 @@ def targets_in(
     seed: int,
     progress: bool,
     images_per_class: int,
+    **decisive: Any,
 ) -> Targets | None:
-    """The targets that are given, or made of what is given and kept in a folder, where a later session finds them."""
+    """The targets that are given, or made of what is given and kept in a folder; `decisive` are further options."""
 
     def make(**shared: Any) -> Any:
         options: dict[str, Any] = {"seed": seed, "progress": progress, "images_per_class": images_per_class}
-        return sampling.make_targets(pipe, given, **options, **shared)
+        return sampling.make_targets(pipe, given, **options, **decisive, **shared)
 
     method = sampling.method
     if not is_population(given) or method.targets_class is None:
         return make()
     real = given if isinstance(given, Dataset | IterableDataset) else None
-    made_with: dict[str, Any] = {"second_moment": method.second_moment}
+    made_with: dict[str, Any] = {"second_moment": method.second_moment, **decisive}
     if method.targets_class is not MatchingTargets:
         made_with |= {"method": method.as_record()}
         made_with |= {"images_per_class": images_per_class} if method.by_budget else {}

@@ -21,6 +21,7 @@ from ..generators.failures import NonFiniteError
 from ..matching.discrepancy import PreviousBlocks, random_discrepancy
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling
+from ..sampling.methods.combined import matching_of
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.origins import model_sha256, targets_sha256, versions
 from ..utils.processes import RunError, Team
@@ -169,7 +170,7 @@ def concentrate_to_folder(
     shared["images_per_class"] = images_per_class
     matched = targets_in(pipe, targets, sampling, Path(folder) / "targets", **shared)
     sampler = UnitSampler(pipe, matched, sampling, seed=seed, class_labels=class_labels)
-    judge = measure_by or (matched if isinstance(matched, MatchingTargets) else None)
+    judge = measure_by or matching_of(matched)
     numbers = {
         "images_per_class": images_per_class, "block_size": block_size, "images_per_call": images_per_call,
         "num_classes": len(sampler.class_names), "seed": seed,
@@ -233,7 +234,7 @@ class _Run:
         self.judged: PreviousBlocks | None = None  # embedding sums of the finished images, to measure them by
         if judge is not None:
             judge.check_pipeline(sampler.pipe)
-            shared = sampler.previous is not None and judge is sampler.targets
+            shared = sampler.previous is not None and judge is matching_of(sampler.targets)
             self.judged = sampler.previous if shared else PreviousBlocks(judge)
 
     def go(self, settings: dict[str, Any]) -> RunResult:

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from ..data.shards import embedded, rows_record, synthetic_rows
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Targets
+from ..sampling.methods import JointTargets
 from ..sampling.peers import ClassStatistics
 from ..utils.files import whole
 from ..utils.origins import cached_origin as cached_origin
@@ -152,7 +153,9 @@ def _targets(targets: Targets | None, origin: Mapping[str, str | None]) -> dict[
         told = {"kind": type(targets).__name__, "statistics": targets.kind, **targets_record(targets)}
         return told | (names if targets.kind == "names" else {})
     if not isinstance(targets, MatchingTargets):
-        return None if targets is None else {"kind": type(targets).__name__}
+        several = targets.parts if isinstance(targets, JointTargets) else {}
+        parts = {"parts": {name: _targets(one, {}) for name, one in several.items()}} if several else {}
+        return None if targets is None else {"kind": type(targets).__name__, **parts}
     return targets_record(targets) | (_without_none(origin) or {})
 
 

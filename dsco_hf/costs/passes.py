@@ -27,6 +27,7 @@ from ..matching.kernels import draw_frequencies
 from ..matching.targets import MatchingTargets
 from ..sampling.call import KINDS as CALL_KINDS
 from ..sampling.call import Sampling, SamplingMethod, Targets, calls
+from ..sampling.methods import JointTargets
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import plain_arguments
 from .tracing import PassCost, predict_memory
@@ -196,6 +197,10 @@ def stand_in_targets(
         [`MatchingTargets`], or what the method itself has as a stand-in; None where nothing is matched.
     """
     method = method or Sampling().method
+    if len(takers := method.takers) > 1:
+        sizes: dict[str, Any] = {"features": features, "embedding_dim": embedding_dim}
+        return JointTargets({name: stand_in_targets(pipe, part, **sizes) for name, part in takers.items()})
+    method = next(iter(takers.values()), method)
     own = method.stand_in_targets(pipe)
     if own is not None or method.without_targets() == method:
         return own

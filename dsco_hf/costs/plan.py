@@ -75,7 +75,7 @@ class CostPlan(SamplingOptions):
     @property
     def uses_extractor(self) -> bool:
         """Whether the random network of the released algorithm has a part in it."""
-        return isinstance(self.sampling.method, Released)
+        return any(isinstance(part, Released) for part in self.sampling.method.takers.values())
 
     def of(self, pipe: DsCoPipeline) -> dict[str, Any]:
         """The numbers of the plan for a pipeline; `num_classes` and `population` are known by now."""
@@ -177,9 +177,10 @@ class CostPlan(SamplingOptions):
     def _notes(self, plan: dict[str, Any]) -> list[str]:
         """What the table does not say."""
         calls, method = plan["rows"][0], self.sampling.method
+        steered = "+".join(getattr(part, "objective", part).name for part in getattr(method, "parts", [method]))
         found = [
             f"{self.num_classes} classes, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}, "
-            f"{getattr(method, 'objective', method).name}; calls of up to {calls['images_per_call']} images. "
+            f"{steered}; calls of up to {calls['images_per_call']} images. "
             f"Memory is that of tensors, {plan['weights_gib']:.2f} GiB of it weights; a batch fits if it takes at "
             f"most {100 * MEMORY_SHARE:.0f} % of {plan['device_memory_gib']:.0f} GiB. "
             "Time is that of the slowest process."

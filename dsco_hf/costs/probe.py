@@ -23,6 +23,7 @@ from ..generators.steps import Scheduler
 from ..matching.feature_spec import FeatureSource
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, Targets
+from ..sampling.methods import JointTargets
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.values import check_choice, plain_arguments
 from .passes import Rehearsal, stand_in_targets
@@ -64,7 +65,7 @@ def probe_seconds(
     images = min(images, -(-2 * batch_size // candidates))
     labels = [index // images_per_class % pipe.num_classes for index in range(images)]
     targets = stand_in_targets(pipe, sampling.method, features=rehearsal.features, embedding_dim=embedding_dim)
-    if isinstance(targets, MatchingTargets):
+    if isinstance(targets, MatchingTargets | JointTargets):
         targets = targets.to(pipe.device)
     runs: list[list[Mark]] = []
     while len(runs) <= repeats and (len(runs) < 2 or sum(run[-1][0] for run in runs[1:]) < max_seconds):

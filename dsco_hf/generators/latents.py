@@ -2,11 +2,12 @@
 
 Every VAE says itself how its latents are scaled: an `AutoencoderKL` by `scaling_factor` (0.18215 for Stable
 Diffusion's), `shift_factor` or `latents_mean` and `latents_std`; an `AutoencoderTiny` was trained on scaled latents,
-its factor is 1.
+its factor is 1. And the generators of the noise that latents begin as.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.images import images_from_unit
+from ..data.schema import image_seed
 
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Vae: TypeAlias = "AutoencoderKL | AutoencoderTiny"
 Scale: TypeAlias = torch.Tensor | float
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 Output: TypeAlias = torch.Tensor | np.ndarray | list[PIL.Image.Image]
 
 
@@ -99,3 +102,23 @@ def to_output(images: torch.Tensor, output_type: str) -> Output:
         return images
     arrays = images.cpu().permute(0, 2, 3, 1).numpy()
     return arrays if output_type == "np" else images_from_unit(arrays)
+
+
+def seeds_of(generator: Generators, images: int) -> list[int]:
+    """The seed of each image's own generator, or numbers that follow from the seed of the one of all."""
+    if isinstance(generator, Sequence):
+        return [one.initial_seed() for one in generator]
+    seed = 0 if generator is None else generator.initial_seed()
+    return [image_seed(seed, 0, number, "one generator") for number in range(images)]
+
+
+def with_candidates(generator: Generators, candidates: int) -> Generators:
+    """One generator per image as one for each of its candidates: the first draws what the image alone would draw."""
+    if candidates == 1 or not isinstance(generator, Sequence):
+        return generator
+    further = [
+        torch.Generator(one.device).manual_seed(image_seed(one.initial_seed(), 0, number, "candidate"))
+        for number in range(1, candidates)
+        for one in generator
+    ]
+    return [*generator, *further]

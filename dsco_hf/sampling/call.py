@@ -2,7 +2,7 @@
 
 A method has four hooks, and needs to define only those in which it differs from plain sampling: `begin` (first latents
 and first step), `guide` (the prediction of a step), `noise` (the noise of a step) and `choose` (which of the drawn
-images stay).
+images stay). What it has to find out first it does in `prepare`. Methods of different hooks can be combined.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data.labels import counted_in_class
-from ..data.schema import image_seed, nearest
+from ..data.schema import nearest
 from ..generators.failures import FiniteWatch
+from ..generators.latents import Generators, seeds_of, with_candidates
 from ..generators.steps import Steps
 from ..matching.targets import MatchingTargets
 from ..utils.values import Choice, Limits, plain_fields
@@ -27,7 +28,6 @@ from ..utils.values import Choice, Limits, plain_fields
 
 Population: TypeAlias = Dataset | IterableDataset | Sequence[int | str] | str
 """What targets are made of: real images; or, data-free, a label set's name or a list of the generator's classes."""
-Generators = torch.Generator | Sequence[torch.Generator] | None
 # Kinds of passes, each counted in images and networks. `_backward` is forward and backward to the input.
 KINDS = {
     "denoiser": "denoiser, each branch of the guidance",
@@ -62,6 +62,8 @@ class SamplingMethod(Choice):
 
     Attributes:
         candidates (`int`): images drawn for each one that stays, see `choose`.
+        takes_targets (`bool`): whether it looks at targets, beyond the classes that these name.
+        adds_noise (`bool`): whether the steps add noise.
         sentence (`str`): what cards say was done.
         targets_class (`type`, *optional*): of what `make_targets` makes, if folders can keep it (`save_pretrained`,
             `from_pretrained`).
@@ -69,8 +71,26 @@ class SamplingMethod(Choice):
 
     argument: ClassVar[str] = "method"
     candidates = 1  # a subclass may have it as a field
+    takes_targets = True
+    adds_noise: ClassVar[bool] = True
     targets_class: ClassVar[type | None] = MatchingTargets
     sentence: ClassVar[str] = "The sampling of a frozen class-conditional diffusion model was steered."
+
+    @classmethod
+    def told(cls, given: object) -> dict[str, Any]:
+        """As of all choices; names that are joined by "+" are those of a combination."""
+        if isinstance(given, str) and "+" in given and not given.lstrip().startswith("{"):
+            return {"name": "combined", "parts": given.split("+")}
+        return super().told(given)
+
+    def __add__(self, other: SamplingMethod) -> SamplingMethod:
+        """Both as one method, see [`Combined`]."""
+        return SamplingMethod.of({"name": "combined", "parts": [self, other]})
+
+    @property
+    def takers(self) -> dict[str, SamplingMethod]:
+        """The methods that targets are made for, by name: this one, or parts of a combination."""
+        return {self.name: self}
 
     @property
     def second_moment(self) -> bool:
@@ -162,11 +182,11 @@ class SamplingMethod(Choice):
         drawn = {name: getattr(sampling, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
         return MatchingTargets.from_generator(pipe, given, seed=seed, **options, **drawn)
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        """The first latents `(B, C, h, w)` and the first of the sampling steps; called once.
+    def prepare(self, call: Call) -> None:
+        """Called once, before all else: what is to be kept for the length of the call goes into `call.state`."""
 
-        What the method has to keep for the length of the call goes into `call.state`.
-        """
+    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+        """The first latents `(B, C, h, w)` and the first of the sampling steps; called once."""
         return call.first_latents(), 0
 
     def guide(self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
@@ -194,11 +214,11 @@ class SamplingMethod(Choice):
         return torch.arange(len(call.wanted))
 
     def weights(self, call: Call) -> torch.Tensor:
-        """How much each of the N images that stay counts in training, `(N,)`: 1 is as much as others.
+        """How much each of the drawn images counts in training if it stays, `(B,)`: 1 is as much as others.
 
         Asked only of a method that `weighs`.
         """
-        return torch.ones(len(call.wanted))
+        return torch.ones(len(call.ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,23 +430,3 @@ class Call:
 def calls(passes: Mapping[str, int]) -> dict[str, int]:
     """`denoiser_calls`, `decoder_calls` and `classifier_calls` of passes by kind, as in [`DsCoPipelineOutput`]."""
     return {name: sum(passes.get(kind, 0) for kind in kinds) for name, kinds in _CALLS.items()}
-
-
-def seeds_of(generator: Generators, images: int) -> list[int]:
-    """The seed of each image's own generator, or numbers that follow from the seed of the one of all."""
-    if isinstance(generator, Sequence):
-        return [one.initial_seed() for one in generator]
-    seed = 0 if generator is None else generator.initial_seed()
-    return [image_seed(seed, 0, number, "one generator") for number in range(images)]
-
-
-def with_candidates(generator: Generators, candidates: int) -> Generators:
-    """One generator per image as one for each of its candidates: the first draws what the image alone would draw."""
-    if candidates == 1 or not isinstance(generator, Sequence):
-        return generator
-    further = [
-        torch.Generator(one.device).manual_seed(image_seed(one.initial_seed(), 0, number, "candidate"))
-        for number in range(1, candidates)
-        for one in generator
-    ]
-    return [*generator, *further]

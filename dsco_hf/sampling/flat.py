@@ -11,7 +11,7 @@ from ..matching.objectives import Objective
 from ..utils.configs import ImportOptions
 from ..utils.values import Named
 from .call import Plain, Sampling, SamplingMethod
-from .methods import NOpt, Released
+from .methods import Combined, NOpt, Released
 
 
 _NOPT = {"optimize_from": "start", "optimize_until": "stop", "step_size": "step_size", "step_decay": "step_decay",
@@ -62,7 +62,8 @@ class SamplingOptions(ImportOptions):
     Attributes:
         objective: "rkhs", "ridge" or "classifier" of NOpt, see `dsco_hf.matching.objectives`, or "quantile", the
             released algorithm; or one of your own, "module:Class", with fields `{name: module:Class, field: value}`.
-        method: what steers the sampling in place of NOpt: one of your own, likewise, which has options of its own.
+        method: what steers the sampling in place of NOpt: a peer, or one of your own, likewise, which has options of
+            its own; or several that go together, "d4m+nopt".
         num_inference_steps: sampling steps.
         guidance_scale: classifier-free guidance; 1 is off.
         eta: 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
@@ -104,8 +105,11 @@ class SamplingOptions(ImportOptions):
             ValueError: for options of NOpt beside another method, and what [`from_flat`] refuses.
         """
         shared = {name: getattr(self, name) for name in ("guidance_scale", "num_inference_steps", "eta", "batch_size")}
-        if self.method == "nopt":
-            return Sampling.of(**from_flat({**shared, **{n: getattr(self, n) for n in FLAT if hasattr(self, n)}}))
+        names = [] if str(self.method).lstrip().startswith("{") else self.method.split("+")
+        if "nopt" in names:
+            own = from_flat({name: getattr(self, name) for name in FLAT if hasattr(self, name)})["method"]
+            parts = tuple(own if name == "nopt" else SamplingMethod.of(name) for name in names)
+            return Sampling.of(method=Combined(parts) if len(parts) > 1 else own, **shared)
         changed = [f.name for f in dataclasses.fields(self) if f.name in FLAT and getattr(self, f.name) != f.default]
         if changed:
             raise ValueError(

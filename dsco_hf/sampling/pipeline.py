@@ -392,17 +392,18 @@ class DsCoPipeline(HostedPipeline):
         parts = {"latent": self.vae is not None, "preview": self.preview_vae is not None}
         try:
             with explained_out_of_memory(len(call.ids), call.batch_size, **parts):
-                images = self._finish(call, self._denoise(call, after_step), output_type)
+                images, chosen = self._finish(call, self._denoise(call, after_step), output_type)
         finally:
             self.maybe_free_model_hooks()
         classes = len(set(call.ids))
         discrepancies = torch.stack(call.discrepancies) if call.discrepancies else torch.empty(0, classes)
-        weights = call.method.weights(call).tolist() if call.method.weighs else None
+        weights = call.method.weights(call)[chosen].tolist() if call.method.weighs else None
         return DsCoPipelineOutput(images, call.wanted, discrepancies, *calls(call.counts).values(), weights)
 
     def _denoise(self, call: Call, after_step: Callable[..., torch.Tensor]) -> torch.Tensor:
         """All sampling steps: noise `(B, C, h, w)` → clean latents of the same shape."""
         method = call.method
+        method.prepare(call)
         latents, first = method.begin(call)
         for i in range(first, len(call.timesteps)):
             noise_pred = call.predict_noise(latents, call.timesteps[i])
@@ -413,8 +414,12 @@ class DsCoPipeline(HostedPipeline):
         call.watch.check()
         return latents
 
-    def _finish(self, call: Call, latents: torch.Tensor, output_type: str) -> Output:
-        """Decodes, leaves what the method chooses, refuses images that are not finite, and converts."""
+    def _finish(self, call: Call, latents: torch.Tensor, output_type: str) -> tuple[Output, torch.Tensor]:
+        """Decodes, leaves what the method chooses, refuses images that are not finite, and converts.
+
+        Returns:
+            `tuple`: the images, and their indices `(N,)` among those that were drawn.
+        """
         images, chosen = latents, torch.arange(len(call.ids))
         if output_type != "latent" or call.method.candidates > 1:
             decoded = torch.cat([call.decode(part).float() for part in latents.split(call.batch_size)])
@@ -423,4 +428,4 @@ class DsCoPipeline(HostedPipeline):
         images = images[chosen.to(images.device)]
         bad = ~images.flatten(1).isfinite().all(dim=1)
         refuse_nonfinite(bad, call.wanted, "The decoded image is", step=None, models="the VAE")
-        return to_output(images, output_type)
+        return to_output(images, output_type), chosen

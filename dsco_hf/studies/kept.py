@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..generators.training import train_generator
 from ..matching.kept import pipeline_identity
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Sampling, SamplingMethod
+from ..sampling.methods import JointTargets
 from ..sampling.models import load_classifier
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.files import DamagedFileError, read_json, reading, remove_partials, whole, write_json
@@ -39,6 +41,30 @@ from .generator_check import GeneratorCheck, check_generator
 
 FLOPS = ("flops", "data_pass_flops", "flops_dit_xl_2")  # of [`flops_of`], told of the first seed: all cost alike
 DRAW_AGAIN = "Delete it, and run the same command again: it is made anew."
+
+
+def set_name(method: str, images_per_class: int, seed: int) -> str:
+    """What a study calls a set, such as "nopt-ipc10-seed0"."""
+    return f"{method}-ipc{images_per_class}-seed{seed}"
+
+
+def set_parts(name: str) -> tuple[str, int, int]:
+    """Method, images per class and seed of a set's name; the inverse of [`set_name`]."""
+    method, size, seed = name.rsplit("-", 2)
+    return method, int(size.removeprefix("ipc")), int(seed.removeprefix("seed"))
+
+
+def clear_name(share: float) -> str:
+    """Name of the targets of the clearest images."""
+    return f"clearest-{share}"
+
+
+def shared_out(names: Sequence[str], effort: Callable[[str], float], processes: int) -> list[list[str]]:
+    """What each process does so that they end at about the same time: the largest goes to whoever has least."""
+    shares: list[list[str]] = [[] for _ in range(processes)]
+    for name in sorted(names, key=effort, reverse=True):
+        min(shares, key=lambda share: sum(map(effort, share))).append(name)
+    return shares
 
 
 class KeptSets:
@@ -102,6 +128,8 @@ def passes_of(targets: Any, pipe: DiffusionPipeline) -> dict[str, int]:
     Targets of several networks have passed every image through each of them; those of a generator, which read no
     image, have drawn their samples with `pipe`.
     """
+    if isinstance(targets, JointTargets):
+        return dict(sum((Counter(passes_of(one, pipe)) for one in targets.parts.values()), Counter()))
     told = getattr(targets, "provenance", {})
     if not isinstance(targets, MatchingTargets):
         return {"images": told.get("images", 0), **told.get("passes", {})}

@@ -22,8 +22,7 @@ from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.targets import MatchingTargets
 from ..sampling.call import Targets
 from ..sampling.flat import SamplingOptions
-from ..sampling.methods.nopt import NOpt
-from ..sampling.methods.released import QuantileTargets, Released
+from ..sampling.methods import NOpt, QuantileTargets, Released
 from ..sampling.models import load_classifier, load_model
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.configs import ImportOptions
@@ -205,7 +204,7 @@ class TargetsOptions(MatchOptions, SamplingOptions):
         method = self.sampling.method
         if sources and isinstance(method, NOpt) and method.objective.needs is None:
             raise ValueError(f"The {method.objective.name!r} objective matches nothing: leave {sources[0]!r} out.")
-        if isinstance(method, Released) and sources != ["dataset"]:
+        if any(isinstance(part, Released) for part in method.takers.values()) and sources != ["dataset"]:
             raise ValueError("The 'quantile' objective matches real images: give `dataset`.")
         if not sources and method.without_targets() != method:
             raise ValueError("Nothing to match: give `dataset`, `targets` or `data_free`, or `optimization_steps: 0`.")
@@ -233,8 +232,10 @@ class TargetsOptions(MatchOptions, SamplingOptions):
             return QuantileTargets.from_dataset(real, pipe, progress=shown, **self.columns, **own)
         if method.targets_class is not MatchingTargets:
             given = self.classes(pipe) or list(range(pipe.num_classes)) if real is None else real
-            wanted: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "images_per_class")}
-            return targets_in(pipe, given, self.sampling, folder, accelerator=accelerator, progress=shown, **wanted)
+            told = {} if real is None else self.targets_options(pipe)
+            wanted: dict[str, Any] = {name: value for name, value in told.items() if value not in (None, "raise")}
+            wanted |= {"seed": self.seed, "images_per_class": self.images_per_class, "progress": shown}
+            return targets_in(pipe, given, self.sampling, folder, accelerator=accelerator, **wanted)
         drawing = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
         options = self.targets_options(pipe, **drawing) | {"seed": self.seed}
         options |= {"second_moment": True} if method.second_moment else {}

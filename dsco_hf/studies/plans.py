@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -24,10 +25,9 @@ from ..matching.feature_spec import feature_specs
 from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.objectives import ClassifierEvidence, Objective
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Plain, Sampling
+from ..sampling.call import Plain, Sampling, SamplingMethod
 from ..sampling.flat import from_flat
-from ..sampling.methods.nopt import NOpt
-from ..sampling.methods.released import QuantileTargets, Released
+from ..sampling.methods import Combined, JointTargets, NOpt, QuantileTargets, Released
 from ..sampling.peers import PEERS, ClassStatistics
 from ..sampling.pipeline import DsCoPipeline
 from ..utils.configs import ImportOptions
@@ -36,7 +36,7 @@ from ..utils.origins import fingerprint, identity
 from ..utils.progress import Bar, Clock
 from ..utils.values import Named
 from .generator_check import GeneratorCheck
-from .kept import DRAW_AGAIN, KeptSets, flops_of, kept_check, passes_of
+from .kept import DRAW_AGAIN, KeptSets, clear_name, flops_of, kept_check, passes_of, set_name, set_parts, shared_out
 
 
 METHODS = ("plain", "nopt-classifier-only", "nopt", "nopt-data-free", "nopt-quantile")
@@ -55,30 +55,6 @@ SHARED = (
 )  # fmt: skip
 
 
-def set_name(method: str, images_per_class: int, seed: int) -> str:
-    """What a study calls a set, such as "nopt-ipc10-seed0"."""
-    return f"{method}-ipc{images_per_class}-seed{seed}"
-
-
-def set_parts(name: str) -> tuple[str, int, int]:
-    """Method, images per class and seed of a set's name; the inverse of [`set_name`]."""
-    method, size, seed = name.rsplit("-", 2)
-    return method, int(size.removeprefix("ipc")), int(seed.removeprefix("seed"))
-
-
-def clear_name(share: float) -> str:
-    """Name of the targets of the clearest images."""
-    return f"clearest-{share}"
-
-
-def shared_out(names: Sequence[str], effort: Callable[[str], float], processes: int) -> list[list[str]]:
-    """What each process does so that they end at about the same time: the largest goes to whoever has least."""
-    shares: list[list[str]] = [[] for _ in range(processes)]
-    for name in sorted(names, key=effort, reverse=True):
-        min(shares, key=lambda share: sum(map(effort, share))).append(name)
-    return shares
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudyPlan(ImportOptions):
     """The small sets of a study.
@@ -88,7 +64,7 @@ class StudyPlan(ImportOptions):
             one that no evaluator has.
         methods: of "plain", "nopt", "nopt-data-free", "nopt-classifier-only" (matches nothing: the classifier's
             evidence alone) and "nopt-quantile" (the released objective, which takes long); or peers, such as "mgd3",
-            with their defaults, see `dsco_hf.sampling.peers`.
+            with their defaults, see `dsco_hf.sampling.peers`; or several that go together, such as "d4m+nopt".
         budgets: images per class; if none, those of 1, 10 and 50 that every class has.
         synthesis_seeds: repetitions of the sets. "nopt-quantile", whose cost is many times that of the others, has
             one.
@@ -151,8 +127,12 @@ class StudyPlan(ImportOptions):
             feature_specs(self.features)
         object.__setattr__(self, "methods", [one for given in self.methods for one in given.split(",") if one])
         for method in self.methods:
-            if method not in ALLOWED:
-                raise ValueError(f"`methods` may hold {list(ALLOWED)}, got {method!r}.{nearest(method, ALLOWED)}")
+            for part in method.split("+"):
+                if part not in ALLOWED or "nopt-quantile" == part != method:
+                    told = f"{list(ALLOWED)}, or some of them, but not 'nopt-quantile', joined by '+'"
+                    raise ValueError(f"`methods` may hold {told}, got {method!r}.{nearest(part, ALLOWED)}")
+            if "+" in method:
+                self.drawing(method, (self.budgets or DEFAULT_BUDGETS)[0])  # refuses parts that contradict each other
         find_selection(self.doping_strategy)
         for budget in self.doping_budgets:
             if "nopt" not in self.methods:
@@ -234,8 +214,7 @@ class StudyPlan(ImportOptions):
         return [
             set_name(method, budget, seed)
             for budget in sorted(self.budgets, reverse=True)
-            for method in reversed(ALLOWED)
-            if method in self.methods
+            for method in sorted(dict.fromkeys(self.methods), key=[*ALLOWED, *self.methods].index, reverse=True)
             for seed in self.seeds(method, budget)
         ]
 
@@ -243,7 +222,8 @@ class StudyPlan(ImportOptions):
         """About how long a set takes, in images that are sampled plainly; told by figures of the digits."""
         method, budget, _ = set_parts(name)
         quantile = 2.0 * self.quantile_iterations * (budget + 5)  # real images pass, too
-        return quantile if method == "nopt-quantile" else budget * EFFORT.get(method, 1.5)
+        parts = math.prod(EFFORT.get(part, 1.5) for part in method.split("+"))
+        return quantile if method == "nopt-quantile" else budget * parts
 
     def doped_names(self) -> dict[str, str]:
         """Names of the sets with real images in them, with the set of "nopt" that each begins with."""
@@ -263,8 +243,14 @@ class StudyPlan(ImportOptions):
     def drawing(self, method: str, budget: int) -> tuple[str | None, dict[str, Any]]:
         """What a set is drawn for ("real", "clearest-0.2", "nopt-data-free", "centroids-10"), and how it is drawn.
 
-        The options are those of `concentrate`.
+        The options are those of `concentrate`. What the parts of a combination are drawn for is joined by "+".
         """
+        if "+" in method:
+            alone = [self.drawing(part, budget) for part in method.split("+")]
+            combined = Combined(tuple(options["method"] for _, options in alone))
+            asked = {options["method"].name: population for population, options in alone}
+            found = [population for part in combined.takers if (population := asked[part])]
+            return "+".join(found) or None, alone[0][1] | {"method": combined}
         names = (*OF_SAMPLING, "block_size", "images_per_call")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         if method == "plain":
@@ -365,7 +351,7 @@ class PlannedSets:
 
     def _makers(self) -> dict[str, Callable[..., Any]]:
         """How targets are made, by name; the discrepancy of all sets is measured by the first."""
-        plan = self.plan
+        plan, parts = self.plan, dict.fromkeys("+".join(self.plan.methods).split("+"))
 
         def of_images(share: float = 1.0, **shared: Any) -> MatchingTargets:
             chosen = self.real
@@ -374,14 +360,14 @@ class PlannedSets:
             return MatchingTargets.from_dataset(chosen, self.pipe, **plan.matched, **self.columns, **shared)
 
         makers: dict[str, Callable[..., Any]] = {"real": of_images}
-        if "nopt" in plan.methods:
+        if "nopt" in parts:
             shares = sorted(set(plan.clearest_share) - {1})
             makers |= {clear_name(share): functools.partial(of_images, share) for share in shares}
-        if "nopt-data-free" in plan.methods:
+        if "nopt-data-free" in parts:
             makers["nopt-data-free"] = functools.partial(
                 MatchingTargets.from_generator, self.pipe, **plan.templates, **plan.matched
             )
-        for method, budget in itertools.product([name for name in plan.methods if name in PEERS], plan.budgets):
+        for method, budget in itertools.product([name for name in parts if name in PEERS], plan.budgets):
             population, options = plan.drawing(method, budget)
             if population is not None:
                 sampling = Sampling.of(**{name: options[name] for name in (*OF_SAMPLING, "method")})
@@ -406,6 +392,14 @@ class PlannedSets:
     def _quantile(self) -> QuantileTargets:
         return QuantileTargets.from_dataset(self.real, self.pipe, progress=False, **self.plan.pivots, **self.columns)
 
+    def _matched(self, population: str | None, method: SamplingMethod) -> Any:
+        """The targets of that name; of several names, joined by "+", those of the parts of a combination."""
+        if population is None or "+" not in population:
+            return self.targets.get(population or "")
+        return JointTargets(
+            {part: self.targets[one] for part, one in zip(method.takers, population.split("+"), strict=True)}
+        )
+
     def _draw(self) -> None:
         self.clock.say(f"synthesis: {', '.join(self.plan.methods)}")
         rank = self.accelerator.process_index
@@ -413,7 +407,7 @@ class PlannedSets:
         for name in Bar(mine, desc="Sets", disable=rank > 0):
             method, budget, seed = set_parts(name)
             population, options = self.plan.drawing(method, budget)
-            targets = self.targets.get(population or "")
+            targets = self._matched(population, options["method"])
             matched: object = self.plan.pivots if method == "nopt-quantile" else targets
             made_with = {**self.made_with, "set": identity(seed=seed, budget=budget, targets=matched, **options)}
             if self.kept.is_made(name, made_with) or self.clock.is_over():

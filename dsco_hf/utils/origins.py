@@ -212,6 +212,8 @@ def targets_sha256(targets: DataclassInstance) -> str:
             continue
         if isinstance(value, Mapping) and all(isinstance(part, torch.Tensor) for part in value.values()):
             value = [part for _, part in sorted(value.items())]
+        elif isinstance(value, Mapping) and any(map(dataclasses.is_dataclass, value.values())):
+            value = {name: targets_sha256(part) for name, part in sorted(value.items())}  # targets of several parts
         parts = value if isinstance(value, list) and value and isinstance(value[0], torch.Tensor) else [value]
         for part in parts:
             _update(digest, field.name, part)

@@ -43,6 +43,7 @@ def started(pipe, targets, labels, method=SMALL, *, eta=1.0):
     generators = [torch.Generator().manual_seed(7 + number) for number in range(len(labels))]
     sampling = Sampling(10, 1.0, eta=eta, batch_size=2, method=method)
     call = pipe.start_call(labels, targets, sampling, generator=generators)
+    method.prepare(call)
     latents, first = method.begin(call)
     assert first == 0
     return call, latents

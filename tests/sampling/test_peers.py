@@ -166,6 +166,7 @@ def of_centroids(pipe, values):
 
 def test_mode_guidance_moves_each_step_by_the_published_amount(pipe):
     call = started(pipe, MGD3(scale=0.2), of_centroids(pipe, [[0.5, -0.5], [0.1, 0.9]]), [2, 0, 0], indices=[1, 0, 3])
+    call.method.prepare(call)
     latents, first = call.method.begin(call)
     prediction, noise = torch.zeros_like(latents), call.draw_noise(latents)
     assert first == 0 and call.state[:, 0, 0, 0].tolist() == pytest.approx([0.9, 0.5, -0.5])
@@ -299,7 +300,7 @@ def test_s3_leaves_whole_sets_and_means_are_those_of_all_images(pipe, real_image
     expected = torch.stack([features[labels == row].mean(dim=0) for row in range(3)])
     torch.testing.assert_close(targets.tensors["means"], expected)
     call = started(pipe, S3(candidates=3), targets, [0, 1, 1, 0, 2])
-    call.method.begin(call)
+    call.method.prepare(call)
     drawn = torch.rand(15, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         sets = call.method.choose(call, drawn, drawn) // 5
@@ -362,6 +363,7 @@ def test_transport_guidance_brings_images_nearer_to_their_class(pipe):
     targets.tensors["centroids"] += 0.3 * torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     method = DMGD(scale=0.3, clusters=2)
     call = started(pipe, method, targets, [0, 2, 0])
+    method.prepare(call)
     latents, _ = method.begin(call)
     noise = call.draw_noise(latents)
     moved = method.noise(call, 2, latents, latents, noise) - noise

@@ -117,7 +117,7 @@ def one_step(pipe, targets, *, steps=6, i=3, labels=LABELS, scale=2.0, **method)
     """The middle of a call: the call, latents, predicted noise, noise to optimise, classes."""
     nopt = NOpt(**{"step_size": 0.1, **method})
     call = pipe.start_call(labels, targets, Sampling(steps, scale, method=nopt))
-    nopt.begin(call)
+    nopt.prepare(call)
     config, generator = pipe.transformer.config, torch.Generator().manual_seed(0)
     shape = (2, len(labels), config.in_channels, config.sample_size, config.sample_size)
     latents, noise = torch.randn(shape, generator=generator).to(pipe.transformer.dtype)

@@ -62,6 +62,11 @@ class NOpt(SamplingMethod):
         return f"{NOISE} {self.objective.sentence}"
 
     @property
+    def takes_targets(self) -> bool:  # type: ignore[override]
+        """As the objective needs."""
+        return self.objective.needs is not None
+
+    @property
     def second_moment(self) -> bool:
         """As the objective needs."""
         return self.objective.needs == "second_moment"
@@ -109,11 +114,10 @@ class NOpt(SamplingMethod):
         progress = (i - steps.start) / (len(steps) - 1) if len(steps) > 1 else 0.0
         return self.step_size * (1 + progress * (self.step_decay - 1))
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        """Binds the objective to the call's images; latents `(B, C, h, w)` and step as of all methods."""
+    def prepare(self, call: Call) -> None:
+        """Binds the objective to the call's images."""
         if call.eta > 0:
             call.state = self.objective.bind(call.pipe, call.targets, call.ids, call.previous)
-        return super().begin(call)
 
     def noise(
         self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor

@@ -236,7 +236,7 @@ class Released(SamplingMethod):
         """Indices of the steps whose noise is optimised."""
         return optimized_steps(num_steps, self.start, self.stop)
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+    def prepare(self, call: Call) -> None:
         """Makes the random network, and finds each image's row `(B,)` of the targets."""
         if call.eta > 0:
             denoiser, device = call.pipe.denoiser, call.pipe._execution_device
@@ -245,7 +245,6 @@ class Released(SamplingMethod):
             extractor = extractor.to(device, denoiser.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             extractor.register_forward_hook(lambda _, given, __: call.passed("extractor", len(given[0])))
             call.state = extractor, call.targets.rows_of(call.ids).to(device)
-        return super().begin(call)
 
     def network(self, num_channels: int, seed: int) -> nn.Module:
         """What looks at latents `(B, C, h, w)`: features `(B, d)`."""

@@ -45,10 +45,9 @@ class BestOfN(NeedsNames, SamplingMethod):
         """Raises ValueError without a teacher; targets only name classes."""
         need_teacher(self.name, pipe)
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+    def prepare(self, call: Call) -> None:
         """Finds the classifier's label of each image, `(B,)`; ValueError if it was trained on other classes."""
         call.state = torch.tensor(call.pipe.classifier_labels(call.ids))
-        return super().begin(call)
 
     def choose(self, call: Call, latents: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """The classifier's surest of each class, `(N,)`; see [`surest`]."""

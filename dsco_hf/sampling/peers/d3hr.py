@@ -47,6 +47,7 @@ class D3HR(SamplingMethod):
     )
     targets_class: ClassVar[type | None] = ClassStatistics
     statistics: ClassVar[str] = "inverted"
+    adds_noise: ClassVar[bool] = False
     start: float = 0.36
     groups: int = 100_000
     skew: float = 0.1

@@ -65,6 +65,6 @@ class DDOQ(D4M):
         return True
 
     def weights(self, call: Call) -> torch.Tensor:
-        """Share of the cell times the number of cells, `(n,)`."""
-        shares = own_of_slots(call, "shares")[: len(call.wanted)]
+        """Share of the cell times the number of cells, `(B,)`."""
+        shares = own_of_slots(call, "shares")
         return (shares * call.targets.tensors["shares"].shape[1]).cpu()

@@ -52,13 +52,12 @@ class DMGD(FromCentroids, SamplingMethod):
         **{"start": Limits(0, 1), "stop": Limits(0, 1)},
     }
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+    def prepare(self, call: Call) -> None:
         """Finds the centroids `(K, M, C, h, w)` and shares `(K, M)` of the K classes, M of each."""
         present, index = call.labels.unique(return_inverse=True)
         rows = call.targets.rows_of(present.tolist())
         own = [call.targets.tensors[name][rows].to(call.labels.device) for name in ("centroids", "shares")]
         call.state = (index, *own)
-        return super().begin(call)
 
     def noise(
         self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor

@@ -182,13 +182,12 @@ class IGD(SamplingMethod):
         found.provenance |= {"images": read, "passes": {"surrogate": passes}, "epochs": epochs}
         return found
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+    def prepare(self, call: Call) -> None:
         """Finds each image's row `(B,)` of the targets, and the network with its weights at each epoch."""
         device = call.labels.device
         network = with_plain_norms(self.network(call.pipe, call.targets.class_names)).to(device)
         states = states_of(call.targets.shared, self.checkpoints, device)
         call.state = call.targets.rows_of(call.ids).to(device), network, states
-        return super().begin(call)
 
     def noise(
         self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor
@@ -244,8 +243,8 @@ class _Rehearsed(IGD):
     def stand_in_targets(self, pipe: DiffusionPipeline) -> ClassStatistics:
         return stand_in(pipe, "gradients", {})
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
-        return SamplingMethod.begin(self, call)
+    def prepare(self, call: Call) -> None:
+        pass
 
     def pixel_gradient(self, call: Call, pixels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(pixels)

@@ -38,10 +38,9 @@ class MGD3(FromCentroids, SamplingMethod):
     clusters: int | None = None
     field_limits = {"clusters": 1, "scale": 0, "stop": Limits(0, 1)}
 
-    def begin(self, call: Call) -> tuple[torch.Tensor, int]:
+    def prepare(self, call: Call) -> None:
         """Finds each image's centroid `(C, h, w)`."""
         call.state = own_of_slots(call, "centroids")
-        return super().begin(call)
 
     def noise(
         self, call: Call, i: int, latents: torch.Tensor, noise_pred: torch.Tensor, noise: torch.Tensor

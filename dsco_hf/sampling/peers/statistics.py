@@ -293,6 +293,7 @@ class NeedsNames:
 
     targets_class: ClassVar[type | None] = ClassStatistics
     statistics: ClassVar[str] = "names"
+    takes_targets: ClassVar[bool] = False
 
     def make_targets(
         self, pipe: DiffusionPipeline, given: Population, sampling: Sampling, **options: Any
