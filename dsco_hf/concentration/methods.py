@@ -54,15 +54,21 @@ _OTHERS = (
 
 
 def find_method(name: str) -> Method:
-    """The method of that name; another name is its own label."""
-    return METHODS.get(name, Method(name, *_OTHERS[0]))
+    """The method of that name; another name is its own label, but for methods that are combined."""
+    return METHODS.get(name, Method(_label(name), *_OTHERS[0]))
 
 
 def find_methods(names: Iterable[str]) -> dict[str, Method]:
     """Methods by name, in the order of `in_order`; names without a style get different colours and markers."""
     ordered = in_order(names)
     others = [name for name in ordered if name not in METHODS]
-    return {name: METHODS.get(name) or Method(name, *_OTHERS[others.index(name) % len(_OTHERS)]) for name in ordered}
+    styles = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(others)}
+    return {name: METHODS.get(name) or Method(_label(name), *styles[name]) for name in ordered}
+
+
+def _label(name: str) -> str:
+    """That of a method without one of its own: "D4M + DsCo" of "d4m+nopt"."""
+    return " + ".join(METHODS[part].label if part in METHODS else part for part in name.split("+"))
 
 
 def in_order(names: Iterable[str]) -> list[str]:

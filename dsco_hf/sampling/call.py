@@ -92,6 +92,12 @@ class SamplingMethod(Choice):
         """The methods that targets are made for, by name: this one, or parts of a combination."""
         return {self.name: self}
 
+    def with_objective(self, objective: object) -> SamplingMethod:
+        """The same with another objective; ValueError for a method that has none."""
+        if "objective" not in self.__dataclass_fields__:
+            raise ValueError(f"`objective` is a field of 'nopt', and {self.name!r} has none: leave it out.")
+        return dataclasses.replace(self, objective=objective)  # type: ignore[call-arg]
+
     @property
     def second_moment(self) -> bool:
         """Whether targets that are made for it need E ψψᵀ."""
@@ -279,9 +285,7 @@ class Sampling:
         )
         changed: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         if objective is not None:
-            if "objective" not in [field.name for field in dataclasses.fields(base.method)]:
-                raise ValueError(f"`objective` is a field of 'nopt', and {base.method.name!r} has none: leave it out.")
-            changed["method"] = dataclasses.replace(base.method, objective=objective)  # type: ignore[call-arg]
+            changed["method"] = base.method.with_objective(objective)
         return dataclasses.replace(base, **changed)
 
     def for_targets(self, targets: object) -> Self:

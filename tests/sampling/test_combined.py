@@ -94,6 +94,9 @@ def test_options_of_command_lines_reach_the_part():
     with pytest.raises(ValueError, match=r"\['step_size'\] are of 'nopt', and `method` is 'd4m\+best-of-n'"):
         SamplingOptions(method="d4m+best-of-n", step_size=0.5).sampling  # noqa: B018
     assert SamplingOptions().sampling == Sampling()
+    assert Sampling.of("d4m+nopt", objective="rkhs").method == D4M() + NOpt("rkhs")
+    with pytest.raises(ValueError, match="`objective` is a field of 'nopt', and 'combined' has none: leave it out"):
+        Sampling.of("d4m+best-of-n", objective="rkhs")
 
 
 @pytest.mark.parametrize(("parts", "message"), [

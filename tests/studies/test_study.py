@@ -6,11 +6,14 @@ import torch
 from accelerate import Accelerator
 
 from conftest import striped_images
-from dsco_hf import RKHS, Herding, NOpt, Plain, Pool, Released, Ridge, get_protocol
+from dsco_hf import RKHS, Herding, NOpt, Plain, Pool, Released, Ridge, concentrate, get_protocol
 from dsco_hf.concentration.additions.doping import select, selected_rows
+from dsco_hf.concentration.set_records import record_of
 from dsco_hf.evaluators import load_image_set
 from dsco_hf.matching.discrepancy import SetMeasures
+from dsco_hf.sampling.methods import JointTargets
 from dsco_hf.studies.figures.accuracy import draw_study_samples
+from dsco_hf.studies.kept import passes_of
 from dsco_hf.studies.options import RealOptions
 from dsco_hf.studies.plans import PlannedSets, StudyPlan, set_name, set_parts
 from dsco_hf.studies.study import FULL, Study, measures_of_row, random_beside, real_baselines
@@ -171,6 +174,48 @@ def test_redundancy_of_a_row_is_the_mean_over_its_sets():
         "redundancy": [[None, pytest.approx(0.3)], [None, None]],
     }  # fmt: skip
     assert measures_of_row([SetMeasures({"a": 0.1})]) == {"discrepancies": [0.1]}
+
+
+@pytest.mark.slow
+def test_methods_that_go_together_are_rows_and_share_the_targets_of_others(pipe, train, tmp_path):
+    methods = ["nopt", "d4m+nopt", "nopt-data-free+best-of-n", "s3+ddoq"]
+    plan = StudyPlan(methods=methods, budgets=[1, 2], synthesis_seeds=1, num_inference_steps=5, check_images=0,
+                     clearest_share=[0.5, 1.0], samples_per_class=2, step_size=0.5)  # fmt: skip
+    population, options = plan.drawing("d4m+nopt", 1)
+    assert population == "centroids-1+clearest-0.5" and options["method"].parts[1].step_size == 0.5
+    assert plan.drawing("s3+ddoq", 2)[0] == "centroids-2+features"
+    assert plan.drawing("nopt-data-free+best-of-n", 2)[0] == "nopt-data-free"
+    made = PlannedSets(plan, pipe, striped_images(), tmp_path, clock=Clock(Accelerator()))
+    made.make()
+    rows = made.rows()
+    assert {set_parts(name)[0] for name in rows} == set(methods) and len(rows) == 8
+    assert set(made.targets) == {
+        "real", "clearest-0.5", "nopt-data-free", "centroids-1", "centroids-2", "features"
+    }  # fmt: skip
+    assert record_of(rows["d4m+nopt-ipc2-seed0"])["targets"]["kind"] == "JointTargets"
+    assert record_of(rows["nopt-data-free+best-of-n-ipc1-seed0"])["method"] == "nopt-data-free+best-of-n"
+    assert "weight" in rows["s3+ddoq-ipc2-seed0"].features
+    told = made.kept.told("d4m+nopt-ipc2-seed0")
+    assert told["flops"] > 0 < told["data_pass_flops"]
+    assert made.targets_of("d4m+nopt-ipc2-seed0") is None
+    population, options = plan.drawing("d4m+nopt", 2)
+    targets = JointTargets({"d4m": made.targets["centroids-2"], "nopt": made.targets["real"]})
+    assert passes_of(targets, pipe) == {"images": 42, "classifier": 42}
+    alone = concentrate(pipe, targets, 2, progress=False, **options)
+    pairs = zip(alone["image"], rows["d4m+nopt-ipc2-seed0"]["image"], strict=True)
+    assert population == "centroids-2+real" and all(one.tobytes() == other.tobytes() for one, other in pairs)
+    before = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*.parquet")}
+    PlannedSets(plan, pipe, striped_images(), tmp_path, clock=Clock(Accelerator())).make()
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+
+
+def test_methods_that_do_not_go_together_are_refused_before_anything_is_made():
+    with pytest.raises(ValueError, match="'mgd3' and 'nopt' both move the noise"):
+        StudyPlan(methods=["mgd3+nopt"])
+    with pytest.raises(ValueError, match="`methods` may hold .* got 'd4m.nopd'. Nearest: 'nopt'"):
+        StudyPlan(methods=["d4m+nopd"])
+    with pytest.raises(ValueError, match="but not 'nopt-quantile', joined by '.', got 'd4m.nopt-quantile'"):
+        StudyPlan(methods=["d4m+nopt-quantile"])
 
 
 def test_random_real_images_beside_sets_of_their_size():

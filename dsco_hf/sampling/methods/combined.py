@@ -128,6 +128,14 @@ class Combined(SamplingMethod):
         """The part that differs from plain sampling in a hook, if one does."""
         return next((part for part in self.parts if hook in hooks_of(part)), None)
 
+    def with_objective(self, objective: object) -> SamplingMethod:
+        """The same with another objective of the part that has one."""
+        has = ["objective" in part.__dataclass_fields__ for part in self.parts]
+        if not any(has):
+            return super().with_objective(objective)
+        pairs = zip(self.parts, has, strict=True)
+        return Combined(tuple(part.with_objective(objective) if own else part for part, own in pairs))
+
     @property
     def takers(self) -> dict[str, SamplingMethod]:
         """The parts that take targets."""
