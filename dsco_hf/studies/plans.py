@@ -25,7 +25,7 @@ from ..matching.feature_spec import feature_specs
 from ..matching.kept import kept_targets, pipeline_identity
 from ..matching.objectives import ClassifierEvidence, Objective
 from ..matching.targets import MatchingTargets
-from ..sampling.call import Plain, Sampling, SamplingMethod
+from ..sampling.call import Plain, Sampling
 from ..sampling.flat import from_flat
 from ..sampling.methods import Combined, JointTargets, NOpt, QuantileTargets, Released
 from ..sampling.peers import PEERS, ClassStatistics
@@ -343,7 +343,9 @@ class PlannedSets:
 
     def drawn_for(self, name: str) -> Any:
         """The targets of a set, or of the one that a doped set begins with, as far as they are files of their own."""
-        return self.targets.get(self.kept.told(self.plan.doped_names().get(name, name)).get("population") or "")
+        drawn = self.plan.doped_names().get(name, name)
+        method, budget, _ = set_parts(drawn)
+        return self._matched(self.kept.told(drawn).get("population"), method, budget)
 
     def targets_of(self, name: str) -> MatchingTargets | None:
         """The same, if they are what a published set can bring."""
@@ -392,13 +394,12 @@ class PlannedSets:
     def _quantile(self) -> QuantileTargets:
         return QuantileTargets.from_dataset(self.real, self.pipe, progress=False, **self.plan.pivots, **self.columns)
 
-    def _matched(self, population: str | None, method: SamplingMethod) -> Any:
+    def _matched(self, population: str | None, method: str, budget: int) -> Any:
         """The targets of that name; of several names, joined by "+", those of the parts of a combination."""
         if population is None or "+" not in population:
             return self.targets.get(population or "")
-        return JointTargets(
-            {part: self.targets[one] for part, one in zip(method.takers, population.split("+"), strict=True)}
-        )
+        takers = self.plan.drawing(method, budget)[1]["method"].takers
+        return JointTargets({part: self.targets[one] for part, one in zip(takers, population.split("+"), strict=True)})
 
     def _draw(self) -> None:
         self.clock.say(f"synthesis: {', '.join(self.plan.methods)}")
@@ -407,7 +408,7 @@ class PlannedSets:
         for name in Bar(mine, desc="Sets", disable=rank > 0):
             method, budget, seed = set_parts(name)
             population, options = self.plan.drawing(method, budget)
-            targets = self._matched(population, options["method"])
+            targets = self._matched(population, method, budget)
             matched: object = self.plan.pivots if method == "nopt-quantile" else targets
             made_with = {**self.made_with, "set": identity(seed=seed, budget=budget, targets=matched, **options)}
             if self.kept.is_made(name, made_with) or self.clock.is_over():

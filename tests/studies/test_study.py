@@ -201,6 +201,7 @@ def test_methods_that_go_together_are_rows_and_share_the_targets_of_others(pipe,
     population, options = plan.drawing("d4m+nopt", 2)
     targets = JointTargets({"d4m": made.targets["centroids-2"], "nopt": made.targets["real"]})
     assert passes_of(targets, pipe) == {"images": 42, "classifier": 42}
+    assert made.drawn_for("d4m+nopt-ipc2-seed0") == targets and made.drawn_for("random-ipc2-seed0") is None
     alone = concentrate(pipe, targets, 2, progress=False, **options)
     pairs = zip(alone["image"], rows["d4m+nopt-ipc2-seed0"]["image"], strict=True)
     assert population == "centroids-2+real" and all(one.tobytes() == other.tobytes() for one, other in pairs)
