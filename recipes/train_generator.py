@@ -6,10 +6,11 @@
     accelerate launch recipes/train_generator.py --dataset user/pets --finetune_from facebook/DiT-XL-2-256 \
         --trainable bias_and_norm --learning_rate 1e-4 --output_dir outputs/pets
     accelerate launch recipes/train_generator.py --dataset user/pets --prompts "a photo of a {}, a pet" \
-        --finetune_from stable-diffusion-v1-5/stable-diffusion-v1-5 --learning_rate 1e-5 --output_dir outputs/pets
+        --finetune_from stable-diffusion-v1-5/stable-diffusion-v1-5 --trainable lora --learning_rate 1e-4 \
+        --batch_size 8 --output_dir outputs/pets
 
-The folder is read by `DsCoPipeline.from_pretrained(output_dir)`. It also holds `results.json`, `samples.png` and, with
-`--evaluate_every`, `samples-<step>.png`.
+The folder is read by `DsCoPipeline.from_pretrained(output_dir)`. It also holds `results.json`, `samples.png`, with
+`--evaluate_every` `samples-<step>.png`, and with `--trainable lora` `pytorch_lora_weights.safetensors`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import ModelMixin
@@ -31,7 +33,7 @@ from diffusers import ModelMixin
 from dsco_hf.data.datasets import dataset_fingerprint, load_pixels, present_classes
 from dsco_hf.data.pixels import default_image_size
 from dsco_hf.evaluators.evaluation import run_environment
-from dsco_hf.generators.base import denoiser_of
+from dsco_hf.generators.base import check_lora, denoiser_of
 from dsco_hf.generators.denoisers import (
     ENCODERS,
     GeneratorTrainingConfig,
@@ -125,7 +127,7 @@ class GeneratorRun:
         if (base := recipe.load_base(self.names)) is not None:
             self.adapt(base)
         else:
-            recipe.check_prompts(self.config.architecture, self.names)
+            recipe.check_new(self.config, self.names)
         size = recipe.image_size or (base.drawn_size if base else default_image_size(dataset, **recipe.columns))
         self.pixels, self.labels, _ = load_pixels(
             dataset, image_size=size, num_channels=base.num_channels if base else recipe.num_channels,
@@ -149,6 +151,8 @@ class GeneratorRun:
         mapping = read_class_mapping(recipe.class_mapping, self.names, base.get_label_ids)
         side = (recipe.image_size or base.drawn_size) // base.vae_scale_factor
         self.denoiser = family.adapt(len(self.names), mapping=mapping, sample_size=side)
+        if self.config.trainable == "lora":
+            check_lora(self.denoiser)
         if base.prompts is None:
             return
         if self.denoiser.config.sample_size != base.denoiser.config.sample_size:  # which encoded prompts may tell
@@ -203,10 +207,19 @@ class GeneratorRun:
             "parameters": sum(parameter.numel() for parameter in result.denoiser.parameters()),
             **run_environment(self.accelerator),
         }  # fmt: skip
+        if result.lora:
+            self.save_lora(result)
+            results["lora_parameters"] = sum(value.numel() for value in result.lora.values())
         if self.text:
             results["prompts"] = self.text["prompts"].as_record()
         write_json(self.output / "results.json", results)
         print(f"Saved the pipeline to {self.output}, loss {result.losses[-1]['loss']:.4f} after {result.step} steps.")
+
+    def save_lora(self, result: GeneratorTrainingResult) -> None:
+        """Writes what LoRA learnt beside the pipeline, as `load_lora_weights` of diffusers' pipelines reads it."""
+        (component,) = result.components
+        host = getattr(diffusers, self.text["prompts"].config.host)
+        host.save_lora_weights(self.output, **{f"{component}_lora_layers": result.lora})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SMALLER = {
     "images_per_class=10": "images_per_class=2",
     "images_per_class=50": "images_per_class=4",
     "width=256": "width=8",
+    "train_steps=1000": "train_steps=2",
     '(pipe, "imagenette")': '(pipe, "imagenette", samples_per_class=4)',
 }
 

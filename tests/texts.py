@@ -1,5 +1,6 @@
 """Tiny text-to-image pipelines of diffusers: random weights, and a real tokenizer whose vocabulary is made here."""
 
+import copy
 import json
 
 import diffusers
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -117,38 +119,14 @@ def stable_diffusion_xl(folder, *, length=16, **options):
     return pipe
 
 
-class Adapted(torch.nn.Module):
-    """A linear layer with LoRA's, W x + B A x, by the names that peft gives them."""
-
-    def __init__(self, base_layer, rank=2):
-        super().__init__()
-        self.base_layer = base_layer
-        inward = torch.nn.Linear(base_layer.in_features, rank, bias=False)
-        outward = torch.nn.Linear(rank, base_layer.out_features, bias=False)
-        self.lora_A, self.lora_B = (torch.nn.ModuleDict({"default_0": layer}) for layer in (inward, outward))
-
-    def forward(self, x):
-        return self.base_layer(x) + self.lora_B["default_0"](self.lora_A["default_0"](x))
-
-
-def load_adapters(network, seed=9):
-    """Does to a network what `load_lora_weights` does, without peft."""
+def load_lora(host, folder, seed=9):
+    """Loads LoRA of random weights into the denoiser of a host, by its own `load_lora_weights`."""
+    name = "unet" if hasattr(host, "unet") else "transformer"
     torch.manual_seed(seed)
-    for name, module in list(network.named_modules()):
-        if name.endswith(("to_q", "to_k", "to_v")):
-            network.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], Adapted(module))
-    network.peft_config = {"default_0": {}}
-
-
-@torch.no_grad()
-def fuse_adapters(network):
-    """Does what `fuse_lora` and `unload_lora_weights` do."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, Adapted):
-            module.base_layer.weight += module.lora_B["default_0"].weight @ module.lora_A["default_0"].weight
-            parent, _, own = name.rpartition(".")
-            network.get_submodule(parent).register_module(own, module.base_layer)
-    del network.peft_config
+    network = copy.deepcopy(host.components[name])
+    network.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"]))
+    host.save_lora_weights(folder, **{f"{name}_lora_layers": get_peft_model_state_dict(network)})
+    host.load_lora_weights(folder)
 
 
 def t5_tokenizer():

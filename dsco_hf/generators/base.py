@@ -6,6 +6,7 @@ All that differs between a DiT, a class-conditional UNet or a network of one's o
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -274,15 +275,23 @@ class Denoiser:
         check_side(type(self.network).__name__, sample_size, *self.side_factor, remedy=remedy)
         return {"sample_size": sample_size}
 
-    def set_trainable(self, trainable: str) -> list[str]:
+    def set_trainable(self, trainable: str, *, lora_rank: int = 8, seed: int = 0) -> list[str]:
         """Freezes the weights that are not to be trained, and names the others.
 
         Args:
-            trainable (`str`): "all" weights, or "bias_and_norm": every bias, every norm, and the tables of classes.
+            trainable (`str`): "all" weights, or "bias_and_norm": every bias, every norm, and the tables of classes; or
+                "lora": W + B A in the place of W for all projections of attention (https://arxiv.org/abs/2106.09685),
+                scaled by one, of which A and B, new and at first without effect, are trained.
+            lora_rank (`int`): rows of A.
+            seed (`int`): of A.
 
         Returns:
             `list[str]`: names of the parameters that are trained.
         """
+        if trainable == "lora":
+            self.network.requires_grad_(False)
+            add_lora(self.network, lora_rank, seed)
+            return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         chosen = {f"{name}.weight" for name, _ in self.class_tables()}
         for name, module in self.network.named_modules():
             if isinstance(module, _NORMS):
@@ -291,6 +300,48 @@ class Denoiser:
             # a positional table and other buffers are no parameters and never train
             parameter.requires_grad_(trainable == "all" or name in chosen or name.rpartition(".")[2] == "bias")
         return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+
+
+# What diffusers calls the projections of attention, those of a second stream (of prompts) included.
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def check_lora(network: ModelMixin) -> None:
+    """Raises ValueError if LoRA cannot be added to a network."""
+    if not hasattr(network, "add_adapter"):
+        raise ValueError(
+            f"diffusers has no LoRA for a {type(network).__name__}: set `trainable='bias_and_norm'`, which trains few "
+            "weights as well."
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("`trainable='lora'` needs that package: pip install 'dsco_hf[lora]', or peft alone.")
+
+
+def add_lora(network: ModelMixin, rank: int, seed: int = 0) -> None:
+    """Adds LoRA to all projections of attention, by diffusers' `add_adapter`; its A is drawn from the seed, B is 0."""
+    check_lora(network)
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(_PROJECTIONS))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network.add_adapter(config)
+
+
+def fuse_lora(network: ModelMixin) -> dict[str, torch.Tensor]:
+    """Adds what LoRA has learnt to the weights and takes it out; gives it, by the names that diffusers stores.
+
+    Returns:
+        `dict[str, torch.Tensor]`: A `(rank, d)` and B `(d', rank)` of every layer; empty for a network without LoRA.
+    """
+    if not getattr(network, "peft_config", None):
+        return {}
+    from peft import get_peft_model_state_dict
+
+    found = {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(network).items()}
+    network.fuse_lora()
+    network.unload_lora()
+    return found
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ ENCODERS = tuple(dict.fromkeys(name for family in BUILT_IN for name in family.en
 
 _CHOICES = {
     "prediction_type": ("epsilon", "v_prediction", "flow"),
-    "trainable": ("all", "bias_and_norm"),
+    "trainable": ("all", "bias_and_norm", "lora"),
     "lr_schedule": ("cosine", "constant"),
     "timestep_sampling": ("stratified", "uniform"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -52,7 +52,10 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
             the place of classes, as a small frozen text encoder of random weights says them; or the name of a
             registered family.
         trainable (`str`): when an existing denoiser is fine-tuned: "all" weights, or "bias_and_norm": biases, norms
-            and tables of classes only, as in DiffFit (https://arxiv.org/abs/2304.06648), without its scale factors.
+            and tables of classes only, as in DiffFit (https://arxiv.org/abs/2304.06648), without its scale factors, or
+            "lora", small matrices beside the projections of attention (https://arxiv.org/abs/2106.09685), which are
+            added to them in the end; it needs peft.
+        lora_rank (`int`): of these matrices.
         class_dropout_prob (`float`): share of labels replaced by the null class, in [0, 1).
         num_train_timesteps (`int`): T, the number of noise levels.
         beta_start, beta_end, beta_schedule: the noise schedule, as in `DDIMScheduler`; a flow has none of these.
@@ -83,6 +86,7 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
 
     architecture: str = "dit"
     trainable: str = "all"
+    lora_rank: int = 8
     class_dropout_prob: float = 0.1
     num_train_timesteps: int = 1000
     beta_start: float = 1e-4
@@ -108,7 +112,7 @@ class GeneratorTrainingConfig(DiTOptions, UNetOptions):
     seed: int = 0
 
     field_limits = {
-        **dict.fromkeys(("num_train_timesteps", "train_steps", "batch_size"), 1),
+        **dict.fromkeys(("num_train_timesteps", "train_steps", "batch_size", "lora_rank"), 1),
         "warmup_steps": 0,
     }
 

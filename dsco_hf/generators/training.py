@@ -25,7 +25,7 @@ from ..utils.files import remove_partials
 from ..utils.origins import fingerprint, versions
 from ..utils.progress import Bar, Checkpoint, Pace
 from ..utils.values import plain_arguments
-from .base import Denoiser, denoiser_of, family_of
+from .base import Denoiser, add_lora, check_lora, denoiser_of, family_of, fuse_lora
 from .data import TrainingData, check_training_inputs, draw_batch, prepare_data, seed_of
 from .denoisers import (
     GeneratorTrainingConfig,
@@ -64,6 +64,8 @@ class GeneratorTrainingResult:
         seconds (`float`): training time, that before a resume included.
         losses (`list[dict]`): mean loss of every logging interval: `{"step", "loss", "learning_rate"}`.
         evaluations (`list[dict]`): `{"step", ...}` with what `evaluate` returned.
+        lora (`dict[str, torch.Tensor]`): of `trainable="lora"`: what the denoiser's weights were changed by, see
+            [`~dsco_hf.generators.base.fuse_lora`].
     """
 
     denoiser: ModelMixin
@@ -72,6 +74,7 @@ class GeneratorTrainingResult:
     seconds: float
     losses: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    lora: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def components(self) -> dict[str, ModelMixin]:
@@ -158,6 +161,8 @@ def train_generator(
         )
     family = denoiser_of(denoiser, prompts=None if prompts is None else prompts.to(accelerator.device))
     _check_denoiser(family, data, num_classes, config)
+    if config.trainable == "lora":
+        check_lora(denoiser)
     file = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
     if file is not None:
         _check_checkpoint(file, resume)
@@ -223,20 +228,21 @@ class _Trainer:
         self.scheduler = build_scheduler(config, latents=latents)
         fast = family.channels_last and accelerator.device.type == "cuda"
         self.memory_format = torch.channels_last if fast else torch.contiguous_format
-        family.set_trainable(config.trainable)
+        family.set_trainable(config.trainable, lora_rank=config.lora_rank, seed=config.seed)
         denoiser = family.network.to(accelerator.device, memory_format=self.memory_format)
         family.begin_training()
         self.denoiser, self.null_class = denoiser, family.null_class
-        self.names = [name for name, _ in denoiser.named_parameters()]
+        trained = {name: own for name, own in denoiser.named_parameters() if own.requires_grad}
+        self.names, self.trained = list(trained), list(trained.values())
         self.ema = EMAModel(
-            denoiser.parameters(),
+            self.trained,
             decay=config.ema_decay,
             use_ema_warmup=True,
             power=config.ema_power,
             foreach=True,
         )
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in denoiser.parameters() if parameter.requires_grad],
+            self.trained,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
@@ -324,7 +330,7 @@ class _Trainer:
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.denoiser.parameters())
+        self.ema.step(self.trained)
         self.unlogged.append(loss.detach())
         self.progress.step += 1
 
@@ -377,21 +383,29 @@ class _Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def _averaged(self) -> ModelMixin:
+    def _averaged(self) -> tuple[ModelMixin, dict[str, torch.Tensor]]:
+        """The averaged weights as a network of their own, and what LoRA adds to them, see [`fuse_lora`]."""
         averaged = type(self.denoiser).from_config(self.denoiser.config)
-        averaged.load_state_dict(self.denoiser.state_dict())  # tables of positions are no parameters
-        self.ema.copy_to(averaged.parameters())
-        return averaged.eval()
+        if self.config.trainable == "lora":
+            add_lora(averaged, self.config.lora_rank)
+        averaged.load_state_dict(
+            self.denoiser.state_dict()
+        )  # what is not trained: frozen weights, tables of positions
+        self.ema.copy_to([averaged.get_parameter(name) for name in self.names])
+        lora = fuse_lora(averaged)
+        return averaged.eval(), lora
 
     def _evaluate(self, evaluate: Callable[[int, ModelMixin], dict[str, Any]]) -> None:
         step = self.progress.step
         if self.accelerator.is_main_process and all(entry["step"] != step for entry in self.progress.evaluations):
-            averaged = self._averaged().to(self.accelerator.device)
+            averaged = self._averaged()[0].to(self.accelerator.device)
             self.progress.evaluations.append({"step": step, **evaluate(step, averaged)})
 
     def _result(self) -> GeneratorTrainingResult:
+        denoiser, lora = self._averaged()
         return GeneratorTrainingResult(
-            denoiser=self._averaged(),
+            denoiser=denoiser,
+            lora=lora,
             finished=self.progress.step >= self.config.train_steps,
             step=self.progress.step,
             seconds=self.progress.seconds,

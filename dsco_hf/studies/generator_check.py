@@ -88,8 +88,11 @@ class FineTuneOptions:
             pipe.encode_prompts(class_names=names, **negative | asked)
         return pipe
 
-    def check_prompts(self, architecture: str, names: Sequence[str]) -> None:
-        """Raises ValueError for prompts that a new network of this architecture or these classes cannot have."""
+    def check_new(self, config: GeneratorTrainingConfig, names: Sequence[str]) -> None:
+        """Raises ValueError for prompts that a new network cannot have, or for one that does not learn all weights."""
+        architecture = config.architecture
+        if config.trainable != "all":
+            raise ValueError(f"`trainable={config.trainable!r}` is for fine-tuning: a new model learns all weights.")
         if issubclass(FAMILIES[architecture], TextConditioned):
             class_prompts(self.prompts, names)
         elif self.asked:

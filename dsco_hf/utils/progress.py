@@ -120,7 +120,7 @@ class Pace:
         self.total, self.first, self.device, self.shown = total, done, accelerator.device, shown
         self.seconds_per_step: float | None = None
         self._began = 0.0
-        parameters = sum(parameter.numel() for parameter in network.parameters())
+        parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
         together = f", {processes} processes" if processes > 1 else ""
         self._say(
@@ -186,6 +186,8 @@ class Clock:
 class Checkpoint:
     """Where a training stands, in one safetensors file that is whole or absent.
 
+    Frozen parameters are those that the training began with, which the settings tell, and are not kept.
+
     Args:
         path (`Path`): the file; its folder is made.
         settings (`Mapping`): all that the weights at the end depend on, as of [`~dsco_hf.utils.origins.identity`].
@@ -212,7 +214,8 @@ class Checkpoint:
         Raises:
             RunError: if it cannot be written.
         """
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        frozen = self._frozen()
+        tensors = {f"model.{name}": own for name, own in self.model.state_dict().items() if name not in frozen}
         tensors |= {f"other.{name}": value for name, value in others.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
@@ -248,11 +251,15 @@ class Checkpoint:
         for key, value in tensors.items():
             part, _, name = key.partition(".")
             parts[part][name] = value
-        self.model.load_state_dict(parts["model"])
+        state = self.model.state_dict()
+        self.model.load_state_dict({name: state[name] for name in self._frozen()} | parts["model"])
         self._load_optimizer(parts["optimizer"])
         if metadata["scaler"] and self.scaler is not None:
             self.scaler.load_state_dict(metadata["scaler"])
         return metadata["progress"], parts["other"]
+
+    def _frozen(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
 
     def _load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

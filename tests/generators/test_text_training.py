@@ -1,11 +1,13 @@
 """Denoisers of every family learn from prompts; killed and resumed they end with the same weights."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors import safe_open
 
 import texts
 from dsco_hf import DsCoPipeline
@@ -14,7 +16,7 @@ from dsco_hf.generators.base import FAMILIES, denoiser_of
 from dsco_hf.generators.data import TrainingData, draw_batch
 from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_denoiser, with_schedule_of
 from dsco_hf.generators.prompts import class_prompts
-from dsco_hf.generators.training import train_generator
+from dsco_hf.generators.training import CHECKPOINT, train_generator
 
 
 TINY = GeneratorTrainingConfig(train_steps=6, batch_size=4, warmup_steps=1, learning_rate=1e-2)
@@ -91,7 +93,7 @@ def test_every_family_learns_and_draws_what_it_learnt(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
-@pytest.mark.parametrize("trainable", ["all", "bias_and_norm"])
+@pytest.mark.parametrize("trainable", ["all", "bias_and_norm", "lora"])
 def test_killed_and_resumed_it_ends_with_the_weights_of_an_undisturbed_one(tmp_path, monkeypatch, kind, trainable):
     pipe = hosted(kind, tmp_path / "host", prompts=["a {}", "my {}"])
     config = dataclasses.replace(TINY, trainable=trainable)
@@ -109,12 +111,53 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_an_undisturbed_one(tmp_p
         tune(pipe, config, **options)
     resumed = tune(pipe, config, resume=True, **options)
     assert steps[5:] == [3, 4, 5] and same(state(undisturbed.denoiser), state(resumed.denoiser))
-    if trainable == "bias_and_norm":
+    if trainable != "all":
         frozen = "down_blocks.0.resnets.0.conv1.weight"
         assert torch.equal(resumed.denoiser.state_dict()[frozen], pipe.denoiser.state_dict()[frozen])
+        with safe_open(tmp_path / "run" / CHECKPOINT, framework="pt") as file:
+            kept = {name for name in file.keys() if name.startswith(("model.", "other."))}  # noqa: SIM118
+        assert kept and all(("lora_" in name) == (trainable == "lora") for name in kept)
+        assert f"model.{frozen}" not in kept
     pipe.encode_prompts("the {}")
     with pytest.raises(ValueError, match="belongs to another run .prompts"):
         tune(pipe, config, resume=True, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "xl", "sd3"])
+def test_lora_is_in_the_weights_and_in_a_file_that_the_host_loads(tmp_path, kind):
+    host = texts.host_of(kind, tmp_path / "host")
+    pipe = DsCoPipeline.from_pipe(host, class_names=texts.CLASSES, prompts="a {}")
+    options = {"trainable": "lora", "lora_rank": 3, "learning_rate": 0.05}
+    result = tune(pipe, dataclasses.replace(TINY, **options))
+    before, after = state(pipe.denoiser), state(result.denoiser)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert set(after) == set(before) and not getattr(result.denoiser, "peft_config", None)
+    assert changed and all(re.search(r"\.(add|to)_", name) and name.endswith("weight") for name in changed)
+    assert {f"{name.rpartition('.lora_')[0]}.weight" for name in result.lora} >= changed
+    assert {min(value.shape) for value in result.lora.values()} == {3}
+    host.save_lora_weights(tmp_path / "lora", **{f"{pipe.family.component}_lora_layers": result.lora})
+    noisy, labels = torch.randn(3, *pipe.latent_shape), torch.arange(3)
+    old, new = pipe, DsCoPipeline.from_pipe(pipe, **result.components)
+    first, fused = (one.predict_noise(noisy, 500, labels, 2.0) for one in (old, new))
+    host.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(pipe.predict_noise(noisy, 500, labels, 2.0), fused, rtol=0, atol=1e-5)
+    assert (fused - first).abs().max() > 0.01
+
+
+def test_lora_where_there_is_none(tmp_path, make, monkeypatch):
+    config = dataclasses.replace(TINY, trainable="lora")
+    images = (torch.zeros(3, 1, 8, 8), torch.arange(3))
+    options = {"num_classes": 3, "accelerator": Accelerator(cpu=True), "progress": False}
+    with pytest.raises(ValueError, match="no LoRA for a DiTTransformer2DModel: set `trainable='bias_and_norm'`"):
+        train_generator(*images, config, denoiser=make.transformer(), **options)
+    few = dataclasses.replace(config, trainable="bias_and_norm", batch_size=3)
+    assert train_generator(*images, few, denoiser=make.transformer(), **options).finished
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs that package: pip install 'dsco_hf\[lora\]'"):
+        tune(hosted("sd1", tmp_path), config)
+    with pytest.raises(ValueError, match="`lora_rank` must be a whole number of at least 1, got 0"):
+        dataclasses.replace(config, lora_rank=0)
 
 
 @pytest.mark.slow
@@ -174,6 +217,13 @@ def test_a_new_network_is_as_large_as_that_of_classes():
         for name in ("unet", "stable-diffusion")
     ]
     assert counts == [2_592_003, 2_694_787]
+
+
+def test_heads_of_attention_that_channels_cannot_be_cut_into():
+    wide = dataclasses.replace(OWN, attention_head_dim=32)
+    with pytest.raises(ValueError, match="must divide the channels .* attend to the prompt, got 16: choose 16"):
+        build_denoiser(wide, num_classes=3, sample_size=4, num_channels=1)
+    build_denoiser(dataclasses.replace(OWN, attention_head_dim=16), num_classes=3, sample_size=4, num_channels=1)
 
 
 def test_another_size_and_other_errors(tmp_path):

@@ -83,8 +83,8 @@ def base(w, *options):
 
 
 def new_base(w, *options):
-    recipe = parse_config(train_generator.GeneratorRecipe, ["--block_out_channels", "8,16", *options])
-    recipe.check_prompts(recipe.architecture, ["x", "y"])
+    recipe = parse_config(train_generator.GeneratorRecipe, ["--block_out_channels", "32", *options])
+    recipe.check_new(recipe, ["x", "y"])
     found = recipe.new_base(recipe, ["x", "y"], (1, 8))
     return None if found is None else found.prompts.config.texts
 

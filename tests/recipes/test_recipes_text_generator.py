@@ -14,6 +14,7 @@ from dsco_hf.utils.configs import parse_config
 from launches import launch_command, launch_environment, run
 
 
+LORA = "pytorch_lora_weights.safetensors"
 OWN = """
 dataset: digits
 num_channels: 1
@@ -128,6 +129,33 @@ def test_a_text_to_image_pipeline_is_trained_further(tmp_path, shapes, fresh_acc
 
 
 @pytest.mark.slow
+def test_lora_by_two_processes_stopped_and_resumed(tmp_path, shapes):
+    host = texts.host_of("sd1", tmp_path / "host")
+    host.save_pretrained(tmp_path / "saved")
+    options = ["--dataset", shapes, "--finetune_from", "saved", "--trainable", "lora", "--lora_rank", "2"]
+    options += ["--learning_rate", "0.05", "--prompts", "a {}", "--evaluate_every", "6"]
+    for folder, last in (("out", 2), ("undisturbed", 1)):
+        place = [*options, "--output_dir", folder]
+        if folder == "out":
+            assert "Stopped at step 3" in launch(tmp_path, *place, "--max_minutes", "0", "--log_every", "3")
+        launch(tmp_path, *place, processes=last)
+    lora, other = (load_file(tmp_path / folder / LORA) for folder in ("out", "undisturbed"))
+    for name in other:
+        torch.testing.assert_close(lora[name], other[name], atol=2e-3, rtol=1e-2)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["lora_parameters"] == sum(value.numel() for value in lora.values())
+    assert results["config"]["lora_rank"] == 2 and (tmp_path / "out" / "samples-000006.png").exists()
+    pipe = silent(tmp_path / "out")
+    assert set(pipe.unet.state_dict()) == set(host.unet.state_dict())
+    host.load_lora_weights(tmp_path / "out")
+    theirs = DsCoPipeline.from_pipe(host, class_names=list(pipe.id2label.values()), prompts="a {}")
+    theirs.encode_prompts("a {}", negative_prompt="a letter")
+    noisy, labels = torch.randn(3, *pipe.latent_shape), torch.arange(3)
+    found = [one.predict_noise(noisy, 500, labels, 2.0) for one in (pipe, theirs)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_another_size_is_told_to_a_model_that_is_told_its_size(tmp_path, shapes, fresh_accelerate):
     texts.host_of("xl", tmp_path / "host").save_pretrained(tmp_path / "saved")
     pipe = tuned(tmp_path, tmp_path / "saved", shapes, "--image_size", "16")
@@ -155,5 +183,5 @@ def test_what_cannot_be_trained_is_refused(tmp_path, make, shapes):
     for family, said in (("pixart", "cannot be built: pass a network"), ("dit", "takes no prompts: leave")):
         recipe = parse_config(GeneratorRecipe, ["--architecture", family, "--prompts", "a {}"])
         with pytest.raises(ValueError, match=said):
-            recipe.check_prompts(recipe.architecture, ["square"])
+            recipe.check_new(recipe, ["square"])
             recipe.new_base(recipe, ["square"], (1, 8))

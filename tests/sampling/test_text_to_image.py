@@ -163,9 +163,8 @@ def test_it_is_saved_and_loaded_without_its_text_encoders(tmp_path, make, kind, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd1", "sd3"])
+@pytest.mark.parametrize("kind", ["sd1", "xl", "sd3"])
 def test_adapters_draw_what_the_host_draws_and_are_saved_once_they_are_fused(tmp_path, make, kind):
-    """Stand-ins of a few lines are loaded and fused: the host's own methods need peft."""
     host = texts.host_of(kind, tmp_path / "host")
     classifier = make.convnet(names=texts.CLASSES, channels=3)
     pipe = hosted(host, negative_prompt=NEGATIVE, classifier=classifier)
@@ -175,7 +174,7 @@ def test_adapters_draw_what_the_host_draws_and_are_saved_once_they_are_fused(tmp
         return pipe([0], latents=latents, generator=make.generators([1]), eta=0.0, output_type="pt", **DRAWN).images
 
     before = drawn(pipe)
-    texts.load_adapters(pipe.denoiser)
+    texts.load_lora(host, tmp_path / "lora")
     images = drawn(pipe)
     assert (images - before).abs().max() > 1e-3
     other = host_images(host, ["a rose"], latents.clone(), make.generators([1]))
@@ -190,7 +189,8 @@ def test_adapters_draw_what_the_host_draws_and_are_saved_once_they_are_fused(tmp
     with pytest.raises(ValueError, match=told):
         pipe.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
-    texts.fuse_adapters(host.components[pipe.family.component])
+    host.fuse_lora()
+    host.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "saved")
     loaded = DsCoPipeline.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)

@@ -66,6 +66,12 @@ class StableDiffusion(TextConditioned):
         channels, levels = config.channels, len(config.channels)
         remedy = " Choose fewer levels, or another `image_size` for the data."
         check_side("UNet", sample_size, *halvings(levels), remedy=remedy)
+        attending = channels[-max(1, config.attention_levels) :]
+        if wrong := [width for width in attending if width % config.attention_head_dim]:
+            raise ValueError(
+                f"`attention_head_dim={config.attention_head_dim}` must divide the channels of the levels that attend "
+                f"to the prompt, got {wrong[0]}: choose {math.gcd(config.attention_head_dim, *wrong)}."
+            )
         attends = [level >= levels - config.attention_levels for level in range(levels)]
         network = UNet2DConditionModel(
             sample_size=sample_size,
