@@ -14,17 +14,17 @@ from ...concentration.methods import Method, dataset_title, find_methods, in_ord
 from .accuracy import INK, line_style, space_by_budget, tidy
 
 
-# By measure of a row: the axis, the title, and where a report has its floor
+# By measure of a row: the axis and the title
 _MEASURES = {
-    "discrepancy": ("squared MMD to the real classes", "what is left of the difference (dotted: its floor)", "floor"),
-    "unexplained": ("variance of the labels", "what a ridge regression does not learn", "unexplained_floor"),
+    "discrepancy": ("squared MMD to the real classes", "what is left of the difference (dotted: its floor)"),
+    "unexplained": ("share of the labels' variance", "what a ridge regression does not learn"),
 }
 
 
 def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:
     """The exchange rate against images per class; beside it, where known, discrepancy and error of a ridge regression.
 
-    Their floors, the generator's own bias, are dotted.
+    The floor of the discrepancy, the generator's own bias, is dotted.
 
     Args:
         report (`dict`): of [`~dsco_hf.studies.lossless.efficiency.efficiency`].
@@ -131,8 +131,8 @@ def _draw_rates(axes: Axes, rates: list[Mapping[str, Any]], style: Method) -> No
 
 
 def _draw_measure(axes: Axes, measure: str, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
-    """What sets of each method are measured to be without training, and the generator's own bias as its floor."""
-    label, title, floor = _MEASURES[measure]
+    """What sets of each method are measured to be without training, and a floor where one is known."""
+    label, title = _MEASURES[measure]
     for name, style in find_methods(row["method"] for row in rows).items():
         points = sorted(
             (row["images_per_class"], float(np.mean(row[measure])))
@@ -142,10 +142,10 @@ def _draw_measure(axes: Axes, measure: str, rows: Sequence[Mapping[str, Any]], r
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), **line_style(style))
-        bias = (report["methods"].get(name, {}).get(floor) or {}).get("value")
+        bias = (report["methods"].get(name, {}).get("floor") or {}).get(measure)
         if bias and name not in ("random", "herding"):
             axes.axhline(bias, color=style.color, linewidth=1.0, linestyle=(0, (1, 1.5)))
-    axes.set_yscale("log")
+    axes.set_yscale("log" if measure == "discrepancy" else "linear")
     axes.set_ylabel(label)
     axes.set_title(title, loc="left", fontsize=10.5)
 

@@ -49,9 +49,9 @@ def efficiency(results: Mapping[str, Any], *, draws: int = DRAWS, seed: int = 0)
         where the accuracy lies outside of those of real images), `crossing` (images per class where the rate falls to
         1), `doping` (where the *next* synthetic image is worth one real image, which is when doping should begin),
         `ceiling` (accuracy with any number of images as a - b·n^(-c) has it, from three budgets on; None where these
-        budgets do not show one), `floor` (of the discrepancy, the generator's own bias, from two budgets on),
-        `unexplained_floor` (likewise of what a ridge regression leaves unexplained) and `redundancy` (mean over pairs
-        of blocks at the largest budget, see [`~dsco_hf.matching.discrepancy.redundancy`]).
+        budgets do not show one), `floor` (of the discrepancy, the generator's own bias, from two budgets on) and
+        `redundancy` (mean over pairs of blocks at the largest budget, see
+        [`~dsco_hf.matching.discrepancy.redundancy`]).
         Crossing, doping and ceiling have `low` and `high`, None where there is no bound; the first two are None where
         no moment is within `FURTHEST` times the last budget, and `extrapolated` past that budget.
         `rank_correlation`: by measure ("discrepancy", "unexplained") and budget, Spearman's with accuracy over sets.
@@ -128,13 +128,13 @@ def method_efficiency(
     if len(rows) > 2:
         curves = fit_curves(budgets, accuracy, np.maximum(accuracy.std(0), LEAST_STD))
         ceiling = curves.top + curves.drop
+    known = [(1 / row["images_per_class"], row["discrepancy"]) for row in rows if row.get("discrepancy") is not None]
     return {
         "rates": told,
         "crossing": _moment(crossing(budgets, rates), budgets[-1]) if several else None,
         "doping": _moment(doping_moment(budgets, rates), budgets[-1]) if several else None,
         "ceiling": None if ceiling is None or np.median(ceiling) >= 1 else _rounded(ceiling, "accuracy"),
-        "floor": _floor_of(rows, "discrepancy"),
-        "unexplained_floor": _floor_of(rows, "unexplained"),
+        "floor": floor(*np.array(known).T) if len(known) > 1 else None,
         "redundancy": _mean_redundancy(rows[-1].get("redundancy")),
     }
 
@@ -205,21 +205,21 @@ def doping_moment(budgets: Floats, rates: Floats) -> Floats:
     return found
 
 
-def floor(inverse: Floats, measure: Floats) -> dict[str, float]:
-    """The part of a measure d that no number of images removes: of d = floor + s / n, by least squares, ≥ 0.
+def floor(inverse: Floats, discrepancy: Floats) -> dict[str, float]:
+    """The part of the discrepancy that no number of images removes: of d = floor + s / n, by least squares, ≥ 0.
 
     For independent images the mean of a squared MMD is exactly of this form: bias² of the generator, and variance / n.
-    Of a regression's error it is the first term of its expansion in 1 / n.
+    The error of a regression is not: it falls like a smaller power of 1 / n, and shows no floor at a few budgets.
 
     Args:
         inverse (array of shape `(M,)`): 1 / n.
-        measure (array of shape `(M,)`): squared MMD to the real classes, or another that is better the lower it is.
+        discrepancy (array of shape `(M,)`): squared MMD to the real classes.
     """
-    weight = 1 / np.maximum(measure, 1e-12) ** 2  # errors are about proportional
+    weight = 1 / np.maximum(discrepancy, 1e-12) ** 2  # errors are about proportional
     weight = weight / weight.sum()
     centred = inverse - weight @ inverse
-    slope = max(float((weight * centred) @ measure / ((weight * centred) @ centred)), 0.0)
-    return {"value": max(float(weight @ measure - slope * (weight @ inverse)), 0.0), "per_image": slope}
+    slope = max(float((weight * centred) @ discrepancy / ((weight * centred) @ centred)), 0.0)
+    return {"discrepancy": max(float(weight @ discrepancy - slope * (weight @ inverse)), 0.0), "per_image": slope}
 
 
 def rank_correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -250,13 +250,6 @@ def sets_of(row: Mapping[str, Any], measure: str) -> tuple[list[float], list[flo
     return list(each), accuracies.tolist()
 
 
-def _floor_of(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, float] | None:
-    known = [
-        (1 / row["images_per_class"], float(np.mean(row[measure]))) for row in rows if row.get(measure) is not None
-    ]
-    return floor(*np.array(known).T) if len(known) > 1 else None
-
-
 def _mean_redundancy(square: Sequence[Sequence[float | None]] | None) -> float | None:
     told = [value for row in square or [] for value in row if value is not None]
     return float(np.mean(told)) if told else None
@@ -266,7 +259,7 @@ def _moment(draws: Floats, last: float) -> dict[str, Any] | None:
     """A number of images per class, with its interval, if it lies where something can be said of it."""
     told = _rounded(np.where(draws > FURTHEST * last, np.inf, draws), "images_per_class")
     middle = told["images_per_class"]
-    return None if middle is None else {**told, "extrapolated": middle > last}
+    return None if middle is None else {**told, "extrapolated": bool(middle > last)}
 
 
 def _rounded(draws: Floats, name: str) -> dict[str, float | None]:

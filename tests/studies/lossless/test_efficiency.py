@@ -91,8 +91,8 @@ def test_intervals_cover_the_true_rate():
 def test_the_floor_is_what_images_do_not_remove():
     n = np.array([1.0, 10, 50])
     found = floor(1 / n, 0.03 + 0.4 / n)
-    assert found == {"value": pytest.approx(0.03), "per_image": pytest.approx(0.4)}
-    assert floor(1 / n, 0.4 / n)["value"] == pytest.approx(0, abs=1e-9)
+    assert found == {"discrepancy": pytest.approx(0.03), "per_image": pytest.approx(0.4)}
+    assert floor(1 / n, 0.4 / n)["discrepancy"] == pytest.approx(0, abs=1e-9)
 
 
 def test_each_set_counts_where_rows_tell_of_each():
@@ -112,13 +112,12 @@ def test_rows_that_tell_means_only_are_sets_of_their_own():
     assert rank_correlations([]) == rank_correlations(rows[:2]) == {}
 
 
-def test_floor_and_redundancy_of_what_a_regression_does_not_learn():
+def test_redundancy_is_that_of_the_largest_budget():
     square = [[None, 0.2], [0.4, None]]
-    rows = [row("nopt", n, 0.4 + n / 100, unexplained=[0.5 + 0.2 / n] * 2) for n in (1, 10)]
+    rows = [row("nopt", n, 0.4 + n / 100, unexplained=[0.5] * 2) for n in (1, 10)]
     own = efficiency(study(*REAL, rows[0], {**rows[1], "redundancy": square}))["methods"]["nopt"]
-    assert own["unexplained_floor"]["value"] == pytest.approx(0.5) and own["redundancy"] == pytest.approx(0.3)
-    assert own["floor"] is None
-    assert efficiency(study(*REAL, *rows))["methods"]["random"]["redundancy"] is None
+    assert own["redundancy"] == pytest.approx(0.3) and own["floor"] is None
+    assert efficiency(study(*REAL, *rows))["methods"]["nopt"]["redundancy"] is None
 
 
 def test_all_data_extend_the_real_curve():
