@@ -231,6 +231,7 @@ class Denoiser:
         Raises:
             ValueError: for a class of `mapping` that does not exist, or a size that the network cannot take.
         """
+        check_fused(self.component, self.network)
         mapping, old_classes = dict(mapping or {}), self.num_classes
         if num_classes < 1:
             raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
@@ -306,8 +307,22 @@ class Denoiser:
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
+def check_fused(name: str, model: object) -> None:
+    """Raises ValueError if a component has adapters beside its weights, as a host's `load_lora_weights` adds.
+
+    The layers inside have other names than without them, by which their weights would not be found again.
+    """
+    if isinstance(model, nn.Module) and (adapters := getattr(model, "peft_config", None)):
+        raise ValueError(
+            f"`{name}` has the adapters {sorted(adapters)} beside its weights, and is neither saved nor trained "
+            "with them: call `pipe.fuse_lora()` and then `pipe.unload_lora_weights()` of the pipeline that they were "
+            "loaded into. One that shares its models draws the same then."
+        )
+
+
 def check_lora(network: ModelMixin) -> None:
     """Raises ValueError if LoRA cannot be added to a network."""
+    check_fused(family_of(network).component, network)
     if not hasattr(network, "add_adapter"):
         raise ValueError(
             f"diffusers has no LoRA for a {type(network).__name__}: set `trainable='bias_and_norm'`, which trains few "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.labels import first_synonym
 from ..data.schema import image_seed, nearest
-from .base import Denoiser
+from .base import Denoiser, check_fused
 
 
 Given: TypeAlias = str | Path | Sequence[str] | Mapping[str, str | Sequence[str]] | None
@@ -134,13 +134,14 @@ class TextConditioned(Denoiser):
         """A copy of the network, for another size; its classes are prompts, and it has nothing else of them.
 
         Raises:
-            ValueError: for a `mapping`, or a size that the network cannot take.
+            ValueError: for a `mapping`, a size that the network cannot take, or adapters beside its weights.
         """
         if mapping:
             raise ValueError(
                 f"The classes of a {type(self.network).__name__} are prompts, and start from nothing else: leave "
                 "`mapping` (`--class_mapping`) out, and say in `prompts` what each is like."
             )
+        check_fused(self.component, self.network)
         adapted = type(self.network).from_config(self.network.config, **self.other_size(sample_size))
         if adapted.dtype != self.network.dtype:  # diffusers warns of any dtype that it is given
             adapted.to(dtype=self.network.dtype)

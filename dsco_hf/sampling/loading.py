@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import PreTrainedModel
 
 from ..data.schema import nearest
-from ..generators.base import FAMILIES
+from ..generators.base import FAMILIES, check_fused
 from ..generators.denoisers import SLOTS, as_components
 from ..utils.files import check_path, read_json
 from ..utils.progress import weights_in_silence
@@ -155,7 +155,8 @@ class StoredPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("Pipelines are saved as safetensors only: leave `safe_serialization=False` out.")
-        check_fused(self.components)
+        for name, model in self.components.items():
+            check_fused(name, model)
         own = {key: kwargs.pop(key) for key in ("variant", "max_shard_size") if key in kwargs}
         with weights_in_silence():
             super().save_pretrained(str(save_directory), safe_serialization=True, **own)
@@ -178,20 +179,6 @@ class StoredPipeline(DiffusionPipeline):
                 `token`, `private`, `revision`, `create_pr`, `commit_message`, ...
         """
         return type(self).publisher(self, repo_id, **options)
-
-
-def check_fused(components: Mapping[str, object]) -> None:
-    """Raises ValueError if a model has adapters beside its weights, as `load_lora_weights` of a host pipeline adds.
-
-    The layers inside have other names than without them, by which their weights would not be found again.
-    """
-    for name, model in components.items():
-        if isinstance(model, torch.nn.Module) and (adapters := getattr(model, "peft_config", None)):
-            raise ValueError(
-                f"`{name}` has the adapters {sorted(adapters)} beside its weights, and could not be loaded: call "
-                "`pipe.fuse_lora()` and then `pipe.unload_lora_weights()` of the pipeline that they were loaded into. "
-                "This one shares its models, and draws the same then."
-            )
 
 
 def embedded_folder(name: str) -> Path | None:

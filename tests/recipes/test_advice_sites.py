@@ -63,7 +63,7 @@ ELSEWHERE = {
     "whose steps are those of another class": "test_flow.py::test_schedulers_that_do_not_fit",
     "are not the weights of a SiT": "test_sit.py::test_weights_of_something_else",
     "is not what the generator predicts": "test_fine_tuning.py::test_the_schedule_is_that_of_the_trained_generator",
-    "beside its weights, and could not be loaded": (
+    "beside its weights, and is neither saved nor": (
         "test_text_to_image.py::test_adapters_draw_what_the_host_draws_and_are_saved_once_they_are_fused"
     ),
     "diffusers has no LoRA for a": "test_text_training.py::test_lora_where_there_is_none",

@@ -189,8 +189,12 @@ def test_adapters_draw_what_the_host_draws_and_are_saved_once_they_are_fused(tmp
     with pytest.raises(ValueError, match=told):
         pipe.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    with pytest.raises(ValueError, match=told):
+        pipe.family.adapt(3)
     host.fuse_lora()
     host.unload_lora_weights()
+    adapted, fused = pipe.family.adapt(3).state_dict(), pipe.denoiser.state_dict()
+    assert set(adapted) == set(fused) and all(torch.equal(adapted[name], value) for name, value in fused.items())
     pipe.save_pretrained(tmp_path / "saved")
     loaded = DsCoPipeline.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
