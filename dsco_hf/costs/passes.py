@@ -99,8 +99,8 @@ class Rehearsal:
         """One call; of its iterations, which all are alike, two are done."""
         method = self.sampling.method.rehearsed()
         iterations = getattr(method, "iterations", 1)
-        few: list[dict[str, Any]] = [{"iterations": 1}, {"iterations": 2}] if iterations > 1 else [{}]
-        one, *two = (self._counts_of(dataclasses.replace(method, **changes), *key) for changes in few)
+        few = [method.with_iterations(1), method.with_iterations(2)] if iterations > 1 else [method]
+        one, *two = (self._counts_of(each, *key) for each in few)
         for kind, count in (two[0] - one if two else Counter()).items():
             one[kind] += count * (iterations - 1)
         return one + Counter(call=key[0])

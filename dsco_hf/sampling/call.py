@@ -98,6 +98,11 @@ class SamplingMethod(Choice):
             raise ValueError(f"`objective` is a field of 'nopt', and {self.name!r} has none: leave it out.")
         return dataclasses.replace(self, objective=objective)  # type: ignore[call-arg]
 
+    def with_iterations(self, iterations: int) -> SamplingMethod:
+        """The same with so many updates of a step's noise, if it has `iterations`."""
+        known = "iterations" in self.__dataclass_fields__
+        return dataclasses.replace(self, iterations=iterations) if known else self  # type: ignore[call-arg]
+
     @property
     def second_moment(self) -> bool:
         """Whether targets that are made for it need E ψψᵀ."""

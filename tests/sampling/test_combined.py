@@ -314,7 +314,10 @@ def test_costs_know_a_network_of_a_part_and_targets_of_all(pipe):
     passes = Rehearsal(pipe, Sampling(10, 1.0, method=D4M(strength=0.5) + NOpt() + BestOfN(3))).passes(2, classes=2)
     plain = Rehearsal(pipe, Sampling(10, 1.0, method=D4M(strength=0.5) + NOpt())).passes(2, classes=2)
     assert passes["denoiser"] == 3 * plain["denoiser"] and passes["classifier"] == 6
-    assert Rehearsal(pipe, Sampling(6, 1.0, method=D4M() + Released(3))).passes(2)["extractor_backward"] > 0
+    both, alone = (Rehearsal(pipe, Sampling(6, 1.0, method=one)) for one in (D4M(1.0) + Released(30), Released(30)))
+    assert both.passes(2) == alone.passes(2) and alone.passes(2)["extractor_backward"] == 5 * 30 * 2
+    repeated = D4M() + NOpt(iterations=3)
+    assert repeated.iterations == 3 and repeated.with_iterations(2) == D4M() + NOpt(iterations=2)
 
 
 @pytest.fixture(scope="module")

@@ -137,6 +137,15 @@ class Combined(SamplingMethod):
         return Combined(tuple(part.with_objective(objective) if own else part for part, own in pairs))
 
     @property
+    def iterations(self) -> int:
+        """Of the part that has some."""
+        return max(getattr(part, "iterations", 1) for part in self.parts)
+
+    def with_iterations(self, iterations: int) -> SamplingMethod:
+        """As the parts are."""
+        return dataclasses.replace(self, parts=tuple(part.with_iterations(iterations) for part in self.parts))
+
+    @property
     def takers(self) -> dict[str, SamplingMethod]:
         """The parts that take targets."""
         return {part.name: part for part in self.parts if part.takes_targets}
