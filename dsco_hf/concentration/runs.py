@@ -204,7 +204,8 @@ def run_settings(
         "models": {
             name: model_sha256(model)
             for name, model in sorted(pipe.components.items())
-            if isinstance(getattr(pipe, name, None), torch.nn.Module) or name == "scheduler"
+            if name not in pipe.only_prepares
+            and (isinstance(getattr(pipe, name, None), torch.nn.Module) or name == "scheduler")
         },
         "device": pipe.device.type,
         "cpu_threads": cpu_threads if on_cpu else None,

@@ -114,6 +114,7 @@ class DsCoPipeline(HostedPipeline):
         "prompts",
         *ENCODERS,
     ]
+    only_prepares = ENCODERS  # no image depends on them once prompts are encoded: runs go on without
     _exclude_from_cpu_offload = ["classifier", "classifier_2", "preview_vae", "prompts"]
     _callback_tensor_inputs = ["latents", "noise"]
 

@@ -234,8 +234,11 @@ def model_sha256(model: object) -> str:
 
 
 def components_of(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The models and the scheduler of a pipeline by name, and the names of its classes."""
-    found = {name: part for name, part in sorted(pipe.components.items()) if hasattr(part, "config")}
+    """The models and the scheduler that images depend on, by name, and the names of the classes."""
+    beside = getattr(pipe, "only_prepares", ())
+    found = {
+        name: part for name, part in sorted(pipe.components.items()) if hasattr(part, "config") and name not in beside
+    }
     size = getattr(getattr(pipe, "config", None), "image_size", None)
     found |= {} if size is None else {"image_size": size}
     return {**found, "classes": {str(label): name for label, name in (getattr(pipe, "id2label", None) or {}).items()}}

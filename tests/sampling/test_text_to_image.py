@@ -345,6 +345,42 @@ def test_a_killed_run_goes_on_and_a_record_makes_the_set_again(tmp_path, pipe, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "xl", "sd3"])
+def test_offloaded_text_encoders_change_no_image(tmp_path, make, kind):
+    """accelerate's own hooks, with the CPU as the device that models are moved to."""
+    pipe = hosted(texts.host_of(kind, tmp_path / "host"))
+    drawn = {"output_type": "pt", **DRAWN}
+    images = pipe([0, 2], generator=make.generators([1, 2]), **drawn).images
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.text_encoder, "_hf_hook") and hasattr(pipe.denoiser, "_hf_hook")
+    assert not hasattr(pipe.prompts, "_hf_hook")  # small, and asked in every step
+    for _ in range(2):  # the hooks are set again after each call
+        assert torch.equal(pipe([0, 2], generator=make.generators([1, 2]), **drawn).images, images)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_text_encoders_were_dropped(tmp_path, pipe, targets, monkeypatch):
+    pipe.save_pretrained(tmp_path / "pipe")
+    kept, bare = (DsCoPipeline.from_pretrained(tmp_path / "pipe", drop_text_encoders=drop) for drop in (False, True))
+    options = {**DRAWN, "block_size": 1, "progress": False}
+    small = concentrate(kept, targets, 2, seed=3, **options)
+    draw, left = DsCoPipeline.draw, [1]
+
+    def killed(self, *args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return draw(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DsCoPipeline, "draw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            concentrate_to_folder(kept, targets, 2, tmp_path / "run", seed=3, **options)
+    run = concentrate_to_folder(bare, targets, 2, tmp_path / "run", seed=3, **options)
+    assert pixels(run.dataset()) == pixels(small)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd3-clips"])
 def test_a_set_drawn_with_the_hosts_own_folder_is_made_again(tmp_path, make, kind):
     texts.host_of(kind, tmp_path / "host").save_pretrained(tmp_path / "saved")
