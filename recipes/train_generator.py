@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import ModelMixin
@@ -33,17 +32,10 @@ from diffusers import ModelMixin
 from dsco_hf.data.datasets import dataset_fingerprint, load_pixels, present_classes
 from dsco_hf.data.pixels import default_image_size
 from dsco_hf.evaluators.evaluation import run_environment
-from dsco_hf.generators.base import check_lora, denoiser_of
-from dsco_hf.generators.denoisers import (
-    ENCODERS,
-    GeneratorTrainingConfig,
-    build_scheduler,
-    read_class_mapping,
-    with_schedule_of,
-)
+from dsco_hf.generators.denoisers import GeneratorTrainingConfig, build_scheduler
 from dsco_hf.generators.training import CHECKPOINT, GeneratorTrainingResult, train_generator
 from dsco_hf.sampling.pipeline import DsCoPipeline
-from dsco_hf.studies.generator_check import FineTuneOptions, GeneratorScore, draw_plain_samples
+from dsco_hf.studies.generator_check import FineTuneOptions, GeneratorScore, draw_plain_samples, save_lora
 from dsco_hf.studies.options import ClassifierOptions, OutputOptions, RealOptions
 from dsco_hf.utils.configs import ImportOptions, check_anew, check_made, make_accelerator, parse_config
 from dsco_hf.utils.files import write_json
@@ -125,7 +117,7 @@ class GeneratorRun:
         self.denoiser: ModelMixin | None = None
         self.text: dict[str, Any] = {}
         if (base := recipe.load_base(self.names)) is not None:
-            self.adapt(base)
+            self.take_over(base)
         else:
             recipe.check_new(self.config, self.names)
         size = recipe.image_size or (base.drawn_size if base else default_image_size(dataset, **recipe.columns))
@@ -134,7 +126,7 @@ class GeneratorRun:
             on_error=recipe.on_error, classes=self.names, progress=accelerator.is_local_main_process, **recipe.columns,
         )  # fmt: skip
         if base is None and (base := recipe.new_base(self.config, self.names, self.pixels.shape[1:3])) is not None:
-            self.adapt(base)
+            self.take_over(base)
         self.vae = recipe.load_vae() if base is None else base.vae
         if self.vae is not None:
             self.vae.to(accelerator.device)
@@ -144,22 +136,10 @@ class GeneratorRun:
         introduce(accelerator, recipe.dataset, images=images, classes=len(self.names), size=size)
         self.score: GeneratorScore | None = None
 
-    def adapt(self, base: DsCoPipeline) -> None:
-        """Takes over from the pipeline that is trained further: its levels, its network, its text encoders."""
-        recipe, family = self.recipe, denoiser_of(base.denoiser, prompts=base.prompts)
-        self.config = with_schedule_of(self.config, base.scheduler)
-        mapping = read_class_mapping(recipe.class_mapping, self.names, base.get_label_ids)
-        side = (recipe.image_size or base.drawn_size) // base.vae_scale_factor
-        self.denoiser = family.adapt(len(self.names), mapping=mapping, sample_size=side)
-        if self.config.trainable == "lora":
-            check_lora(self.denoiser)
-        if base.prompts is None:
-            return
-        if self.denoiser.config.sample_size != base.denoiser.config.sample_size:  # which encoded prompts may tell
-            base.register_modules(**{family.component: self.denoiser})
-            base.encode_prompts(base.prompts.as_record())
-        kept = () if recipe.drop_text_encoders else ENCODERS
-        self.text = {"prompts": base.prompts} | {name: getattr(base, name) for name in kept}
+    def take_over(self, base: DsCoPipeline) -> None:
+        """Levels, network, prompts and text encoders of the pipeline that is trained further."""
+        found = self.recipe.take_over(base, self.config, self.names, self.recipe.image_size)
+        self.config, self.denoiser, self.text = found
 
     def train(self) -> GeneratorTrainingResult:
         """Trains until done or out of time."""
@@ -208,18 +188,12 @@ class GeneratorRun:
             **run_environment(self.accelerator),
         }  # fmt: skip
         if result.lora:
-            self.save_lora(result)
+            save_lora(self.output, result, self.text["prompts"])
             results["lora_parameters"] = sum(value.numel() for value in result.lora.values())
         if self.text:
             results["prompts"] = self.text["prompts"].as_record()
         write_json(self.output / "results.json", results)
         print(f"Saved the pipeline to {self.output}, loss {result.losses[-1]['loss']:.4f} after {result.step} steps.")
-
-    def save_lora(self, result: GeneratorTrainingResult) -> None:
-        """Writes what LoRA learnt beside the pipeline, as `load_lora_weights` of diffusers' pipelines reads it."""
-        (component,) = result.components
-        host = getattr(diffusers, self.text["prompts"].config.host)
-        host.save_lora_weights(self.output, **{f"{component}_lora_layers": result.lora})
 
 
 if __name__ == "__main__":

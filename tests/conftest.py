@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -276,3 +276,11 @@ def ann(hub, tmp_path_factory):
     with Client(hub.url, tmp_path_factory.mktemp("ann"), token=TOKEN) as client:
         yield client
         assert TOKEN not in client.output()
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Leaves no device, precision or number of processes behind for the next test."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()

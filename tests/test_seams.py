@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -92,13 +91,6 @@ class TinyConfig(GeneratorTrainingConfig):
 
 DRAWN = {"num_inference_steps": 4, "guidance_scale": 2.0}
 CLASSES = ("circle", "square", "triangle")
-
-
-@pytest.fixture
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture

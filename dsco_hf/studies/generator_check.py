@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from transformers import PreTrainedModel
 
 from ..data.datasets import load_pixels, present_classes
@@ -20,9 +21,17 @@ from ..data.images import to_signed
 from ..data.labels import class_mapping
 from ..data.pixels import class_places
 from ..data.schema import class_names, find_columns, image_seed
-from ..generators.base import FAMILIES
-from ..generators.denoisers import GeneratorTrainingConfig, build_denoiser, build_scheduler
-from ..generators.prompts import TextConditioned, class_prompts
+from ..generators.base import FAMILIES, check_lora, denoiser_of
+from ..generators.denoisers import (
+    ENCODERS,
+    GeneratorTrainingConfig,
+    build_denoiser,
+    build_scheduler,
+    read_class_mapping,
+    with_schedule_of,
+)
+from ..generators.prompts import Prompts, TextConditioned, class_prompts
+from ..generators.training import GeneratorTrainingResult
 from ..matching.features import observe
 from ..matching.kernels import frechet_distance
 from ..sampling.hosts import is_host
@@ -125,9 +134,40 @@ class FineTuneOptions:
         encoders = family.build_encoders(config.seed)
         return DsCoPipeline(network, scheduler, vae, class_names=names, **encoders, **self.asked)
 
+    def take_over(
+        self, base: DsCoPipeline, config: GeneratorTrainingConfig, names: Sequence[str], image_size: int | None
+    ) -> tuple[GeneratorTrainingConfig, ModelMixin, dict[str, Any]]:
+        """What is taken over from the pipeline that is trained further, for the classes `names`.
+
+        Returns:
+            `tuple`: the config with its noise levels, its network for `image_size` (its own if None), and its prompts
+            and the text encoders that stay, by component.
+        """
+        family = denoiser_of(base.denoiser, prompts=base.prompts)
+        mapping = read_class_mapping(self.class_mapping, names, base.get_label_ids)
+        side = (image_size or base.drawn_size) // base.vae_scale_factor
+        network = family.adapt(len(names), mapping=mapping, sample_size=side)
+        if config.trainable == "lora":
+            check_lora(network)
+        config = with_schedule_of(config, base.scheduler)
+        if base.prompts is None:
+            return config, network, {}
+        if network.config.sample_size != base.denoiser.config.sample_size:  # which encoded prompts may tell
+            base.register_modules(**{family.component: network})
+            base.encode_prompts(base.prompts.as_record())
+        kept = () if self.drop_text_encoders else ENCODERS
+        return config, network, {"prompts": base.prompts} | {name: getattr(base, name) for name in kept}
+
     def load_vae(self) -> AutoencoderKL | None:
         """The autoencoder, if one was named."""
         return None if self.vae is None else load_model(AutoencoderKL, self.vae, revision=self.vae_revision)
+
+
+def save_lora(folder: Path, result: GeneratorTrainingResult, prompts: Prompts) -> None:
+    """Writes what LoRA learnt beside the pipeline, as `load_lora_weights` of diffusers' pipelines reads it."""
+    (component,) = result.components
+    host = getattr(diffusers, prompts.config.host)
+    host.save_lora_weights(folder, **{f"{component}_lora_layers": result.lora})
 
 
 @torch.no_grad()

@@ -36,11 +36,7 @@ TINY = GeneratorTrainingConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def problem(rows=12, classes=3, channels=1, size=4):

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 
 import texts
@@ -32,11 +31,7 @@ OWN = GeneratorTrainingConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def state(module):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from diffusers import DDIMScheduler
 from transformers import AutoModelForImageClassification
@@ -27,11 +27,7 @@ ROOT = Path(__file__).parents[2]
 VARY = ("seconds", "training_seconds", "images_per_second", "peak_memory_bytes")  # from run to run
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

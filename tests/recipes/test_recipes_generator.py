@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -82,13 +81,6 @@ def test_training_in_the_latents_of_an_autoencoder(tmp_path):
     assert pipeline.vae.config.latent_channels == pipeline.transformer.config.in_channels == 2
     assert pipeline.transformer.config.sample_size == 4 and not pipeline.scheduler.config.clip_sample
     assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
-
-
-@pytest.fixture
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 import texts
@@ -30,13 +29,6 @@ num_samples_per_class: 1
 num_inference_steps: 2
 negative_prompt: a letter
 """
-
-
-@pytest.fixture
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture

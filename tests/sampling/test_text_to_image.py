@@ -47,6 +47,21 @@ def host_images(host, prompts, latents, generators, **options):
     ).images
 
 
+def kill_after_one_block(monkeypatch, *args, **options):
+    draw, left = DsCoPipeline.draw, [1]
+
+    def killed(self, *args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return draw(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DsCoPipeline, "draw", killed)
+        with pytest.raises(KeyboardInterrupt):
+            concentrate_to_folder(*args, **options)
+
+
 @pytest.fixture(params=["sd1", "sd3"])
 def pipe(tmp_path, make, request):
     classifier = make.convnet(names=texts.CLASSES, channels=3)
@@ -320,18 +335,7 @@ def test_a_killed_run_goes_on_and_a_record_makes_the_set_again(tmp_path, pipe, t
     pipe.set_progress_bar_config(disable=True)
     options = {**DRAWN, "block_size": 1, "progress": False}
     small = concentrate(pipe, targets, 2, seed=3, **options)
-    draw, left = DsCoPipeline.draw, [1]
-
-    def killed(self, *args):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        return draw(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DsCoPipeline, "draw", killed)
-        with pytest.raises(KeyboardInterrupt):
-            concentrate_to_folder(pipe, targets, 2, tmp_path / "run", seed=3, **options)
+    kill_after_one_block(monkeypatch, pipe, targets, 2, tmp_path / "run", seed=3, **options)
     run = concentrate_to_folder(pipe, targets, 2, tmp_path / "run", seed=3, **options)
     assert pixels(run.dataset()) == pixels(small)
     save_dataset_folder(small, tmp_path / "set", targets=targets)
@@ -364,18 +368,7 @@ def test_a_run_goes_on_after_its_text_encoders_were_dropped(tmp_path, pipe, targ
     kept, bare = (DsCoPipeline.from_pretrained(tmp_path / "pipe", drop_text_encoders=drop) for drop in (False, True))
     options = {**DRAWN, "block_size": 1, "progress": False}
     small = concentrate(kept, targets, 2, seed=3, **options)
-    draw, left = DsCoPipeline.draw, [1]
-
-    def killed(self, *args):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        return draw(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DsCoPipeline, "draw", killed)
-        with pytest.raises(KeyboardInterrupt):
-            concentrate_to_folder(kept, targets, 2, tmp_path / "run", seed=3, **options)
+    kill_after_one_block(monkeypatch, kept, targets, 2, tmp_path / "run", seed=3, **options)
     run = concentrate_to_folder(bare, targets, 2, tmp_path / "run", seed=3, **options)
     assert pixels(run.dataset()) == pixels(small)
 
