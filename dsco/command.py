@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import described, find_mistake, help_text, recipe_options
+from .options import described, find_mistake, help_text, recipe_options, tell
 
 
 HERE = Path(__file__).parent
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _refuse("`--processes` takes a number of processes, before the name of the recipe.")
         processes, arguments = int(arguments[1]), arguments[2:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        return _tell(_overview())
+        tell(_overview())
+        return 0
     name, *given = arguments
     if name == "copy":
         return _copy(given)
@@ -46,19 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"There is no recipe {name!r}. There are {', '.join(commands)}, and `dsco copy`.")
     options, given = recipe_options(commands[name]), _with_config(given)
     if {"-h", "--help"} & set(given):
-        return _tell(help_text(f"dsco {name}", described(commands[name]), options))
+        tell(help_text(f"dsco {name}", described(commands[name]), options))
+        return 0
     if mistake := find_mistake(given, options):
         return _refuse(mistake, name)
     return _run(commands[name], given, processes)
-
-
-def _tell(text: str) -> int:
-    """Prints; a reader that has seen enough, such as `head`, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit, when the rest would be written
-    return 0
 
 
 def _run(recipe: Path, given: Sequence[str], processes: int | None) -> int:

@@ -103,7 +103,7 @@ def answer(module: str, file: str) -> None:
         return
     arguments, options = sys.argv[1:], recipe_options(Path(file))
     if {"-h", "--help"} & set(arguments):
-        print(help_text(Path(file).stem, described(Path(file)), options))
+        tell(help_text(Path(file).stem, described(Path(file)), options))
         raise SystemExit(0)
     if mistake := find_mistake(arguments, options):
         raise SystemExit(f"{Path(file).name}: {mistake}")
@@ -113,6 +113,14 @@ def answer(module: str, file: str) -> None:
         # seconds, of bars of other libraries, which have their first line then; tqdm reads them when it is imported
         for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL", "TQDM_DELAY"):
             os.environ.setdefault(name, "60")
+
+
+def tell(text: str) -> None:
+    """Prints; a reader that has seen enough, such as `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit, when the rest would be written
 
 
 def described(file: Path) -> str:

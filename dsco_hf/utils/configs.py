@@ -111,7 +111,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def _as_written(arguments: Sequence[str], kinds: Mapping[str, Any]) -> tuple[list[str], set[str]]:
-    """The command line with lists of numbers apart, and the options that are `none` in place of a number."""
+    """The command line with lists of numbers apart, and the options that `none` takes away."""
     written: list[str] = []
     absent: set[str] = set()
     name = ""
@@ -126,7 +126,7 @@ def _as_written(arguments: Sequence[str], kinds: Mapping[str, Any]) -> tuple[lis
         if get_origin(kind) is list and choices in ((int,), (float,)):
             parts = value.split(",") if value is argument else [f"--{name}", *value.split(",")]
             written += [part for part in parts if part]
-        elif _is_union(kind) and {int, float} & set(choices) and value == "none":
+        elif _is_union(kind) and type(None) in choices and value == "none":
             absent.add(name)
             if value is argument:
                 written.pop()  # its option

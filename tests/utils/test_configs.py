@@ -87,8 +87,15 @@ def test_lists_of_numbers_apart_or_with_commas(given):
 
 
 def test_text_on_the_command_line_is_what_was_written():
-    given = ["--sizes", "1", "--names", "tench, Tinca", "no", "2024-01-01", "1e3", "--widths=a=", "--folder", "none"]
-    assert parse_config(Lists, given) == Lists([1], "a=", ["tench, Tinca", "no", "2024-01-01", "1e3"], folder="none")
+    names = ["tench, Tinca", "no", "2024-01-01", "1e3"]
+    given = ["--sizes", "1", "--names", *names, "--widths=none", "--folder=./none"]
+    assert parse_config(Lists, given) == Lists([1], "none", names, folder="./none")
+
+
+def test_none_takes_a_text_of_the_file_away(tmp_path):
+    path = write(tmp_path, "sizes: [1]\nfolder: there\n")
+    assert parse_config(Lists, ["--config", str(path)]).folder == "there"
+    assert parse_config(Lists, ["--config", str(path), "--folder", "none"]).folder is None
 
 
 def test_a_second_value_says_how_to_give_one():
