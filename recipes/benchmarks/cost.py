@@ -12,6 +12,9 @@ set where it is nearest from above. Methods:
     plain                   sampling without optimisation
     nopt                    the default: last 40 % of the steps, conditional look-ahead, preview decoder
     nopt_every_step_full    every step, decoded by the AutoencoderKL
+    field                   the field's unit: plain sampling in 50 steps
+    default                 NOpt at all its defaults, steps included
+    from_centroids          "d4m+nopt" in 16 steps, of which it does the last 11; its pass over the data is not in it
     quantile                the released algorithm: every step, 200 iterations, 1,300 real latents a class. On a CPU a
                             tenth of the iterations and of the latents is done, and its optimisation, linear in
                             both, is taken ten times; such figures are called `extrapolated`
@@ -20,7 +23,8 @@ Prints one JSON object as its last line. `nopt_over_plain`, `nopt_every_step_ful
 (or `quantile_extrapolated_over_plain`): seconds per image by those of plain sampling; `nopt_over_quantile` likewise;
 `memory_nopt_over_plain`: peak memory; `nopt_over_plain_at_50_steps_predicted`: the cost model with the measured
 seconds of each part; `denoiser_fraction_of_matmul`: the denoiser's rate by that of large matrix multiplications in
-this run; `methods`: seconds, calls, peak memory and seconds by part of each.
+this run; `default_over_field`, `from_centroids_over_field`: seconds per image by those of plain sampling in 50 steps,
+and `..._flops`: likewise in FLOPs; `methods`: seconds, calls, peak memory and seconds by part of each.
 """
 
 from __future__ import annotations
@@ -46,13 +50,21 @@ from dsco_hf.costs.passes import Rehearsal, stand_in_targets, weighted
 from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds, synchronize
 from dsco_hf.costs.tracing import pass_costs, predict_memory
 from dsco_hf.sampling.call import Plain, Sampling, calls
+from dsco_hf.sampling.methods.combined import Combined
 from dsco_hf.sampling.methods.nopt import NOpt, optimized_steps
 from dsco_hf.sampling.methods.released import QuantileTargets, Released
+from dsco_hf.sampling.peers.d4m import D4M
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.utils import progress as memory
 
 
-METHODS = ("plain", "nopt", "nopt_every_step_full", "quantile")
+METHODS = ("plain", "nopt", "field", "default", "from_centroids", "nopt_every_step_full", "quantile")
+# With steps of their own; 16 is what recipes/results/bench_cifar10_16px draws "d4m+nopt" with.
+OWN_STEPS: dict[str, dict[str, Any]] = {
+    "field": {"num_inference_steps": 50, "method": Plain()},
+    "default": {},
+    "from_centroids": {"num_inference_steps": 16, "method": D4M() + NOpt(start=0.0)},
+}
 GUIDANCE, ITERATIONS, POPULATION = 4.0, 200, 1300
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -133,7 +145,11 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
 def call_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """How the pipeline is called for a method."""
-    call: dict[str, Any] = {"guidance_scale": GUIDANCE, "num_inference_steps": options.num_inference_steps}
+    call: dict[str, Any] = {"guidance_scale": GUIDANCE}
+    if name in OWN_STEPS:
+        usual = Sampling()
+        return {**call, "num_inference_steps": usual.num_inference_steps, "method": usual.method, **OWN_STEPS[name]}
+    call["num_inference_steps"] = options.num_inference_steps
     if name == "plain":
         call["method"] = Plain()
     elif name == "quantile":
@@ -145,10 +161,8 @@ def call_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def targets_for(pipe: DsCoPipeline, name: str, options: argparse.Namespace) -> Any:
     """Targets of the right shapes; their values do not change the cost."""
-    if name == "plain":
-        return None
     if name != "quantile":
-        return stand_in_targets(pipe)
+        return stand_in_targets(pipe, call_options(name, options)["method"])
     side, channels = pipe.image_size // pipe.vae_scale_factor, pipe.denoiser.config.in_channels
     generator = torch.Generator().manual_seed(0)
     count = (50 if options.tiny else POPULATION) // options.divisor
@@ -162,10 +176,10 @@ def run_method(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any
     name, device = options.worker, pipe.device
     labels = [label for label in range(options.num_classes) for _ in range(options.images_per_class)]
     call, targets = call_options(name, options), targets_for(pipe, name, options)
-    # kernels are loaded and chosen in a first call: two steps, one of them optimised
+    # kernels are loaded and chosen in a first call: two or three steps, one of them optimised
     method = call["method"]
-    once = method if name == "plain" else dataclasses.replace(method, start=0.0, iterations=1)
-    first = call | {"num_inference_steps": 2, "method": once}
+    once = dataclasses.replace(method, start=0.0, iterations=1) if hasattr(method, "start") else method
+    first = call | {"num_inference_steps": 3 if isinstance(method, Combined) else 2, "method": once}
     batch_size: int | None = None
     while True:
         timers = Timers(pipe, type(method))
@@ -190,8 +204,8 @@ def run_method(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any
     if counted != expected:
         raise AssertionError(f"{name} made {counted} calls, the cost model expects {expected}.")
     predicted = predict_memory(
-        pipe, len(labels), pass_costs(pipe), optimised=name.startswith("nopt"), guidance_scale=GUIDANCE,
-        batch_size=batch_size,
+        pipe, len(labels), pass_costs(pipe), optimised=name not in ("plain", "field", "quantile"),
+        guidance_scale=GUIDANCE, batch_size=batch_size,
     )  # fmt: skip
     peak = peak_bytes(device)
     return {
@@ -312,7 +326,10 @@ def probe(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any]:
         for unit, rates in (("seconds", seconds), ("flops", flops)):
             steered, plain = (weighted(passes, rates) for passes in counts)
             work_of[f"{unit}_at_{steps}"] = steered / plain
+    spent = {name: weighted(Rehearsal(pipe, Sampling.of(**call_options(name, options))).passes(images), flops)
+             for name in OWN_STEPS}  # fmt: skip
     return {
+        "over_field": {name: work / spent["field"] for name, work in spent.items() if name != "field"},
         "seconds_per_image_pass": {kind: round(value, 6) for kind, value in seconds.items()},
         "tflops": {"denoiser": round(flops["denoiser"] / seconds["denoiser"] / 1e12, 4)},
         "matmul_tflops": matmul / 1e12,
@@ -352,7 +369,11 @@ def summarise(
         figures[f"nopt_over_{quantile}"] = (
             methods["nopt"]["seconds_per_image"] / methods[quantile]["seconds_per_image"]
         )
+    for name in ("default", "from_centroids"):
+        if name in methods and "field" in methods:
+            figures[f"{name}_over_field"] = per_image[name] / per_image["field"]
     ratios = probed.pop("ratios")
+    figures |= {f"{name}_over_field_flops": value for name, value in probed.pop("over_field").items()}
     figures["nopt_over_plain_predicted"] = ratios[f"seconds_at_{options.num_inference_steps}"]
     figures["nopt_over_plain_at_50_steps_predicted"] = ratios["seconds_at_50"]
     figures["nopt_over_plain_at_50_steps_flops"] = ratios["flops_at_50"]

@@ -137,6 +137,10 @@ def test_the_benchmark_of_cost_at_tiny_size(cost, tmp_path):
     assert released["seconds_per_image"] == pytest.approx(released["measured_seconds_per_image"] + added)
     wanted = {"quantile_extrapolated_over_plain", "memory_nopt_over_plain", "nopt_over_quantile_extrapolated"}
     wanted |= {"nopt_over_plain_at_50_steps_predicted", "denoiser_fraction_of_matmul"}
+    wanted |= {"default_over_field", "from_centroids_over_field", "default_over_field_flops"}
+    # 11 of 16 steps with guidance, 10 of them with a look-ahead
+    assert [figures["methods"][name]["denoiser_calls"] for name in ("field", "from_centroids")] == [100, 32]
+    assert 0.2 < figures["from_centroids_over_field_flops"] < figures["default_over_field_flops"]
     assert wanted <= set(figures)
 
 
