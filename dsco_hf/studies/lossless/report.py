@@ -132,7 +132,7 @@ def draw_search(found: Mapping[str, Any], path: str | Path) -> Path:
     for images, style, word in zip(found["bracket"], (":", "-"), ("not shown", "accepted"), strict=True):
         if images:
             axes.axvline(images, color="#aa3377", linewidth=1, linestyle=style, label=f"{word}: {images:,}")
-    room = max(reached) - min(reached)
+    room = max(max(reached) - min(reached), 100 * found["margin"])  # all trainings may be alike
     axes.set_ylim(min(reached) - 0.1 * room, max(reached) + 0.15 * room)
     axes.set_xscale("log")
     axes.set_xticks(sorted(set(sizes)))
