@@ -337,7 +337,7 @@ def test_readme_table_is_written_between_marks_and_checked(tmp_path, results):
 @pytest.mark.parametrize("page", ["README.md", "pipeline_card.md"])
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("results", "quickstart"), ("cifar10", "bench_cifar10_16px"), ("imagenette", "imagenette_32px")],
+    [("results", "quickstart"), ("cifar10", "bench_cifar10_16px"), ("imagenette", "bench_imagenette_32px")],
 )
 def test_the_tables_shown_are_those_recorded(page, name, folder):
     results = ROOT / "recipes" / "results" / folder / "results.json"
