@@ -165,7 +165,7 @@ def described_job(recipe: ConcentrateRecipe, accelerator: Accelerator) -> Job:
         check = kept_check(
             output / "generator_check.json", pipe, real, **recipe.columns,
             class_labels=targets.class_labels if targets is not None else recipe.classes(pipe) or None,
-            images_per_class=recipe.check_images, num_inference_steps=recipe.num_inference_steps,
+            images_per_class=recipe.check_images, num_inference_steps=sampling.num_inference_steps,
             guidance_scale=recipe.guidance_scale,
         )  # fmt: skip
         print(check or "", flush=True)

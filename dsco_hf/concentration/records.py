@@ -75,7 +75,7 @@ def record_parameters(record: Mapping[str, Any]) -> dict[str, Any]:
             "The record has no parameters of a concentration: the dataset was not made by `concentrate`, or its maker "
             "did not record it (`concentration_record`)."
         )
-    recorded = from_flat(recorded)
+    recorded = from_flat({"num_inference_steps": 50, **recorded})  # what it was when records could leave it out
     known = [*RUN_OPTIONS, *(field.name for field in dataclasses.fields(Sampling))]
     if unknown := [name for name in recorded if name not in known]:
         raise ValueError(

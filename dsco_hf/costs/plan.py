@@ -179,8 +179,8 @@ class CostPlan(SamplingOptions):
         calls, method = plan["rows"][0], self.sampling.method
         steered = "+".join(getattr(part, "objective", part).name for part in getattr(method, "parts", [method]))
         found = [
-            f"{self.num_classes} classes, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}, "
-            f"{steered}; calls of up to {calls['images_per_call']} images. "
+            f"{self.num_classes} classes, {self.sampling.num_inference_steps} steps, "
+            f"guidance {self.guidance_scale:g}, {steered}; calls of up to {calls['images_per_call']} images. "
             f"Memory is that of tensors, {plan['weights_gib']:.2f} GiB of it weights; a batch fits if it takes at "
             f"most {100 * MEMORY_SHARE:.0f} % of {plan['device_memory_gib']:.0f} GiB. "
             "Time is that of the slowest process."

@@ -64,6 +64,7 @@ class SamplingMethod(Choice):
         candidates (`int`): images drawn for each one that stays, see `choose`.
         takes_targets (`bool`): whether it looks at targets, beyond the classes that these name.
         adds_noise (`bool`): whether the steps add noise.
+        usual_steps (`int`): sampling steps where none are asked for; those that the field counts costs by.
         sentence (`str`): what cards say was done.
         targets_class (`type`, *optional*): of what `make_targets` makes, if folders can keep it (`save_pretrained`,
             `from_pretrained`).
@@ -73,6 +74,7 @@ class SamplingMethod(Choice):
     candidates = 1  # a subclass may have it as a field
     takes_targets = True
     adds_noise: ClassVar[bool] = True
+    usual_steps = 50
     targets_class: ClassVar[type | None] = MatchingTargets
     sentence: ClassVar[str] = "The sampling of a frozen class-conditional diffusion model was steered."
 
@@ -246,7 +248,8 @@ class Sampling:
     """How images are drawn: what calls, runs, records, costs and recipes share.
 
     Attributes:
-        num_inference_steps (`int`): sampling steps.
+        num_inference_steps (`int`): sampling steps; if None the method's own, which are 50 unless noise is optimised,
+            and 16 of NOpt.
         guidance_scale (`float`): classifier-free guidance; 1 is off.
         eta (`float`): 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none. See [`Steps`].
         batch_size (`int`, *optional*): images per pass through denoiser, decoder and classifier; all of a call at once
@@ -254,7 +257,7 @@ class Sampling:
         method ([`SamplingMethod`]): what steers it; a name, such as "plain", becomes the object.
     """
 
-    num_inference_steps: int = 50
+    num_inference_steps: int = None  # type: ignore[assignment]  # until it is made
     guidance_scale: float = 4.0
     eta: float = 1.0
     batch_size: int | None = None
@@ -264,8 +267,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuses numbers out of range; makes the method of its name or record."""
-        plain_fields(self)
         object.__setattr__(self, "method", SamplingMethod.of(self.method))
+        if self.num_inference_steps is None:
+            object.__setattr__(self, "num_inference_steps", self.method.usual_steps)
+        plain_fields(self)
 
     @classmethod
     def of(cls, method: object = None, objective: object = None, **fields: object) -> Self:
@@ -295,7 +300,10 @@ class Sampling:
 
     def for_targets(self, targets: object) -> Self:
         """The same, or plain sampling where the method needs targets and there are none."""
-        return self if targets is not None else dataclasses.replace(self, method=self.method.without_targets())
+        method = self.method if targets is not None else self.method.without_targets()
+        usual = self.num_inference_steps == self.method.usual_steps
+        steps = method.usual_steps if usual else self.num_inference_steps
+        return dataclasses.replace(self, method=method, num_inference_steps=steps)
 
     def make_targets(self, pipe: DiffusionPipeline, given: Any, **options: Any) -> Targets | None:
         """The targets that are given, or those of a dataset, a label set's name or a list of classes.

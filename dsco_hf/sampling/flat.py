@@ -51,7 +51,8 @@ def _method(given: Mapping[str, Any]) -> SamplingMethod:
     fields = {name: given[name] for name in _OF_OBJECTIVE if name in given and name in known}
     if kind.name == "classifier":
         fields = dict(given.get("classifier_objective", {}))
-    named = {field: given[name] for name, field in _NOPT.items() if name in given}
+    # 0.6 was the beginning when records could leave it out
+    named = {"start": 0.6} | {field: given[name] for name, field in _NOPT.items() if name in given}
     return NOpt(objective={**fields, **told}, **named, **counted)  # type: ignore[arg-type]
 
 
@@ -64,7 +65,7 @@ class SamplingOptions(ImportOptions):
             released algorithm; or one of your own, "module:Class", with fields `{name: module:Class, field: value}`.
         method: what steers the sampling in place of NOpt: a peer, or one of your own, likewise, which has options of
             its own; or several that go together, "d4m+nopt".
-        num_inference_steps: sampling steps.
+        num_inference_steps: sampling steps; the method's own if none: 16 of NOpt, 50 of others.
         guidance_scale: classifier-free guidance; 1 is off.
         eta: 1 is ancestral sampling; smaller values leave less noise to optimise, 0 none.
         batch_size: images per pass through denoiser, decoder and classifier; all of a call at once if none.
@@ -83,12 +84,12 @@ class SamplingOptions(ImportOptions):
     objective: Named = "ridge"
     method: Named = "nopt"
     guidance_scale: float = 4.0
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     eta: float = 1.0
     optimization_steps: int | None = None
     step_size: float = 1.0
     step_decay: float = 0.25
-    optimize_from: float = 0.6
+    optimize_from: float = 0.0
     optimize_until: float = 1.0
     lookahead: str = "conditional"
     contrast: float = 0.0

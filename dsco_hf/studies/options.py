@@ -236,7 +236,7 @@ class TargetsOptions(MatchOptions, SamplingOptions):
             wanted: dict[str, Any] = {name: value for name, value in told.items() if value not in (None, "raise")}
             wanted |= {"seed": self.seed, "images_per_class": self.images_per_class, "progress": shown}
             return targets_in(pipe, given, self.sampling, folder, accelerator=accelerator, **wanted)
-        drawing = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
+        drawing = {name: getattr(self.sampling, name) for name in ("num_inference_steps", "guidance_scale", "eta")}
         options = self.targets_options(pipe, **drawing) | {"seed": self.seed}
         options |= {"second_moment": True} if method.second_moment else {}
         made_with = pipeline_identity(pipe, real, draws=real is None, **{**options, **self.asked, **decisive})

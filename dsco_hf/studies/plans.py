@@ -100,11 +100,11 @@ class StudyPlan(ImportOptions):
     budgets: list[int] = field(default_factory=list)
     synthesis_seeds: int = 2
     single_seeds: int | None = None
-    num_inference_steps: int = 50
+    num_inference_steps: int = 16
     guidance_scale: float = 1.0
     clearest_share: list[float] = field(default_factory=lambda: [1.0])
     step_size: float = 1.0
-    optimize_from: float = 0.6
+    optimize_from: float = 0.0
     optimize_until: float = 1.0
     objective: list[Named] = field(default_factory=lambda: ["ridge"])
     contrast: list[float] = field(default_factory=lambda: [0.0])

@@ -6,20 +6,19 @@
 
 DiT-XL/2 and AutoencoderKL as in facebook/DiT-XL-2-256, a stock AutoencoderTiny as the preview decoder, ResNet-18 at
 224 px, guidance 4. Each method runs in a process of its own, where its peak memory is measured too; plain sampling and
-the default take turns. With few steps the share of optimised ones would not be the default's, so `--optimize_from` is
-set where it is nearest from above. Methods:
+NOpt take turns. Methods:
 
     plain                   sampling without optimisation
-    nopt                    the default: last 40 % of the steps, conditional look-ahead, preview decoder
-    nopt_every_step_full    every step, decoded by the AutoencoderKL
+    nopt                    as by default: every step, conditional look-ahead, preview decoder
+    nopt_full_decoder       the same without a preview decoder
     field                   the field's unit: plain sampling in 50 steps
     default                 NOpt at all its defaults, steps included
-    from_centroids          "d4m+nopt" in 16 steps, of which it does the last 11; its pass over the data is not in it
+    from_centroids          "d4m+nopt" at its defaults: the last 11 of 16 steps; its pass over the data is not in it
     quantile                the released algorithm: every step, 200 iterations, 1,300 real latents a class. On a CPU a
                             tenth of the iterations and of the latents is done, and its optimisation, linear in
                             both, is taken ten times; such figures are called `extrapolated`
 
-Prints one JSON object as its last line. `nopt_over_plain`, `nopt_every_step_full_over_plain`, `quantile_over_plain`
+Prints one JSON object as its last line. `nopt_over_plain`, `nopt_full_decoder_over_plain`, `quantile_over_plain`
 (or `quantile_extrapolated_over_plain`): seconds per image by those of plain sampling; `nopt_over_quantile` likewise;
 `memory_nopt_over_plain`: peak memory; `nopt_over_plain_at_50_steps_predicted`: the cost model with the measured
 seconds of each part; `denoiser_fraction_of_matmul`: the denoiser's rate by that of large matrix multiplications in
@@ -30,7 +29,6 @@ and `..._flops`: likewise in FLOPs; `methods`: seconds, calls, peak memory and s
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -51,19 +49,19 @@ from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds
 from dsco_hf.costs.tracing import pass_costs, predict_memory
 from dsco_hf.sampling.call import Plain, Sampling, calls
 from dsco_hf.sampling.methods.combined import Combined
-from dsco_hf.sampling.methods.nopt import NOpt, optimized_steps
+from dsco_hf.sampling.methods.nopt import NOpt
 from dsco_hf.sampling.methods.released import QuantileTargets, Released
 from dsco_hf.sampling.peers.d4m import D4M
 from dsco_hf.sampling.pipeline import DsCoPipeline
 from dsco_hf.utils import progress as memory
 
 
-METHODS = ("plain", "nopt", "field", "default", "from_centroids", "nopt_every_step_full", "quantile")
-# With steps of their own; 16 is what recipes/results/bench_cifar10_16px draws "d4m+nopt" with.
+METHODS = ("plain", "nopt", "field", "default", "from_centroids", "nopt_full_decoder", "quantile")
+# With steps of their own, the default ones unless said.
 OWN_STEPS: dict[str, dict[str, Any]] = {
     "field": {"num_inference_steps": 50, "method": Plain()},
     "default": {},
-    "from_centroids": {"num_inference_steps": 16, "method": D4M() + NOpt(start=0.0)},
+    "from_centroids": {"method": D4M() + NOpt()},
 }
 GUIDANCE, ITERATIONS, POPULATION = 4.0, 200, 1300
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -96,7 +94,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images_per_class", type=int, default=10 if gpu else 1)
     parser.add_argument("--num_classes", type=int, default=1)
     parser.add_argument("--num_inference_steps", type=int, default=50 if gpu else 10)
-    parser.add_argument("--optimize_from", type=float, help="of the default method")
     parser.add_argument("--divisor", type=int, default=1 if gpu else 10, help="part of the released algorithm's work")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--rounds", type=int, default=2, help="turns of plain sampling and the default")
@@ -104,25 +101,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the same classes at a size for tests")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.optimize_from is None:
-        options.optimize_from = nearest_share(options.num_inference_steps)
-    return options
-
-
-def nearest_share(steps: int) -> float:
-    """Where to begin so that the share of optimised steps is at least that of the default at 50 steps, 19 of 50."""
-    share = len(optimized_steps(50, 0.6, 1.0)) / 50
-    return next(
-        first / steps for first in range(steps, -1, -1)
-        if len(optimized_steps(steps, first / steps, 1.0)) / steps >= share or first == 0
-    )  # fmt: skip
+    return parser.parse_args(arguments)
 
 
 def run_worker(name: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """One method in a fresh process, whose peak memory is its own."""
     command = [sys.executable, __file__, "--worker", name, "--out", str(out), *(["--tiny"] if options.tiny else [])]
-    for key in ("images_per_class", "num_classes", "num_inference_steps", "optimize_from", "divisor", "dtype"):
+    for key in ("images_per_class", "num_classes", "num_inference_steps", "divisor", "dtype"):
         command += [f"--{key}", str(getattr(options, key))]
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -136,7 +121,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     """The worker: one method's run, or the probe."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = imagenet_pipeline(
-        device=device, dtype=DTYPES[options.dtype], preview=options.worker != "nopt_every_step_full", tiny=options.tiny
+        device=device, dtype=DTYPES[options.dtype], preview=options.worker != "nopt_full_decoder", tiny=options.tiny
     )
     measured = probe(pipe, options) if options.worker == "probe" else run_method(pipe, options)
     options.out.write_text(json.dumps(measured), encoding="utf-8")
@@ -155,7 +140,7 @@ def call_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     elif name == "quantile":
         call["method"] = Released(ITERATIONS // options.divisor)
     else:
-        call["method"] = NOpt(start=options.optimize_from if name == "nopt" else 0.0)
+        call["method"] = NOpt()
     return call
 
 
@@ -178,7 +163,7 @@ def run_method(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any
     call, targets = call_options(name, options), targets_for(pipe, name, options)
     # kernels are loaded and chosen in a first call: two or three steps, one of them optimised
     method = call["method"]
-    once = dataclasses.replace(method, start=0.0, iterations=1) if hasattr(method, "start") else method
+    once = method.with_iterations(1)
     first = call | {"num_inference_steps": 3 if isinstance(method, Combined) else 2, "method": once}
     batch_size: int | None = None
     while True:
@@ -311,7 +296,7 @@ def resident_peak() -> int:
 def probe(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of one pass of each kind, and the device's rate of large matrix multiplications."""
     images = options.images_per_class * options.num_classes
-    nopt = Sampling(options.num_inference_steps, GUIDANCE, method=NOpt(start=options.optimize_from))
+    nopt = Sampling(options.num_inference_steps, GUIDANCE, method=NOpt())
     seconds = probe_seconds(Rehearsal(pipe, nopt), images, images_per_class=options.images_per_class, repeats=2)
     costs = pass_costs(pipe)
     size = 256 if options.tiny else 8192 if pipe.device.type == "cuda" else 2048

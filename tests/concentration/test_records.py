@@ -11,8 +11,8 @@ def test_every_parameter_is_recorded_with_its_default():
     found = records.resolve_parameters(images_per_class=3, guidance_scale=1.0, progress=False)
     assert found == {
         "images_per_class": 3, "class_labels": None, "block_size": 10, "images_per_call": 128,
-        "num_inference_steps": 50, "guidance_scale": 1.0, "eta": 1.0, "batch_size": None,
-        "method": {"name": "nopt", "objective": {"name": "ridge", "regularization": 2.0}, "start": 0.6, "stop": 1.0,
+        "num_inference_steps": 16, "guidance_scale": 1.0, "eta": 1.0, "batch_size": None,
+        "method": {"name": "nopt", "objective": {"name": "ridge", "regularization": 2.0}, "start": 0.0, "stop": 1.0,
                    "iterations": 1, "step_size": 1.0, "step_decay": 0.25, "lookahead": "conditional"},
     }  # fmt: skip
 
@@ -44,16 +44,16 @@ def test_methods_survive_json(method):
       "optimize_until": 0.9, "lookahead": "none", "contrast": 2.0},
      NOpt(RKHS(2.0), 0.0, 0.9, 1, 0.5, 0.25, "none")),
     ({"objective": "ridge", "optimization_steps": 2, "contrast": 0.0, "regularization": 0.5},
-     NOpt(Ridge(0.5), iterations=2)),
+     NOpt(Ridge(0.5), start=0.6, iterations=2)),
     ({"objective": "classifier", "contrast": 0.0, "classifier_objective": {"evidence": 1.0, "margin": 3.0}},
-     NOpt(ClassifierEvidence(margin=3.0))),
+     NOpt(ClassifierEvidence(margin=3.0), start=0.6)),
     ({"objective": "quantile", "optimization_steps": 200, "optimize_from": 0.0}, Released()),
     ({"objective": "ridge", "optimization_steps": 0}, Plain()),
 ])  # fmt: skip
 def test_flat_parameters_of_earlier_records_are_read(recorded, method):
     parameters = {"images_per_class": 2, "block_size": 2, "guidance_scale": 1.0, "batch_size": None, **recorded}
     found = records.record_parameters({"parameters": parameters})
-    assert found == {"images_per_class": 2, "block_size": 2, "method": Sampling(guidance_scale=1.0, method=method)}
+    assert found == {"images_per_class": 2, "block_size": 2, "method": Sampling(50, guidance_scale=1.0, method=method)}
 
 
 def test_unknown_parameters_are_refused():

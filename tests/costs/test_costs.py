@@ -215,7 +215,7 @@ def test_time_is_that_of_the_slowest_process(pipe):
     costs = {"denoiser": PassCost(10, 1), "preview_backward": PassCost(0, 1)}
     seconds = {"denoiser": 2.0}
     options = {"block_size": 2, "images_per_call": 2}
-    rehearsal = Rehearsal(pipe, Sampling(3, 1.0))
+    rehearsal = Rehearsal(pipe, Sampling(3, 1.0, method=NOpt(start=0.6)))
     found = predict(rehearsal, 3, 4, costs=costs, seconds=seconds, num_processes=(1, 2, 3, 8), **options)
     # three groups of one class; 4 images of each, 3 steps and a look-ahead, a denoiser pass of 2 s
     assert found.images == 12 and found.calls["denoiser_calls"] == found.passes["denoiser"] == 48

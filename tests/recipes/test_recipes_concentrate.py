@@ -251,7 +251,7 @@ def test_objects_of_ones_own_by_name(work, own, pipe, targets, real_images, caps
     assert "All rows are identical" in capsys.readouterr().out
 
     method = "imports: own_objects\nmethod: {name: own_objects:Lightest, candidates: 3}\n"
-    (work / "method.yaml").write_text(small + method)
+    (work / "method.yaml").write_text(small.replace("optimize_from: 0.0", "optimize_from: 0.5") + method)
     with pytest.raises(
         ValueError, match=r"\['optimize_from'\] are of 'nopt', .* leave them out, and give a method its"
     ):

@@ -32,7 +32,9 @@ NOPT = {**PLAIN, "step_size": 0.1}
 
 
 def draw(pipe, make, labels=LABELS, targets=None, *, seeds=SEEDS, **options):
-    return pipe(labels, targets, generator=make.generators(seeds), **from_flat({**NOPT, **options}))
+    return pipe(
+        labels, targets, generator=make.generators(seeds), **from_flat({"optimize_from": 0.6, **NOPT, **options})
+    )
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_micro_batches_give_the_images_of_the_full_batch(request, make, space):
 
 def one_step(pipe, targets, *, steps=6, i=3, labels=LABELS, scale=2.0, **method):
     """The middle of a call: the call, latents, predicted noise, noise to optimise, classes."""
-    nopt = NOpt(**{"step_size": 0.1, **method})
+    nopt = NOpt(**{"start": 0.6, "step_size": 0.1, **method})
     call = pipe.start_call(labels, targets, Sampling(steps, scale, method=nopt))
     nopt.prepare(call)
     config, generator = pipe.transformer.config, torch.Generator().manual_seed(0)

@@ -172,6 +172,11 @@ class Combined(SamplingMethod):
         return all(part.adds_noise for part in self.parts)
 
     @property
+    def usual_steps(self) -> int:  # type: ignore[override]
+        """The fewest of any part."""
+        return min(part.usual_steps for part in self.parts)
+
+    @property
     def sentence(self) -> str:  # type: ignore[override]
         """Those of the parts; what is chosen among is not plain then."""
         return " ".join(part.sentence.replace("plain samples", "samples") for part in self.parts)
