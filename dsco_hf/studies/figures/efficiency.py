@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -43,9 +44,7 @@ def draw_efficiency(report: Mapping[str, Any], results: Mapping[str, Any]) -> Fi
                   textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
     left.set_yscale("log")
     left.set_ylim(*_limits([rate["rate"] for own in methods.values() for rate in own["rates"]]))
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    left.yaxis.set_minor_formatter(NullFormatter())
+    _name_ticks(left.yaxis)
     left.set_ylabel("real images that one image is worth")
     left.set_title(f"{dataset_title(results)}: the exchange rate", loc="left", fontsize=10.5)
     for axes, measure in zip(others, known, strict=True):
@@ -93,14 +92,23 @@ def draw_cost(results: Mapping[str, Any], *, cost: str = "seconds") -> Figure:
                markeredgecolor=INK, markeredgewidth=0.9, zorder=5)  # fmt: skip
     named = cost.replace("_", " ")
     left.set_yscale("log")
+    right.set_xscale("log")
+    for axis in (left.yaxis, right.xaxis):
+        _name_ticks(axis)
     left.set_ylabel(f"synthesis: {named}")
     left.set_title(f"{dataset_title(results)}: what sets cost (dotted: extrapolated)", loc="left", fontsize=10.5)
-    right.set_xscale("log")
     right.set_xlabel(f"synthesis: {named} (beside the points: images per class)")
     right.set_ylabel("test accuracy (%)")
     right.set_title("and what they bring (ringed: nothing cheaper is better)", loc="left", fontsize=10.5)
     _finish(figure, results, rows, budget_axes=[left])
     return figure
+
+
+def _name_ticks(axis: Axis) -> None:
+    """Numbers at 1, 2 and 5 of every decade of a logarithmic axis: those between would overlap."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
