@@ -13,7 +13,7 @@ def test_cost_per_image(tmp_path, capsys):
     figures = cost_per_image.main([*sizes, "--out", str(tmp_path / "figures.json")])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
-    assert figures["calls_per_image"] == [4.0]  # three steps, and a look-ahead before the last
+    assert figures["calls_per_image"] == [5.0]  # three steps, and look-aheads before the last two
     assert len(figures["seconds_per_image_by_block"]) == 4 and figures["flatness"] > 0
     assert figures["weights"] == "random" and figures["by_dataset_size"] > 0
 

@@ -342,7 +342,7 @@ def test_on_digits_nopt_from_d4m_lowers_its_objective_below_that_of_d4m(digits):
     both = pipe.sample(labels, targets, seeds=seeds, method=method)
     alone = pipe.sample(labels, targets.parts["d4m"], seeds=seeds, method=Sampling(20, 1.0, method="d4m"))
     assert error(both.images) < 0.9 * error(alone.images)
-    assert len(both.discrepancies) == 7 and both.discrepancies[-1].sum() < both.discrepancies[0].sum()
+    assert len(both.discrepancies) == 13 and both.discrepancies[-1].sum() < both.discrepancies[0].sum()
 
 
 @pytest.mark.slow
