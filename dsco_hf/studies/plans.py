@@ -256,7 +256,8 @@ class StudyPlan(ImportOptions):
         if method == "plain":
             return None, options | {"method": Plain()}
         if method == "nopt-classifier-only":
-            return None, options | {"method": NOpt(ClassifierEvidence())}
+            # of all steps, it teaches less on the digits than of the late ones
+            return None, options | {"method": NOpt(ClassifierEvidence(), start=0.6)}
         if method == "nopt-quantile":
             return None, options | {"method": Released(self.quantile_iterations)}
         if method in PEERS:

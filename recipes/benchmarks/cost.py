@@ -47,7 +47,7 @@ import torch
 from dsco_hf.costs.passes import Rehearsal, stand_in_targets, weighted
 from dsco_hf.costs.probe import imagenet_pipeline, median_seconds, probe_seconds, synchronize
 from dsco_hf.costs.tracing import pass_costs, predict_memory
-from dsco_hf.sampling.call import Plain, Sampling, calls
+from dsco_hf.sampling.call import Plain, Sampling, SamplingMethod, calls
 from dsco_hf.sampling.methods.combined import Combined
 from dsco_hf.sampling.methods.nopt import NOpt
 from dsco_hf.sampling.methods.released import QuantileTargets, Released
@@ -57,12 +57,8 @@ from dsco_hf.utils import progress as memory
 
 
 METHODS = ("plain", "nopt", "field", "default", "from_centroids", "nopt_full_decoder", "quantile")
-# With steps of their own, the default ones unless said.
-OWN_STEPS: dict[str, dict[str, Any]] = {
-    "field": {"num_inference_steps": 50, "method": Plain()},
-    "default": {},
-    "from_centroids": {"method": D4M() + NOpt()},
-}
+# With their usual steps: 50 of plain sampling.
+OF_FIELD: dict[str, SamplingMethod] = {"field": Plain(), "default": NOpt(), "from_centroids": D4M() + NOpt()}
 GUIDANCE, ITERATIONS, POPULATION = 4.0, 200, 1300
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -131,9 +127,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 def call_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """How the pipeline is called for a method."""
     call: dict[str, Any] = {"guidance_scale": GUIDANCE}
-    if name in OWN_STEPS:
-        usual = Sampling()
-        return {**call, "num_inference_steps": usual.num_inference_steps, "method": usual.method, **OWN_STEPS[name]}
+    if name in OF_FIELD:
+        return call | {"method": OF_FIELD[name]}
     call["num_inference_steps"] = options.num_inference_steps
     if name == "plain":
         call["method"] = Plain()
@@ -312,7 +307,7 @@ def probe(pipe: DsCoPipeline, options: argparse.Namespace) -> dict[str, Any]:
             steered, plain = (weighted(passes, rates) for passes in counts)
             work_of[f"{unit}_at_{steps}"] = steered / plain
     spent = {name: weighted(Rehearsal(pipe, Sampling.of(**call_options(name, options))).passes(images), flops)
-             for name in OWN_STEPS}  # fmt: skip
+             for name in OF_FIELD}  # fmt: skip
     return {
         "over_field": {name: work / spent["field"] for name, work in spent.items() if name != "field"},
         "seconds_per_image_pass": {kind: round(value, 6) for kind, value in seconds.items()},

@@ -30,12 +30,13 @@ import torch
 import torch.multiprocessing as mp
 from datasets import Dataset
 
-from dsco_hf import DsCoPipeline, MatchingTargets, get_protocol, load_digits_dataset
+from dsco_hf import DsCoPipeline, get_protocol, load_digits_dataset
 from dsco_hf.concentration.concentrate import concentrate_and_report
 from dsco_hf.data.datasets import find_columns, load_image_dataset
 from dsco_hf.evaluators import TrainingJob, load_image_set, train_job
 from dsco_hf.sampling.call import Sampling, SamplingMethod
 from dsco_hf.sampling.methods import Combined, JointTargets, NOpt
+from dsco_hf.utils.files import write_json
 from dsco_hf.utils.origins import versions
 
 
@@ -57,19 +58,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     pipe = load_pipeline(options)
     train, held_out = split(options)
-    targets = {"nopt": MatchingTargets.from_dataset(train, pipe, progress=False)}
+    made: dict[str, Any] = {}
     drawn: dict[tuple[str, int], tuple[Dataset, float]] = {}
     for variant in options.variants:
         sampling = sampling_of(variant, options)
-        for part in sampling.method.takers:
-            if part not in targets:
-                given = {"images_per_class": options.images_per_class, "progress": False}
-                targets[part] = SamplingMethod.of(part).make_targets(pipe, train, sampling, **given)
+        targets = targets_of(sampling, pipe, train, options, made)
         for seed in range(options.synthesis_seeds):
             rows, report = concentrate_and_report(
-                pipe, targets_of(sampling.method, targets), options.images_per_class, seed=seed, method=sampling,
-                measure_by=targets["nopt"], progress=False,
-            )  # fmt: skip
+                pipe, targets, options.images_per_class, seed=seed, method=sampling, progress=False
+            )
             drawn[variant, seed] = rows, report.denoiser_calls / len(rows)
     results = {
         "rows": evaluate(drawn, held_out, pipe, options),
@@ -79,10 +76,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "versions": versions(),
         **{key: value for key, value in vars(options).items() if key not in ("out", "pipeline", "classifier")},
     }
-    text = json.dumps(results)
     if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write_json(options.out, results)
+    print(json.dumps(results))
     return results
 
 
@@ -130,9 +126,16 @@ def sampling_of(variant: str, options: argparse.Namespace) -> Sampling:
     return Sampling(int(steps), options.guidance_scale, method=method)
 
 
-def targets_of(method: SamplingMethod, targets: Mapping[str, Any]) -> Any:
-    """What a method takes of all targets that were made."""
-    own = {part: targets[part] for part in method.takers}
+def targets_of(
+    sampling: Sampling, pipe: DsCoPipeline, train: Dataset, options: argparse.Namespace, made: dict[str, Any]
+) -> Any:
+    """What a method takes; that of each part is made once, and kept in `made`."""
+    takers = {name: part for name, part in sampling.method.takers.items() if part.takes_targets}
+    for name, part in takers.items():
+        if name not in made:
+            given = {"images_per_class": options.images_per_class, "progress": False}
+            made[name] = part.make_targets(pipe, train, sampling, **given)
+    own = {name: made[name] for name in takers}
     return JointTargets(own) if len(own) > 1 else next(iter(own.values()), None)
 
 

@@ -15,12 +15,7 @@ LABELS = [0, 0, 1, 2, 2, 2]
 
 
 def draw(pipe, make, targets=None, **options):
-    return pipe(
-        LABELS,
-        targets,
-        generator=make.generators(range(10, 16)),
-        **from_flat({"optimize_from": 0.6} | OPTIONS | options),
-    )
+    return pipe(LABELS, targets, generator=make.generators(range(10, 16)), **from_flat(OPTIONS | options))
 
 
 @pytest.mark.parametrize("optimised", [False, True])

@@ -32,9 +32,7 @@ NOPT = {**PLAIN, "step_size": 0.1}
 
 
 def draw(pipe, make, labels=LABELS, targets=None, *, seeds=SEEDS, **options):
-    return pipe(
-        labels, targets, generator=make.generators(seeds), **from_flat({"optimize_from": 0.6, **NOPT, **options})
-    )
+    return pipe(labels, targets, generator=make.generators(seeds), **from_flat({**NOPT, **options}))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from dsco_hf.concentration.additions.doping import select, selected_rows
 from dsco_hf.concentration.set_records import record_of
 from dsco_hf.evaluators import load_image_set
 from dsco_hf.matching.discrepancy import SetMeasures
+from dsco_hf.matching.objectives import ClassifierEvidence
 from dsco_hf.sampling.methods import JointTargets
 from dsco_hf.studies.figures.accuracy import draw_study_samples
 from dsco_hf.studies.kept import passes_of
@@ -46,6 +47,8 @@ def test_a_plan_says_what_is_drawn_of_what():
     assert plan.drawing("nopt", 10)[0] == "real" and plan.drawing("nopt", 10)[1]["method"].objective == RKHS(3.0)
     assert plan.drawing("plain", 1)[0] is None and plan.drawing("plain", 1)[1]["method"] == Plain()
     assert plan.drawing("nopt-quantile", 1)[1]["method"] == Released(200)
+    alone = plan.drawing("nopt-classifier-only", 1)[1]["method"]  # as the recorded table of the digits has it
+    assert alone == NOpt(ClassifierEvidence(), start=0.6)
     assert plan.pivots == {"draws": 1, "counts": [1, 10]} and plan.sizes == [1, 10, 12]
     assert plan.matched == {"features": None, "second_moment": True} and plan.templates["guidance_scale"] == 2
 
